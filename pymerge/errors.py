@@ -1,0 +1,93 @@
+"""Every error that a user can cause, with the exit code that the command line returns for it (design: faults)."""
+
+from __future__ import annotations
+
+
+class MergeError(Exception):
+    """What, expected, found, where, what to do. `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class RecipeError(MergeError):
+    """The recipe (YAML or Python arguments) cannot be understood; lists every problem at once."""
+
+    exit_code = 2
+
+
+class InputError(MergeError):
+    """An input model cannot be used."""
+
+    exit_code = 3
+
+
+class CorruptFile(InputError):
+    """A file is damaged: header, offsets, length."""
+
+
+class UnsafeFile(InputError):
+    """A file that could run code when loaded."""
+
+
+class UnsafePath(InputError):
+    """A file reference that leaves its model folder."""
+
+
+class InconsistentIndex(InputError):
+    """The index and the shards do not say the same."""
+
+
+class AmbiguousModel(InputError):
+    """A folder holds more than one model."""
+
+
+class UnsupportedDtype(InputError):
+    """A dtype that pymerge does not read or does not average."""
+
+
+class ShapeMismatch(InputError):
+    """The same parameter has different shapes in two models."""
+
+
+class VocabMismatch(ShapeMismatch):
+    """Vocabulary matrices with different numbers of rows."""
+
+
+class MissingTensor(InputError):
+    """A parameter of the base is absent from a fine-tuned model."""
+
+
+class ExtraTensor(InputError):
+    """A fine-tuned model has a parameter that the base has not."""
+
+
+class ChangedInput(InputError):
+    """An input file changed while it was being read."""
+
+
+class NumericError(MergeError):
+    """The numbers themselves are the problem."""
+
+    exit_code = 4
+
+
+class NonFinite(NumericError):
+    """NaN or Inf in an input or in a result."""
+
+
+class Overflow(NumericError):
+    """A result does not fit the output dtype."""
+
+
+class OutputError(MergeError):
+    """The output cannot be written: disk, permissions, lock, journal, an existing model."""
+
+    exit_code = 5
+
+
+class Interrupted(MergeError):
+    """Stopped by a signal; the work done so far is kept and can be resumed. exit_code is 128 + signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
