@@ -6,24 +6,46 @@ Methods know nothing of files, devices, threads or YAML. The base class names th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pymerge.errors import RecipeError
+from pymerge.methods.param import REQUIRED, STYLES, UNUSED, Param, Style, complete, param, params_of
 from pymerge.ops.delta_rule import DeltaRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Style = Literal["authors", "mergekit"]
+__all__ = [
+    "REGISTRY",
+    "REQUIRED",
+    "STYLES",
+    "UNUSED",
+    "Calibrate",
+    "Combine",
+    "ElementWiseCombine",
+    "ElementWisePurify",
+    "Method",
+    "Param",
+    "PerModel",
+    "Purify",
+    "Style",
+    "TaskGroup",
+    "TensorInfo",
+    "chain_rule",
+    "param",
+    "register",
+]
+
 M = TypeVar("M", bound="type[Method]")
+PerModel = float | tuple[float, ...]  # one value for all tasks, or one a task
 REGISTRY: dict[str, type[Method]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What may be known of a parameter before its entries are read."""
+    """What may be known of a parameter before its entries are read. A whole model: name "", shape (entries,)."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +61,8 @@ class TensorInfo:
 class TaskGroup:
     """One parameter of all models.
 
-    base   what is subtracted from each tuned tensor; None where the method has no base or where tuned are task vectors already
+    base   what is subtracted from each tuned tensor; None where the method has no base or where tuned are task
+           vectors already
     tuned  T tensors as stored (any floating dtype; may differ), same shape
     """
 
@@ -48,48 +71,45 @@ class TaskGroup:
     tuned: tuple[Tensor, ...]
 
 
-def param(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    open_low: bool = False,
-    choices: tuple[Any, ...] | None = None,
-    per_model: bool = False,
-    mergekit: Any = MISSING,
-    yaml: str | None = None,
-) -> Any:
-    """A hyperparameter: default (authors' style), documentation, range, and how YAML calls it.
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: makes a method known by `name` to recipes and to `pymerge.methods`."""
 
-    per_model  the field holds a tuple with one entry a task; the default is given for one task (None: required)
-    mergekit   default under style "mergekit", where it differs
-    yaml       name in YAML where it is not the field's name (`lambda` is always accepted for `scale`)
-    """
-    return field(
-        default=None if per_model else default,
-        metadata={
-            "default": default,
-            "doc": doc,
-            "low": low,
-            "high": high,
-            "open_low": open_low,
-            "choices": choices,
-            "per_model": per_model,
-            "mergekit": default if mergekit is MISSING else mergekit,
-            "yaml": yaml,
-        },
-    )
+    def add(cls: M) -> M:
+        if name in REGISTRY:
+            raise ValueError(f"a method called {name!r} is registered already: {REGISTRY[name].__module__}")
+        cls.name = name
+        REGISTRY[name] = cls
+        return cls
+
+    return add
 
 
 class Method:
-    """Common ground of all steps. `name` is the registered name, `step` one of purify | combine | calibrate."""
+    """Common ground of all steps. `name` is the registered name, `step` one of purify | combine | calibrate.
+
+    Subclasses are frozen keyword-only dataclasses whose fields are made by `param`. Building one fills in the
+    defaults of its style and checks every range; RecipeError names each field, its value and its range.
+    """
 
     name: ClassVar[str] = ""
     step: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()  # statistics that must exist before the merge starts, e.g. ("covariance",)
+    ignored: ClassVar[Mapping[str, str]] = {}  # names that mergekit accepts without effect here, with the reason
     element_wise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        known = params_of(type(self))
+        values, problems = complete(known, {name: getattr(self, name) for name in known})
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        problems = problems or self.conflicts()
+        if problems:
+            raise RecipeError("\n".join(f"{self.name}: {p}" for p in problems))
+
+    def conflicts(self) -> list[str]:
+        """Problems between hyperparameters that are each within their range."""
+        return []
 
 
 class Purify(Method):
@@ -106,7 +126,9 @@ class Combine(Method):
     """T task tensors in, one merged update out."""
 
     step = "combine"
-    base_role: ClassVar[Literal["required", "none", "first"]] = "required"  # "first": the base is the first of the models
+    base_role: ClassVar[Literal["required", "none", "first"]] = (
+        "required"  # "first": the base is the first of the models
+    )
     models: ClassVar[tuple[int, int | None]] = (1, None)  # fewest and most fine-tuned models
 
     def combine(self, group: TaskGroup) -> Tensor:
@@ -129,6 +151,15 @@ class ElementWiseCombine(Combine):
 
     element_wise = True
 
+    @property
+    def survey_scope(self) -> Literal["tensor", "model"]:
+        """Over what magnitudes are ranked and signs counted.
+
+        "model": `rule` is asked once with the info of the concatenated model and resolved with a survey of the whole
+        model; a tensor's own rule gives only its random mask (`keep`, `keys`), in the survey and in the merge.
+        """
+        return "tensor"
+
     def rule(self, info: TensorInfo) -> DeltaRule:
         raise NotImplementedError
 
@@ -146,3 +177,35 @@ class ElementWisePurify(Purify):
     def amend(self, rule: DeltaRule, info: TensorInfo) -> DeltaRule:
         """`rule` with this step's selection added in front of it."""
         raise NotImplementedError
+
+    def purify(self, group: TaskGroup) -> tuple[Tensor, ...]:
+        from pymerge.ops.delta import merge_by_rule
+
+        return tuple(
+            merge_by_rule(_only(t, group.info.tasks, self, group.info), group.base, group.tuned)
+            for t in range(group.info.tasks)
+        )
+
+
+def _only(task: int, tasks: int, step: ElementWisePurify, info: TensorInfo) -> DeltaRule:
+    """The rule whose sum is one purified task vector: the other tasks weigh nothing."""
+    return step.amend(DeltaRule(weights=tuple(float(t == task) for t in range(tasks))), info)
+
+
+def chain_rule(purify: Sequence[Purify], combine: ElementWiseCombine, info: TensorInfo) -> DeltaRule:
+    """The one rule that does all element-wise steps of a recipe at once, purify steps in order, then combine."""
+    rule = combine.rule(info)
+    for step in reversed(purify):
+        if not isinstance(step, ElementWisePurify):
+            raise TypeError(f"{step.name} is not an element-wise step")
+        rule = step.amend(rule, info)
+    return rule
+
+
+def per_task(value: Any, tasks: int, name: str = "value") -> tuple[float, ...]:
+    """One entry a task from a per-model hyperparameter."""
+    if not isinstance(value, tuple):
+        return (value,) * tasks
+    if len(value) != tasks:
+        raise RecipeError(f"{name}: {len(value)} values for {tasks} models: give one value or one a model")
+    return value

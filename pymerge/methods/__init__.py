@@ -1,0 +1,108 @@
+"""Merge methods: one file each. `list` names them, `describe` explains one, `get` returns its class. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from pymerge.errors import RecipeError
+from pymerge.methods import (
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare,
+    dare_linear,
+    dare_ties,
+    linear,
+    slerp,
+    task_arithmetic,
+    ties,
+    trim,
+)
+from pymerge.methods.base import REGISTRY, REQUIRED, UNUSED, Combine, Method, register
+from pymerge.methods.param import params_of
+
+__all__ = ["REGISTRY", "MethodInfo", "ParamInfo", "describe", "get", "list", "register"]
+
+_BUILT_IN = (
+    linear,
+    task_arithmetic,
+    slerp,
+    ties,
+    dare_linear,
+    dare_ties,
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare,
+    trim,
+)  # importing a module registers its method
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamInfo:
+    """One hyperparameter in words. Defaults are None where the value must be given, "(unused)" where it must not."""
+
+    name: str
+    doc: str
+    range: str
+    default: Any
+    mergekit_default: Any
+    per_model: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo:
+    """One method in words."""
+
+    name: str
+    step: str
+    summary: str
+    paper: str
+    needs: tuple[str, ...]
+    base: str
+    models: tuple[int, int | None]
+    parameters: tuple[ParamInfo, ...]
+    ignored: tuple[str, ...]
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method; RecipeError with the nearest names where there is none."""
+    try:
+        return REGISTRY[name]
+    except KeyError:
+        near = difflib.get_close_matches(str(name).replace("-", "_"), REGISTRY, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(REGISTRY)}"
+        raise RecipeError(f"unknown method {name!r}: {hint}") from None
+
+
+def describe(name: str) -> MethodInfo:
+    """What a method does, takes and needs."""
+    cls = get(name)
+    combines = issubclass(cls, Combine)
+    return MethodInfo(
+        name=name,
+        step=cls.step,
+        summary=(cls.__doc__ or "").partition("\n")[0],
+        paper=cls.paper,
+        needs=cls.needs,
+        base=cls.base_role if combines else "required",
+        models=cls.models if combines else (1, None),
+        parameters=tuple(
+            ParamInfo(
+                name=field,
+                doc=p.doc,
+                range=p.range,
+                default=p.authors,
+                mergekit_default=p.mergekit,
+                per_model=p.per_model,
+            )
+            for field, p in params_of(cls).items()
+        ),
+        ignored=tuple(cls.ignored),
+    )
+
+
+def list(step: str | None = None) -> tuple[str, ...]:
+    """Names of the methods of one step (purify, combine or calibrate), or of all, in the order of the steps."""
+    steps = (step,) if step else ("purify", "combine", "calibrate")
+    return tuple(name for s in steps for name, cls in sorted(REGISTRY.items()) if cls.step == s)
