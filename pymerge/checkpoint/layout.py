@@ -1,0 +1,138 @@
+"""Where every output tensor will lie, decided before the first one is computed.
+
+Names, shapes and dtypes of the output are known from the headers of the inputs, so the header of each shard can be
+written first and each tensor then goes straight to its own place, in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pymerge.checkpoint.header import ITEMSIZE, MAX_HEADER, safe_name
+from pymerge.errors import OutputError, UnsupportedDtype
+
+ALIGNMENT = 4096  # data sections start here, so that direct I/O finds aligned blocks
+Entry = tuple[str, str, Sequence[int]]  # name, safetensors dtype, shape
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor's place: shard number, first byte in that file, bytes."""
+
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file. `header` is everything before the data, length bytes and padding included."""
+
+    file: str
+    header: bytes
+    size: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All output files and the place of each tensor; `slots` keeps the order of the entries."""
+
+    shards: tuple[Shard, ...]
+    slots: Mapping[str, Slot]
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(slot.nbytes for slot in self.slots.values())
+
+    @property
+    def disk_size(self) -> int:
+        """Bytes of all shard files, headers included."""
+        return sum(shard.size for shard in self.shards)
+
+    def index(self) -> dict[str, Any] | None:
+        """What model.safetensors.index.json must say; None where there is one shard and so no index."""
+        if len(self.shards) == 1:
+            return None
+        weight_map = {name: self.shards[slot.shard].file for name, slot in self.slots.items()}
+        return {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
+
+
+def plan_layout(entries: Sequence[Entry], shard_bytes: int, metadata: Mapping[str, str] | None = None) -> Layout:
+    """Cut tensors into shards of at most `shard_bytes` of data (a larger tensor gets a shard of its own), order kept.
+
+    entries   (name, dtype, shape) in the order in which they will lie in the files. Only where that order would leave a
+              tensor at an address that is no multiple of its item size (which PyTorch cannot map), the shard is sorted
+              by item size, stably.
+    metadata  the headers' __metadata__; {"format": "pt"} if not given, which transformers asks for
+    Raises    UnsupportedDtype; OutputError where a shard's header would be longer than any reader accepts."""
+    if shard_bytes < 1:
+        raise OutputError(f"shard size: expected at least 1 byte, found {shard_bytes}")
+    sizes = {name: _nbytes(name, dtype, shape) for name, dtype, shape in entries}
+    if len(sizes) != len(entries) or "__metadata__" in sizes:
+        raise ValueError("tensor names must differ from each other and from __metadata__")
+    groups: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if groups[-1] and filled + sizes[entry[0]] > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += sizes[entry[0]]
+    shards, places = [], {}
+    for number, group in enumerate(groups):
+        file = "model.safetensors"
+        if len(groups) > 1:
+            file = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        offsets, end = _place(group, sizes)
+        header = _header(file, group, offsets, sizes, metadata)
+        places |= {name: Slot(number, len(header) + offsets[name], sizes[name]) for name in offsets}
+        shards.append(Shard(file, header, len(header) + end, tuple(offsets)))
+    return Layout(tuple(shards), {name: places[name] for name in sizes})
+
+
+def _nbytes(name: str, dtype: str, shape: Sequence[int]) -> int:
+    if dtype not in ITEMSIZE:
+        raise UnsupportedDtype(f"{safe_name(name)}: dtype {dtype} cannot be written. Supported: {', '.join(ITEMSIZE)}")
+    return math.prod(shape) * ITEMSIZE[dtype]
+
+
+def _place(group: list[Entry], sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Offset of each tensor within the data section, in file order, and the end of the data."""
+    offsets, end = {}, 0
+    misaligned = False
+    for name, dtype, _ in group:
+        misaligned |= end % ITEMSIZE[dtype] != 0
+        offsets[name] = end
+        end += sizes[name]
+    if misaligned:
+        return _place(sorted(group, key=lambda entry: -ITEMSIZE[entry[1]]), sizes)
+    return offsets, end
+
+
+def _header(
+    file: str,
+    group: list[Entry],
+    offsets: Mapping[str, int],
+    sizes: Mapping[str, int],
+    metadata: Mapping[str, str] | None,
+) -> bytes:
+    table: dict[str, Any] = {"__metadata__": dict(metadata) if metadata is not None else {"format": "pt"}}
+    described = {name: (dtype, shape) for name, dtype, shape in group}
+    for name, begin in offsets.items():
+        dtype, shape = described[name]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + sizes[name]]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    length = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    if length > MAX_HEADER:
+        raise OutputError(
+            f"{file}: the header of {len(group)} tensors takes {length} bytes, readers accept {MAX_HEADER}. Use "
+            "smaller shards"
+        )
+    return struct.pack("<Q", length) + text.ljust(length)

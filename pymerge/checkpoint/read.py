@@ -1,0 +1,299 @@
+"""A model at rest as a read-only mapping from parameter names to lazy tensors.
+
+Headers are read when a checkpoint is opened, bytes when they are asked for: with preadv, never through a memory map,
+because a file that shrinks under a map kills the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_header, safe_name
+from pymerge.checkpoint.index import Prefer, check_index, read_json_object, resolve
+from pymerge.errors import ChangedInput, InputError, UnsupportedDtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_CONFIG = 16_000_000
+
+
+class WeightFile:
+    """One weight file, opened once: its descriptor and what it looked like when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise InputError(f"{safe_name(str(path), 400)}: cannot be read: {e.strerror}") from e
+        found = os.fstat(self.fd)
+        self.size, self.mtime_ns, self.digest = found.st_size, found.st_mtime_ns, ""
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` on."""
+        view = view.cast("B")
+        done, wanted = 0, view.nbytes
+        if self.fd < 0:
+            raise ValueError(f"{self.path}: the checkpoint is closed")
+        while done < wanted:
+            try:
+                got = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as e:
+                raise InputError(
+                    f"{safe_name(str(self.path), 400)}: reading failed at byte {offset + done}: {e.strerror}"
+                ) from e
+            if got == 0:
+                raise ChangedInput(
+                    f"{safe_name(str(self.path), 400)}: the file ended at byte {offset + done} while it was being "
+                    f"read; it had {self.size} bytes"
+                )
+            done += got
+
+    def check_unchanged(self) -> None:
+        """The file at this path still has the size and the time that it had when it was opened."""
+        try:
+            now = os.stat(self.path)
+        except OSError as e:
+            raise ChangedInput(f"{safe_name(str(self.path), 400)}: gone while it was in use ({e.strerror})") from e
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise ChangedInput(
+                f"{safe_name(str(self.path), 400)}: changed while it was in use: {self.size} bytes, mtime "
+                f"{self.mtime_ns} ns when opened; "
+                f"now {now.st_size} bytes, mtime {now.st_mtime_ns} ns. Start again with inputs that stand still"
+            )
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class LazyTensor:
+    """A tensor in a file: name, shape, dtype (safetensors code) and place are known, its bytes are not read yet."""
+
+    __slots__ = ("_source", "dtype", "name", "nbytes", "offset", "shape")
+
+    def __init__(self, name: str, entry: TensorEntry, source: WeightFile) -> None:
+        self.name = name
+        self.dtype, self.shape, self.offset, self.nbytes = entry
+        self._source = source
+
+    @property
+    def file(self) -> Path | None:
+        """The file that holds the bytes, from `offset` on; None for a tensor in memory."""
+        return self._source.path
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read_into(self, view: memoryview, start: int = 0) -> None:
+        """Fill `view` with bytes start .. start + len(view) of the tensor. Raises ChangedInput if the file has become "
+        "shorter."""
+        if start < 0 or start + view.nbytes > self.nbytes:
+            raise ValueError(
+                f"{self.name}: bytes {start}..{start + view.nbytes} asked for, the tensor has {self.nbytes}"
+            )
+        self._source.read_into(view, self.offset + start)
+
+    def load(self) -> Tensor:
+        """The whole tensor, as stored, in memory of its own."""
+        import torch
+
+        flat = torch.empty(self.nbytes, dtype=torch.uint8)
+        self.read_into(flat.numpy().data)
+        return flat.view(getattr(torch, TORCH_NAME[self.dtype])).reshape(self.shape)
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({safe_name(self.name)}, {self.dtype}, {list(self.shape)})"
+
+
+class MemoryTensor:
+    """A PyTorch tensor that looks like a LazyTensor."""
+
+    __slots__ = ("_flat", "_tensor", "dtype", "name", "nbytes", "offset", "shape")
+    file: Path | None = None
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        code = _CODE.get(str(tensor.dtype).removeprefix("torch."))
+        if code is None:
+            raise UnsupportedDtype(
+                f"{safe_name(name)}: dtype {tensor.dtype} is not supported. Supported: {', '.join(ITEMSIZE)}"
+            )
+        if tensor.device.type == "meta" or str(tensor.layout) != "torch.strided":
+            raise InputError(
+                f"{safe_name(name)}: a tensor with values in memory is needed, found {tensor.layout} on {tensor.device}"
+            )
+        self.name, self.dtype, self.offset = name, code, 0
+        self.shape = tuple(tensor.shape)
+        self.nbytes = math.prod(self.shape) * ITEMSIZE[code]
+        self._tensor = tensor.detach()
+        self._flat: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read_into(self, view: memoryview, start: int = 0) -> None:
+        """Copy bytes start .. start + len(view) of the tensor into `view`."""
+        import torch
+
+        if start < 0 or start + view.nbytes > self.nbytes:
+            raise ValueError(
+                f"{self.name}: bytes {start}..{start + view.nbytes} asked for, the tensor has {self.nbytes}"
+            )
+        if view.nbytes == 0:
+            return
+        if self._flat is None:  # a view of a contiguous tensor; of a strided one a copy, made once
+            self._flat = self._tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        torch.frombuffer(view, dtype=torch.uint8).copy_(self._flat[start : start + view.nbytes])
+
+    def load(self) -> Tensor:
+        """The tensor itself, not a copy."""
+        return self._tensor
+
+    def __repr__(self) -> str:
+        return f"MemoryTensor({safe_name(self.name)}, {self.dtype}, {list(self.shape)})"
+
+
+_CODE = {torch_name: code for code, torch_name in TORCH_NAME.items()}
+AnyTensor = LazyTensor | MemoryTensor
+
+
+class Checkpoint(Mapping[str, AnyTensor]):
+    """A model's tensors by name, in the order of their bytes on disk. Close it, or use it as a context manager.
+
+    path     what it was opened from; None for tensors in memory
+    folder   the folder with config.json and the tokenizer; None where there is none
+    config   config.json as a dict, or None"""
+
+    def __init__(
+        self,
+        path: Path | None,
+        folder: Path | None,
+        tensors: Mapping[str, AnyTensor],
+        files: list[WeightFile],
+        *,
+        pickled: bool = False,
+    ) -> None:
+        self.path, self.folder, self.pickled = path, folder, pickled
+        self._tensors, self._files = tensors, files
+        self._token = "" if path else secrets.token_hex(16)
+        self.config: dict[str, Any] | None = None
+        if folder is not None and (folder / "config.json").exists():
+            self.config = read_json_object(folder / "config.json", MAX_CONFIG)
+
+    def __getitem__(self, name: str) -> AnyTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        """The weight files: path, size, mtime_ns, digest (hash of the header)."""
+        return tuple(self._files)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._tensors.values())
+
+    def file_order(self) -> list[str]:
+        """The names in the order in which reading is sequential."""
+        return list(self._tensors)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed merge must find again: size, time and header hash of every file. For tensors in memory a token
+        of this very object, since only it can vouch for their values."""
+        if self.path is None:
+            return {"memory": self._token}
+        return {
+            "path": os.path.realpath(self.path),
+            "files": [[f.path.name, f.size, f.mtime_ns, f.digest] for f in self._files],
+        }
+
+    def check_unchanged(self) -> None:
+        """Raises ChangedInput if a weight file is not what it was when it was opened."""
+        for file in self._files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({'in memory' if self.path is None else str(self.path)}, {len(self)} tensors)"
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, allow_pickle: bool = False, prefer: Prefer | None = None
+) -> Checkpoint:
+    """Open a model: a Hugging Face folder, a .safetensors file, an index file, or a mapping from names to tensors.
+
+    allow_pickle  read pytorch_model*.bin too, with a loader that builds tensors only
+    prefer        "single" or "sharded", for a folder that holds both
+    Raises        InputError and its subclasses, with file, tensor, expected and found."""
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        return _from_mapping(source)
+    found = resolve(source, allow_pickle=allow_pickle, prefer=prefer)
+    with contextlib.ExitStack() as on_error:
+        files: list[WeightFile] = []
+        held: dict[Path, list[str]] = {}
+        tensors: dict[str, AnyTensor] = {}
+        for path in found.files:
+            file = WeightFile(path)
+            on_error.callback(file.close)
+            files.append(file)
+            here = _pickled_tensors(file) if found.pickled else _tensors(file)
+            held[path] = list(here)
+            tensors.update(here)
+        check_index(found, held)
+        checkpoint = Checkpoint(found.path, found.folder, tensors, files, pickled=found.pickled)
+        on_error.pop_all()
+    return checkpoint
+
+
+def _tensors(file: WeightFile) -> dict[str, AnyTensor]:
+    header = read_header(file.fd, file.path)
+    file.digest = header.digest
+    return {name: LazyTensor(name, entry, file) for name, entry in header.tensors.items()}
+
+
+def _pickled_tensors(file: WeightFile) -> dict[str, AnyTensor]:
+    from pymerge.checkpoint.pickle_file import load_pickled  # imports torch
+
+    loaded, file.digest = load_pickled(file.path, file.fd)
+    return {name: MemoryTensor(name, tensor) for name, tensor in loaded.items()}
+
+
+def _from_mapping(source: Mapping[str, Any]) -> Checkpoint:
+    tensors: dict[str, AnyTensor] = {}
+    for name, tensor in source.items():
+        if not isinstance(name, str) or not all(hasattr(tensor, a) for a in ("dtype", "shape", "detach", "layout")):
+            raise InputError(
+                f"expected a mapping from names to PyTorch tensors, found {safe_name(str(name))}: "
+                f"{type(tensor).__name__}"
+            )
+        tensors[name] = MemoryTensor(name, tensor)
+    return Checkpoint(None, None, tensors, [])
