@@ -1,6 +1,6 @@
-// The table of contents of the native layer: every operator's schema. T tasks; all tensors of one call have one shape (n
-// entries) and any of bfloat16, float16, float32, float64; R rows of row_length entries (0: one row of n).
-// Cuts are [T, R]: theta float32, index int64. `mask` means keep float[T] and keys int[T] (64-bit Philox keys).
+// The table of contents of the native layer: every operator's schema. T tasks; all tensors of one call have one shape
+// (n entries) and any of bfloat16, float16, float32, float64; R rows of row_length entries (0: one row of n). Cuts are
+// [T, R]: theta float32, index int64. `mask` means keep float[T] and keys int[T] (64-bit Philox keys).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pymerge, m) {
@@ -15,9 +15,9 @@ STABLE_TORCH_LIBRARY(pymerge, m) {
   m.def(
       "delta_kth(Tensor? base, Tensor[] tuned, int[] ranks, int row_length, float[]? keep, int[]? keys) "
       "-> (Tensor theta, Tensor index)");
-  // hist [T, 65536] of bits(|d|) >> 15, or, given prefix [T], [T, 32768] of bits(|d|) & 0x7fff where bits >> 15 == prefix
-  m.def(
-      "delta_histogram(Tensor? base, Tensor[] tuned, float[]? keep, int[]? keys, int[]? prefix) -> Tensor hist");
+  // hist [T, 65536] of bits(|d|) >> 15, or, given prefix [T], [T, 32768] of bits(|d|) & 0x7fff where bits >> 15 ==
+  // prefix
+  m.def("delta_histogram(Tensor? base, Tensor[] tuned, float[]? keep, int[]? keys, int[]? prefix) -> Tensor hist");
   // float64 [T, 2]: ||d_t||_1 and ||selected d_t||_1
   m.def(
       "delta_l1(Tensor? base, Tensor[] tuned, float[]? keep, int[]? keys, int row_length, Tensor? top_theta, "

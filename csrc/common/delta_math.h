@@ -1,5 +1,5 @@
-// The arithmetic of one entry of an element-wise merge, shared by CPU and CUDA. float32, in this order, never contracted
-// to fused multiply-adds: every backend, vector width, tiling and thread count gives the same bits.
+// The arithmetic of one entry of an element-wise merge, shared by CPU and CUDA. float32, in this order, never
+// contracted to fused multiply-adds: every backend, vector width, tiling and thread count gives the same bits.
 //
 //   d_t = W_t - W_0;  d_t = 0 where not selected;  x_t = weight_t * (rescale_t * d_t)
 //   s = 0 + x_0 + x_1 + ...              (elect: only x_t whose sign is the elected one)
@@ -15,7 +15,8 @@ enum class Norm : int32_t { kNone = 0, kWeights = 1, kCount = 2, kMax = 3 };
 
 constexpr float kSmallestWeightSum = 1e-8f;  // mergekit's guard: a smaller sum of weights divides by 1
 
-// Everything but the tensors. Pointers have one entry a task; cuts one a task and row, [tasks][rows]; null where absent.
+// Everything but the tensors. Pointers have one entry a task; cuts one a task and row, [tasks][rows]; null where
+// absent.
 struct DeltaRule {
   int64_t tasks = 0;
   int64_t rows = 1;

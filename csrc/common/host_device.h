@@ -1,4 +1,5 @@
-// Functions that the host compiler and nvcc both compile: the CPU and the CUDA kernels share their arithmetic through these.
+// Functions that the host compiler and nvcc both compile: the CPU and the CUDA kernels share their arithmetic through
+// these.
 #pragma once
 
 #include <cstdint>

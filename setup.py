@@ -1,0 +1,55 @@
+"""Builds the native core. Metadata is in pyproject.toml; what is built:
+
+pymerge/_C         host module (pybind11, no libtorch)
+pymerge/_ops.so    torch operators for the CPU (libtorch stable ABI 2.11, no Python symbol)
+pymerge/_ops_cuda.so  the same operators for CUDA; PYMERGE_CUDA=auto (default: where a toolkit and a CUDA torch are found) | 0 | 1
+"""
+
+import os
+from glob import glob
+
+import torch
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+KERNELS = sorted(set(glob("csrc/cpu/*.cpp")) - set(glob("csrc/cpu/*_ops.cpp")))
+
+
+def wants_cuda() -> bool:
+    choice = os.environ.get("PYMERGE_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"PYMERGE_CUDA must be auto, 0 or 1, got {choice!r}")
+    found = CUDA_HOME is not None and torch.version.cuda is not None
+    if choice == "1" and not found:
+        raise SystemExit(f"PYMERGE_CUDA=1, but toolkit: {CUDA_HOME}, CUDA of torch {torch.__version__}: {torch.version.cuda}")
+    return found and choice != "0"
+
+
+def extensions() -> list:
+    cpu = {"cxx": [*FLAGS, *STABLE_ABI]}
+    host = Pybind11Extension("pymerge._C", ["csrc/module.cpp", *KERNELS], extra_compile_args=FLAGS)
+    ops = CppExtension(
+        "pymerge._ops", ["csrc/schema.cpp", *glob("csrc/cpu/*_ops.cpp"), *KERNELS], extra_compile_args=cpu, py_limited_api=True
+    )
+    built = [host, ops]
+    if wants_cuda():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        cuda = {"cxx": cpu["cxx"], "nvcc": ["-std=c++20", "-O3", "-fmad=false", "-DUSE_CUDA", *STABLE_ABI]}
+        sources = sorted(glob("csrc/cuda/*.cu"))
+        built.append(CUDAExtension("pymerge._ops_cuda", sources, extra_compile_args=cuda, py_limited_api=True))
+    return built
+
+
+class Build(BuildExtension):
+    """Operator libraries are plain shared objects: no Python tag in their names."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        name = super().get_ext_filename(fullname)
+        return name if fullname.endswith("_C") else os.path.join(*fullname.split(".")) + ".so"
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
