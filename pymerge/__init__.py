@@ -1,0 +1,60 @@
+"""pymerge: merge fine-tuned models into one, without training, at the speed of the machine.
+
+Names are imported when they are first used: `import pymerge` costs milliseconds, torch is imported only where needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pymerge.version import __version__
+
+if TYPE_CHECKING:
+    from pymerge import methods, ops
+    from pymerge.checkpoint import Checkpoint, open_checkpoint
+    from pymerge.engine.api import merge
+    from pymerge.engine.local import plan_merge
+    from pymerge.engine.plan import Options
+    from pymerge.engine.verify import verify
+    from pymerge.errors import MergeError
+    from pymerge.recipe import Recipe
+
+__all__ = [
+    "Checkpoint",
+    "MergeError",
+    "Options",
+    "Recipe",
+    "__version__",
+    "merge",
+    "methods",
+    "open_checkpoint",
+    "ops",
+    "plan_merge",
+    "verify",
+]
+
+_HOME = {
+    "Checkpoint": "pymerge.checkpoint",
+    "MergeError": "pymerge.errors",
+    "Options": "pymerge.engine.plan",
+    "Recipe": "pymerge.recipe",
+    "merge": "pymerge.engine.api",
+    "open_checkpoint": "pymerge.checkpoint",
+    "plan_merge": "pymerge.engine.local",
+    "verify": "pymerge.engine.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("methods", "ops"):
+        return importlib.import_module(f"pymerge.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'pymerge' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

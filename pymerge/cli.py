@@ -1,0 +1,228 @@
+"""The command line: arguments to recipe to engine, no decisions. Heavy imports are inside the commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pymerge.errors import MergeError
+from pymerge.version import __version__
+
+app = typer.Typer(
+    help="Merge fine-tuned models into one, without training, at the speed of the machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; mergekit's run unchanged.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Peak memory of the whole program, e.g. 1GB. Default: a quarter of what is free, at most 8 GB."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all processors.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+ShardSize = Annotated[str, typer.Option(help="Largest size of an output file.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin too (tensors only, no code is run).")
+]
+Prefer = Annotated[str | None, typer.Option(help="single | sharded: which to read where a folder holds both.")]
+
+
+def parse_bytes(text: str) -> int:
+    """`1GB`, `512MiB`, `1e9` in bytes."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    unit = match and UNITS.get(
+        match[2].upper() if match[2].upper().endswith("B") or not match[2] else match[2].upper() + "B"
+    )
+    if not match or not unit:
+        raise typer.BadParameter(f"{text!r} is no size: write 800MB, 1GB or 1.5GiB")
+    return int(float(match[1]) * unit)
+
+
+@contextmanager
+def reported_errors(debug: bool) -> Iterator[None]:
+    """One message and the exit code of the error; no traceback unless asked for."""
+    try:
+        yield
+    except MergeError as error:
+        if debug:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+
+
+@app.command()
+def merge(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    memory: Memory = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new model is complete.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start afresh instead of continuing an interrupted merge.")
+    ] = False,
+    allow_pickle: AllowPickle = False,
+    prefer: Prefer = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Merge the models of RECIPE into the folder OUT.
+
+    OUT appears complete or not at all. An interrupted merge continues when the same command is given again.
+    """
+    with reported_errors(debug):
+        from pymerge.engine.local import merge_to_disk
+        from pymerge.engine.plan import Options
+        from pymerge.recipe import Recipe
+
+        options = Options(
+            memory=parse_bytes(memory) if memory else None,
+            threads=threads,
+            device=device,
+            shard_bytes=parse_bytes(shard_size),
+            overwrite=overwrite,
+            resume=not restart,
+            allow_pickle=allow_pickle,
+            prefer=prefer,
+            progress=False if quiet else None,
+        )
+        summary = merge_to_disk(Recipe.from_yaml(recipe), out, options)
+        if not quiet:
+            rate = summary["bytes_read"] / max(summary["seconds"], 1e-9) / 1e9
+            print(
+                f"{out}: {sum(summary['tensors'].values())} tensors, {summary['bytes_written'] / 1e9:.2f} GB in "
+                f"{summary['seconds']:.1f} s ({rate:.1f} GB/s read), "
+                f"peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB"
+            )
+            for note in summary["notes"]:
+                print(f"  note: {note}")
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    memory: Memory = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    allow_pickle: AllowPickle = False,
+    prefer: Prefer = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what `merge` would do: every problem, bytes, memory, an estimate of the time. Computes nothing."""
+    with reported_errors(debug):
+        from pymerge.engine.describe import describe_plan, show_plan
+        from pymerge.engine.local import plan_merge
+        from pymerge.engine.plan import Options
+        from pymerge.recipe import Recipe
+
+        options = Options(
+            memory=parse_bytes(memory) if memory else None,
+            threads=threads,
+            device=device,
+            shard_bytes=parse_bytes(shard_size),
+            allow_pickle=allow_pickle,
+            prefer=prefer,
+        )
+        planned = plan_merge(Recipe.from_yaml(recipe), options)
+        if as_json:
+            print(json.dumps(describe_plan(planned, options), indent=1))
+        else:
+            show_plan(planned, options)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Describe this method.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the merge methods, or describe one: its parameters, defaults, ranges, paper."""
+    with reported_errors(debug):
+        from pymerge import methods as known
+        from pymerge.engine.describe import show_method, show_methods
+
+        if as_json:
+            found = [known.describe(n) for n in ([name] if name else known.list())]
+            print(json.dumps([asdict(method) for method in found], indent=1))
+        elif name:
+            show_method(known.describe(name))
+        else:
+            show_methods([known.describe(n) for n in known.list()])
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` wrote.")],
+    load: Annotated[bool, typer.Option("--load", help="Load it with transformers too.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Read a merged model again: checksums of every tensor, headers, finite values."""
+    with reported_errors(debug):
+        from pymerge.engine.verify import verify as check
+
+        found = check(out, load=load)
+        print(f"{out}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB, all as written")
+
+
+@app.command()
+def info(
+    fast: Annotated[bool, typer.Option("--fast", help="Without importing torch.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What is installed here: version, processor level, devices, which operator is native where."""
+    with reported_errors(debug):
+        from pymerge.engine.describe import show_info
+
+        show_info(fast)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the models and results are kept.")] = Path("demo-output"),
+    all_methods: Annotated[bool, typer.Option("--all", help="Every method, not only the default set.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small model and four fine-tuned children, merge them with each method, compare. Under 3 minutes."""
+    with reported_errors(debug):
+        from pymerge.demo import run
+
+        run(out, all_methods=all_methods)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pymerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `pymerge` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

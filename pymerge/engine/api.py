@@ -1,0 +1,50 @@
+"""`pymerge.merge`: one function for models in memory and on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pymerge.engine.local import merge_to_disk
+from pymerge.engine.plan import Options
+from pymerge.errors import RecipeError
+from pymerge.recipe import Recipe
+
+
+def merge(
+    base: Any,
+    models: Sequence[Any],
+    *,
+    method: str,
+    out: str | Path | None = None,
+    options: Options | None = None,
+    **parameters: Any,
+) -> Any:
+    """Merge fine-tuned models (and their base, or None) into one.
+
+    base, models  all paths (Hugging Face folders or .safetensors files): streamed from disk to the folder `out`;
+                  or all state dicts or nn.Modules: merged in memory, inputs untouched
+    method        a name of pymerge.methods.list()
+    options       memory budget, threads, device, overwriting (pymerge.Options)
+    parameters    hyperparameters of the method (one value, or a list with one a model), `purify`, `calibrate`, `dtype`,
+                  `out_dtype`, `exclude`, `include`, `seed`, `relax`; see pymerge.methods.describe(method)
+    Returns       the summary that is also written to out/merge.json; in memory a new state dict, or a new module where
+                  modules came in (entries of dtype as in the base unless `dtype` is given)
+    Raises        MergeError: a wrong recipe or input, before anything is computed; NonFinite, Overflow; OutputError
+    Cost          each input is read once; tensors above half of the memory budget more often if ranked."""
+    given = [*([base] if base is not None else []), *models]
+    on_disk = [isinstance(model, str | os.PathLike) for model in given]
+    if any(on_disk) and not all(on_disk):
+        raise RecipeError("base and models must be all paths or all models in memory")
+    if all(on_disk) and out is None:
+        raise RecipeError("merging folders needs out=: the folder to write")
+    recipe = Recipe.from_kwargs(base, models, method, **parameters)
+    if out is not None and all(on_disk):
+        return merge_to_disk(recipe, out, options)
+    if out is not None:
+        raise RecipeError("out= is for models on disk: save the merged state dict yourself, or give paths")
+    from pymerge.engine.memory import merge_in_memory
+
+    return merge_in_memory(recipe, options)

@@ -1,0 +1,259 @@
+"""Everything that can be known from headers: which tensors are merged, copied or refused. Nothing is read but headers.
+
+All problems are collected and reported together; a relaxation named in the recipe turns one into a note of the summary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pymerge.checkpoint import AnyTensor, Checkpoint, safe_name
+from pymerge.checkpoint.tied import tied_pairs
+from pymerge.errors import (
+    ExtraTensor,
+    InputError,
+    MergeError,
+    MissingTensor,
+    ShapeMismatch,
+    UnsupportedDtype,
+    VocabMismatch,
+)
+from pymerge.recipe import Recipe, Steps, layer_positions
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that are averaged, with their bytes
+QUANTISED = (".scales", ".scale", ".weight_scale", ".weight_scale_inv", ".absmax", ".qzeros", ".g_idx", ".quant_state")
+VOCABULARY = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_out", "shared", "embedding", "score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One output tensor, checked: where it comes from and what is done to it.
+
+    count  entries that are merged (all, or the rows common to all models); those behind are copied from `reference`
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # of the output
+    reference: AnyTensor  # gives the place in the order of reading, and the values where nothing is merged
+    base: AnyTensor | None = None  # subtracted from the tuned tensors and added back
+    tuned: tuple[AnyTensor, ...] = ()
+    steps: Steps | None = None  # None: copied
+    count: int = 0  # entries that are merged
+    equal_to: tuple[AnyTensor, ...] = ()  # integer buffers: must hold the same bytes
+
+    @property
+    def merged(self) -> bool:
+        return self.steps is not None
+
+
+@dataclass
+class Problems:
+    """Collects what is wrong, raises it as one error."""
+
+    found: list[tuple[type[MergeError], str]] = field(default_factory=list)
+
+    def add(self, kind: type[MergeError], message: str) -> None:
+        self.found.append((kind, message))
+
+    def raise_all(self) -> None:
+        if not self.found:
+            return
+        kinds = {kind for kind, _ in self.found}
+        kind = self.found[0][0] if len(kinds) == 1 else InputError
+        shown = [message for _, message in self.found[:20]]
+        if len(self.found) > 20:
+            shown.append(f"... and {len(self.found) - 20} more")
+        raise kind("\n".join(shown))
+
+
+@dataclass
+class Checker:
+    """Walks the reference model's names and decides for each."""
+
+    recipe: Recipe
+    base: Checkpoint | None
+    models: Sequence[Checkpoint]
+    labels: Sequence[str]
+    notes: list[str] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
+
+    def __post_init__(self) -> None:
+        self.reference = self.base if self.base is not None else self.models[0]
+        self.reference_label = "base" if self.base is not None else self.labels[0]
+        self.tied = [tied_pairs(model) for model in self.models]  # per model: name -> name that holds its values
+        self.reference_tied = tied_pairs(self.reference)
+        self.others = [(label, m, t) for label, m, t in zip(self.labels, self.models, self.tied, strict=True)]
+        self.relaxed: dict[str, list[str]] = {}
+        self.relaxations = self.recipe.relaxations
+
+    def run(self) -> list[Entry]:
+        """Output entries in the order of the reference model's files."""
+        names = self.reference.file_order()
+        layers = layer_positions(names)
+        self.check_extra(set(names))
+        entries = [entry for name in names if (entry := self.entry(name, layers[name])) is not None]
+        if self.relaxations.get("extra") == "copy":
+            entries += self.extra_copies({entry.name for entry in entries})
+        self.problems.raise_all()
+        for what, items in self.relaxed.items():
+            self.notes.append(
+                f"{what}: {len(items)} tensor(s): {', '.join(items[:10])}{' ...' if len(items) > 10 else ''}"
+            )
+        return entries
+
+    def relax(self, what: str, name: str) -> None:
+        self.relaxed.setdefault(what, []).append(safe_name(name))
+
+    def out_dtype(self, tensor: AnyTensor) -> str:
+        asked = self.recipe.output_dtype
+        return asked if asked and tensor.dtype in FLOATS else tensor.dtype
+
+    def copied(self, name: str, tensor: AnyTensor, equal_to: tuple[AnyTensor, ...] = ()) -> Entry:
+        return Entry(name=name, shape=tensor.shape, dtype=self.out_dtype(tensor), reference=tensor, equal_to=equal_to)
+
+    def entry(self, name: str, layer_t: float) -> Entry | None:
+        reference = self.reference[name]
+        if not self.recipe.selects(name):
+            self.relax("excluded by the recipe, copied from " + self.reference_label, name)
+            return self.copied(name, reference)
+        found = self.find_all(name)
+        if found is None:
+            return None
+        if found == [] and self.models:
+            return self.copied(name, reference)
+        if not self.dtypes_fit(name, [reference, *found]):
+            return None
+        if reference.dtype not in FLOATS:
+            others = () if self.relaxations.get("buffers") == "base" else tuple(found)
+            return self.copied(name, reference, others)
+        count = self.common_count(name, reference, found)
+        if count is None:
+            return None
+        steps = self.recipe.steps_for(name, layer_t)
+        base = reference if self.recipe.subtract_base else None
+        return Entry(
+            name=name,
+            shape=reference.shape,
+            dtype=self.out_dtype(reference),
+            reference=reference,
+            base=base,
+            tuned=tuple(found),
+            steps=steps,
+            count=count,
+        )
+
+    def find_all(self, name: str) -> list[AnyTensor] | None:
+        """The tensor in every model. None: a problem was noted. Empty: copy the reference's."""
+        found = []
+        for label, model, tied in self.others:
+            if name in model:
+                found.append(model[name])
+            elif name in tied:  # lm_head of a tied model lives under the embedding's name
+                found.append(model[tied[name]])
+                self.notes.append(f"{safe_name(name)}: tied in {label}, its {safe_name(tied[name])} is used")
+            elif (how := self.relaxations.get("missing")) is not None:
+                self.relax(f"absent from {label}, " + ("base used" if how == "base" else "copied"), name)
+                if how != "base":
+                    return []
+                found.append(self.reference[name])
+            else:
+                self.problems.add(
+                    MissingTensor,
+                    f"{safe_name(name)}: in {self.reference_label}, absent from {label}. Merge models fine-tuned "
+                    "from one base, or say `relax: {missing: base}` to use the base's values for that model.",
+                )
+                return None
+        return found
+
+    def dtypes_fit(self, name: str, tensors: Sequence[AnyTensor]) -> bool:
+        floats = [t.dtype in FLOATS for t in tensors]
+        labels = [self.reference_label, *self.labels]
+        if all(floats):
+            return True
+        odd = next(i for i, is_float in enumerate(floats) if not is_float)
+        if any(floats) or tensors[odd].dtype.startswith("F") or self.looks_quantised(name, tensors[odd]):
+            self.problems.add(
+                UnsupportedDtype,
+                f"{safe_name(name)}: {tensors[odd].dtype} in {labels[odd]}. pymerge merges {', '.join(FLOATS)}; "
+                "quantised weights are never averaged: dequantise the model first, or exclude the tensor.",
+            )
+            return False
+        return True
+
+    def looks_quantised(self, name: str, tensor: AnyTensor) -> bool:
+        stem = name.removesuffix(".weight").removesuffix(".qweight")
+        return len(tensor.shape) >= 2 and any(
+            f"{prefix}{suffix}" in self.reference for prefix in (stem, name) for suffix in QUANTISED
+        )
+
+    def common_count(self, name: str, reference: AnyTensor, found: Sequence[AnyTensor]) -> int | None:
+        """Entries to merge: all of them, or the rows common to all where the recipe allows that."""
+        count = 1
+        for size in reference.shape:
+            count *= size
+        wrong = [
+            (label, t.shape) for (label, _, _), t in zip(self.others, found, strict=True) if t.shape != reference.shape
+        ]
+        if not wrong:
+            return count
+        shapes = ", ".join(f"{label} is {list(shape)}" for label, shape in wrong)
+        text = f"{safe_name(name)}: {self.reference_label} is {list(reference.shape)}, {shapes}."
+        vocabulary = reference.shape and all(s[1:] == reference.shape[1:] for _, s in wrong)
+        if not (vocabulary and any(part in name for part in VOCABULARY)):
+            self.problems.add(
+                ShapeMismatch,
+                f'{text} Merge models fine-tuned from one base, or exclude it: exclude: ["{safe_name(name)}"].',
+            )
+            return None
+        if self.relaxations.get("vocabulary") == "base_rows":
+            rows = min(reference.shape[0], *(s[0] for _, s in wrong))
+            self.relax(f"vocabulary sizes differ, the first {rows} rows merged, the others copied", name)
+            return count // max(1, reference.shape[0]) * rows
+        self.problems.add(
+            VocabMismatch,
+            f"{text} Say `relax: {{vocabulary: base_rows}}` to merge the common rows and keep the base's others, or "
+            "exclude it.",
+        )
+        return None
+
+    def check_extra(self, names: set[str]) -> None:
+        how = self.relaxations.get("extra")
+        for label, model, tied in self.others:
+            for name in model:
+                if name in names:
+                    continue
+                if name in self.reference_tied and name in tied:
+                    self.notes.append(f"{safe_name(name)}: tied, yet stored in {label}; tied in the output")
+                elif how is not None:
+                    self.relax(f"only in {label}, " + ("dropped" if how == "drop" else "copied"), name)
+                elif self.recipe.selects(name):
+                    self.problems.add(
+                        ExtraTensor,
+                        f"{safe_name(name)}: in {label}, absent from {self.reference_label}. Say `relax: {{extra: drop}}` "
+                        "or `{extra: copy}`, or exclude it.",
+                    )
+
+    def extra_copies(self, present: set[str]) -> list[Entry]:
+        entries = []
+        for model in self.models:
+            for name in model.file_order():
+                if name not in present:
+                    present.add(name)
+                    entries.append(self.copied(name, model[name]))
+        return entries
+
+
+def check(
+    recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], labels: Sequence[str]
+) -> tuple[list[Entry], list[str]]:
+    """Output entries in reading order, and notes for the summary. Raises one error that lists every problem."""
+    checker = Checker(recipe, base, models, labels)
+    return checker.run(), checker.notes
+
+
+def tensor_counts(entries: Sequence[Entry]) -> Mapping[str, int]:
+    """How many tensors are merged and copied."""
+    merged = sum(entry.merged for entry in entries)
+    return {"merged": merged, "copied": len(entries) - merged}

@@ -1,0 +1,119 @@
+"""Plans, methods and the installation, for people (tables) and for machines (plain data)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pymerge.checkpoint import safe_name
+from pymerge.engine.plan import OVERHEAD, Item, Options, Plan
+from pymerge.methods import MethodInfo
+from pymerge.version import __version__
+
+# Rates of the 2-core machine that benchmarks/ are run on; a plan's time is an estimate, not a promise.
+READ_RATE, WRITE_RATE = 1.5e9, 1.0e9  # bytes a second, cold disk and direct writes
+ENTRY_RATE = {"one pass": 2.0e9, "survey": 0.8e9, "generic": 2.0e7}  # task entries a second and thread
+STARTUP = 0.5  # seconds
+
+
+def work_of(item: Item) -> str:
+    """Which rate applies."""
+    if item.mode == "generic":
+        return "generic"
+    return "survey" if item.mode in ("held", "swept") or item.survey_scope is not None else "one pass"
+
+
+def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
+    """The plan in numbers: bytes, memory, estimated seconds, what is copied, the largest items, notes."""
+    compute = sum(item.count * len(item.inputs) / ENTRY_RATE[work_of(item)] for item in plan.items)
+    read, write = plan.read_bytes / READ_RATE, plan.write_bytes / WRITE_RATE
+    modes: dict[str, int] = {}
+    for item in plan.items:
+        modes[item.mode] = modes.get(item.mode, 0) + 1
+    largest = sorted(plan.items, key=lambda item: -item.read_bytes)[:5]
+    return {
+        "tensors": plan.counts,
+        "items": modes,
+        "bytes_read": plan.read_bytes,
+        "bytes_written": plan.write_bytes,
+        "shards": len(plan.layout.shards),
+        "memory_limit": plan.arena_bytes + OVERHEAD,
+        "threads": options.thread_count,
+        "seconds": {
+            "read": round(read, 2),
+            "compute": round(compute / options.thread_count, 2),
+            "write": round(write, 2),
+            "total": round(STARTUP + max(read, write, compute / options.thread_count), 2),
+        },
+        "largest": [
+            {"name": safe_name(i.entry.name), "shape": list(i.entry.shape), "bytes_read": i.read_bytes, "how": i.mode}
+            for i in largest
+        ],
+        "notes": plan.notes,
+    }
+
+
+def show_plan(plan: Plan, options: Options) -> None:
+    facts, console = describe_plan(plan, options), Console(highlight=False, soft_wrap=True)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    counts, seconds = facts["tensors"], facts["seconds"]
+    table.add_row("tensors", f"{counts['merged']} merged, {counts['copied']} copied")
+    table.add_row("read", f"{facts['bytes_read'] / 1e9:.2f} GB, about {seconds['read']:.1f} s from disk")
+    table.add_row(
+        "write", f"{facts['bytes_written'] / 1e9:.2f} GB in {facts['shards']} file(s), about {seconds['write']:.1f} s"
+    )
+    table.add_row("compute", f"about {seconds['compute']:.1f} s on {facts['threads']} thread(s)")
+    table.add_row("together", f"about {seconds['total']:.1f} s (the three overlap)")
+    table.add_row("memory", f"at most {facts['memory_limit'] / 1e9:.2f} GB")
+    console.print(table)
+    biggest = Table("largest tensors", "shape", "read", "how", box=None, padding=(0, 2, 0, 0))
+    for item in facts["largest"]:
+        biggest.add_row(item["name"], str(item["shape"]), f"{item['bytes_read'] / 1e6:.1f} MB", item["how"])
+    console.print(biggest)
+    for note in facts["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print("no problems found: `pymerge merge` will run this")
+
+
+def show_methods(methods: list[MethodInfo]) -> None:
+    table = Table("step", "method", "what it does", "data", "paper", box=None, padding=(0, 2, 0, 0))
+    for method in methods:
+        table.add_row(method.step, method.name, method.summary, ", ".join(method.needs) or "none", method.paper)
+    Console(highlight=False).print(table)
+
+
+def show_method(method: MethodInfo) -> None:
+    console = Console(highlight=False)
+    console.print(f"{method.name} ({method.step}): {method.summary}", markup=False)
+    console.print(f"paper: {method.paper or 'none'}; data: {', '.join(method.needs) or 'none'}; base: {method.base}")
+    table = Table("parameter", "default", "in YAML", "range", "meaning", box=None, padding=(0, 2, 0, 0))
+    for p in method.parameters:
+        defaults = ["required" if d is None else str(d) for d in (p.default, p.mergekit_default)]
+        table.add_row(p.name, *defaults, p.range, p.doc + (" (one, or one a model)" if p.per_model else ""))
+    console.print(table)
+
+
+def show_info(fast: bool) -> None:
+    """Versions, processor, and where each operator is native."""
+    from pymerge import _C
+
+    console = Console(highlight=False)
+    console.print(f"pymerge {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    console.print(f"processor path {_C.cpu_level()} (PYMERGE_CPU overrides), {len(os.sched_getaffinity(0))} processors")
+    console.print("transformers " + ("found" if importlib.util.find_spec("transformers") else "not installed"))
+    if fast:
+        return
+    import torch
+
+    from pymerge import ops
+
+    console.print(f"torch {torch.__version__}, cuda {'available' if torch.cuda.is_available() else 'not available'}")
+    table = Table("operator", "cpu", "cuda", box=None, padding=(0, 2, 0, 0))
+    for name, native in ops.native_devices().items():
+        table.add_row(name, *("native" if device in native else "reference" for device in ("cpu", "cuda")))
+    console.print(table)

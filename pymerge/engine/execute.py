@@ -1,0 +1,332 @@
+"""Runs the items of a plan: the caller's thread reads, workers compute, one thread writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from ctypes import string_at
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, TypeVar
+
+from pymerge import _C
+from pymerge.checkpoint import ITEMSIZE, safe_name
+from pymerge.engine.arena import Arena, Block, Closed
+from pymerge.engine.check import FLOATS
+from pymerge.engine.non_finite import settle_non_finite
+from pymerge.engine.pipeline import Output, Pipeline, Segment
+from pymerge.engine.plan import BATCH, Item, Plan
+from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
+from pymerge.errors import InputError, Interrupted
+from pymerge.methods.base import ElementWiseCombine, TensorInfo, chain_rule
+from pymerge.ops.delta_rule import DeltaRule, resolve
+from pymerge.ops.native import delta_params
+from pymerge.recipe import Steps
+
+PAGE = 4096
+IDENTITY = DeltaRule(weights=(1.0,))  # copies one tensor, changing its dtype
+R = TypeVar("R")
+
+
+class Progress(Protocol):
+    def advance(self, read: int, name: str) -> None: ...
+
+
+class Sink(Protocol):
+    """Takes finished segments: a staged folder, or tensors in memory."""
+
+    @property
+    def done(self) -> Mapping[str, Sequence[tuple[int, int, int]]]:
+        """(start, bytes, checksum) of the segments that an earlier run has finished."""
+        ...
+
+    def write(self, name: str, start: int, view: memoryview, crc: int) -> None: ...
+
+
+@dataclass
+class Stop:
+    """Set by a signal handler; looked at between pieces."""
+
+    signal_number: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A range of an item, loaded: where its inputs and its output are in memory."""
+
+    item: Item
+    first: int
+    count: int
+    inputs: tuple[tuple[int, str], ...]  # (address, dtype), base first
+    input_views: tuple[memoryview, ...]
+    out: tuple[int, str]
+    out_view: memoryview
+    number: int = 0
+
+    def part(self, first: int, count: int) -> Piece:
+        """The piece cut down to a range of the item's entries."""
+        skip = first - self.first
+        inputs = tuple(
+            (a + skip * ITEMSIZE[t.dtype], d) for (a, d), t in zip(self.inputs, self.item.inputs, strict=True)
+        )
+        start = skip * self.item.out_width
+        view = self.out_view[start : start + count * self.item.out_width]
+        return replace(
+            self, first=first, count=count, inputs=inputs, out=(self.out[0] + start, self.out[1]), out_view=view
+        )
+
+    @property
+    def tile(self) -> Tile:
+        has_base = self.item.mode != "copy" and self.item.entry.base is not None
+        return Tile(
+            base=self.inputs[0] if has_base else None,
+            tuned=list(self.inputs[1:] if has_base else self.inputs),
+            count=self.count,
+            index0=self.first,
+            number=self.number,
+            rule=self.item.rule or IDENTITY,
+        )
+
+
+class Executor:
+    """One run of a plan into a sink."""
+
+    def __init__(self, plan: Plan, sink: Sink, *, threads: int, device: str, progress: Progress, stop: Stop) -> None:
+        self.plan, self.sink, self.device, self.progress, self.stop = plan, sink, device, progress, stop
+        self.arena = Arena(plan.arena_bytes)
+        self.pipeline = Pipeline(self.arena, threads, self.write)
+        self.done = {name: {(start, size): crc for start, size, crc in parts} for name, parts in sink.done.items()}
+        self.written: dict[str, list[tuple[int, int, int]]] = {}
+        self.answers: list[DeltaRule] = []  # of the model-wide surveys
+        self.params: dict[int, object] = {}  # id of an answered tiled item -> native parameters
+
+    def run(self) -> None:
+        """Everything that is not done yet. Raises Interrupted after a signal, with the finished work kept."""
+        try:
+            with self.pipeline:
+                for steps, items in self.plan.surveys:
+                    self.answers.append(self.survey_model(steps, items))
+                for batch in batches(self.todo()):
+                    self.start(batch)
+                self.pipeline.drain()
+        except Closed:
+            self.check_stop()
+            self.pipeline.raise_error()
+            raise
+
+    def check_stop(self) -> None:
+        if self.stop.signal_number is not None:
+            raise Interrupted("stopped", self.stop.signal_number)
+
+    def write(self, segment: Segment) -> None:
+        self.sink.write(segment.name, segment.start, segment.view, segment.crc)
+        self.written.setdefault(segment.name, []).append((segment.start, len(segment.view), segment.crc))
+
+    def segments(self) -> dict[str, list[tuple[int, int, int]]]:
+        """(start, bytes, checksum) of every segment of the output, this run's and those it found finished."""
+        segments = {name: list(parts) for name, parts in self.written.items()}
+        for item in self.plan.items:
+            name = item.entry.name
+            parts = self.done.get(name, {})
+            for first, count in tiles(item, item.first, item.count):
+                place = (first * item.out_width, count * item.out_width)
+                if place in parts and not any(start == place[0] for start, _, _ in self.written.get(name, ())):
+                    segments.setdefault(name, []).append((*place, parts[place]))
+        return segments
+
+    # what is left to do
+
+    def todo(self) -> Iterator[tuple[Item, int, int]]:
+        """(item, first, count) of every range to be read, in order; a held tensor is one range."""
+        for item in self.plan.items:
+            step = item.count if item.mode in ("held", "generic") else item.tile
+            for first in range(item.first, item.first + item.count, max(1, step)):
+                count = min(step, item.first + item.count - first)
+                if not self.is_done(item, first, count):
+                    yield item, first, count
+
+    def is_done(self, item: Item, first: int, count: int) -> bool:
+        """Whether the journal vouches for every tile of the range."""
+        parts = self.done.get(item.entry.name)
+        return parts is not None and all(
+            (start * item.out_width, size * item.out_width) in parts for start, size in tiles(item, first, count)
+        )
+
+    # reading
+
+    def load(self, ranges: Sequence[tuple[Item, int, int]]) -> tuple[Block, list[Piece]]:
+        """Reads the ranges into one block that has room for their outputs too."""
+        block = self.arena.take(sum(item.block_bytes(count) for item, _, count in ranges))
+        pieces, at = [], 0
+        for item, first, count in ranges:
+            self.check_stop()
+            # Direct I/O wants memory and file offsets to agree modulo the page size.
+            at += (self.plan.layout.slots[item.entry.name].offset + first * item.out_width) % PAGE
+            out, size = at, count * item.out_width
+            inputs, views = [], []
+            for tensor, read in zip(item.inputs, item.input_bytes(count), strict=True):
+                in_place = not inputs and item.mode == "copy" and tensor.dtype == item.entry.dtype
+                start = out if in_place else -(-max(at, out + size) // PAGE) * PAGE
+                tensor.read_into(block.view[start : start + read], first * ITEMSIZE[tensor.dtype])
+                inputs.append((block.address + start, tensor.dtype))
+                views.append(block.view[start : start + read])
+                at = start + read
+            pieces.append(
+                Piece(
+                    item=item,
+                    first=first,
+                    count=count,
+                    inputs=tuple(inputs),
+                    input_views=tuple(views),
+                    out=(block.address + out, item.entry.dtype),
+                    out_view=block.view[out : out + size],
+                )
+            )
+            at = -(-max(at, out + size) // PAGE) * PAGE
+            self.progress.advance(item.read_bytes * count // max(1, item.count), item.entry.name)
+        return block, pieces
+
+    def start(self, batch: Sequence[tuple[Item, int, int]]) -> None:
+        """Read a batch and hand it to the workers."""
+        item = batch[0][0]
+        if item.mode == "swept" and id(item) not in self.params:
+            self.answer_swept(item)
+        block, pieces = self.load(batch)
+        if len(pieces) == 1 and item.mode == "held":
+            self.pipeline.submit(partial(self.compute_held, block, pieces[0]))
+        else:
+            self.pipeline.submit(partial(self.compute, block, pieces))
+
+    # computing (worker threads)
+
+    def compute(self, block: Block, pieces: Sequence[Piece]) -> Output:
+        return Output(block, [self.merge(piece, self.answer(piece)) for piece in pieces])
+
+    def compute_held(self, block: Block, piece: Piece) -> Output | None:
+        """Answer the rule from memory, then let all workers apply it, tile by tile."""
+        params = self.answer(piece)
+        left = [
+            piece.part(first, count)
+            for first, count in tiles(piece.item, piece.first, piece.count)
+            if not self.is_done(piece.item, first, count)
+        ]
+        block.hold(len(left) - 1)
+        for part in reversed(left[1:]):
+            self.pipeline.submit(partial(self.apply, block, part, params), first=True)
+        return self.apply(block, left[0], params)
+
+    def apply(self, block: Block, piece: Piece, params: object) -> Output:
+        return Output(block, [self.merge(piece, params)])
+
+    def answer(self, piece: Piece) -> object:
+        """Native parameters of the piece's rule, every question answered."""
+        item = piece.item
+        if item.mode in ("copy", "generic"):
+            return None
+        if id(item) in self.params:
+            return self.params[id(item)]
+        assert item.rule is not None
+        if item.survey_scope is not None:
+            rule = replace(self.answers[item.survey_scope], keep=item.rule.keep, keys=item.rule.keys)
+        else:
+            rule = resolve(item.rule, HeldSurvey(piece.tile))  # only held items ask
+        params = delta_params(rule)
+        if piece.count < item.count:
+            self.params[id(item)] = params
+        return params
+
+    def merge(self, piece: Piece, params: object) -> Segment:
+        """Computes the piece's output in place and checks it."""
+        entry = piece.item.entry
+        if piece.item.mode == "copy":
+            self.copy(piece)
+        elif piece.item.mode == "generic":
+            from pymerge.engine.generic import merge_generic
+
+            merge_generic(self.plan, piece, self.device)
+        else:
+            tile = piece.tile
+            bad = _C.delta_merge(tile.base, tile.tuned, tile.base, piece.out, piece.count, piece.first, params)
+            if any(bad):
+                settle_non_finite(self.plan.recipe, piece, bad, params)
+        size = piece.count * piece.item.out_width
+        crc = _C.crc32c((piece.out[0], size))
+        return Segment(entry.name, piece.first * piece.item.out_width, piece.out_view, crc)
+
+    def copy(self, piece: Piece) -> None:
+        """Checks what `load` has put in place; changes the dtype if asked."""
+        entry, size = piece.item.entry, piece.count * piece.item.out_width
+        (address, dtype), *others = piece.inputs
+        for other, _ in others:
+            if string_at(address, size) != string_at(other, size):
+                raise InputError(
+                    f"{safe_name(entry.name)}: {dtype} values differ between the models; integers are never averaged. "
+                    "Say `relax: {buffers: base}` to keep the base's."
+                )
+        if dtype != entry.dtype:
+            params = delta_params(IDENTITY)
+            bad = _C.delta_merge(None, [(address, dtype)], None, piece.out, piece.count, piece.first, params)
+            if any(bad):
+                settle_non_finite(self.plan.recipe, piece, bad, params)
+        elif dtype in FLOATS and self.plan.recipe.relaxations.get("nonfinite") != "keep":
+            bad = _C.count_nonfinite((address, dtype), piece.count)[0]
+            if bad:
+                settle_non_finite(self.plan.recipe, piece, [bad, 0, bad], None)
+
+    # surveys over more than fits into memory
+
+    def sweep_items(self, items: Sequence[Item]) -> Callable[..., list]:
+        """A function that runs another over all tiles of the items, reading ahead, and returns its results in order."""
+        ranges = [(item, first, count) for item in items for first, count in tiles(item, item.first, item.count)]
+
+        def sweep(function: Callable[[Tile], R], only: Collection[int] | None = None) -> list[R]:
+            numbers = [n for n in range(len(ranges)) if only is None or n in only]
+            results: dict[int, R] = {}
+
+            def work(block: Block, piece: Piece) -> None:
+                results[piece.number] = function(piece.tile)
+                block.release()
+
+            for number in numbers:
+                block, (piece,) = self.load([ranges[number]])
+                self.pipeline.submit(partial(work, block, replace(piece, number=number)))
+            self.pipeline.drain()
+            return [results[number] for number in numbers]
+
+        return sweep
+
+    def answer_swept(self, item: Item) -> None:
+        assert item.rule is not None
+        survey = SweptSurvey(self.sweep_items([item]), len(item.entry.tuned))
+        self.params[id(item)] = delta_params(resolve(item.rule, survey))
+
+    def survey_model(self, steps: Steps, items: Sequence[Item]) -> DeltaRule:
+        """The rule of the concatenation of all items, answered."""
+        assert isinstance(steps.combine, ElementWiseCombine)
+        tasks = len(items[0].entry.tuned)
+        info = TensorInfo(name="", shape=(sum(item.count for item in items),), tasks=tasks, seed=self.plan.recipe.seed)
+        return resolve(chain_rule(steps.purify, steps.combine, info), SweptSurvey(self.sweep_items(items), tasks))
+
+
+def tiles(item: Item, first: int, count: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of the tiles of a range; tile borders are multiples of the tile size from the item's start."""
+    for start in range(first, first + count, item.tile):
+        yield start, min(item.tile, first + count - start)
+
+
+def batches(todo: Iterator[tuple[Item, int, int]]) -> Iterator[list[tuple[Item, int, int]]]:
+    """Small consecutive ranges together, large ones alone."""
+    batch: list[tuple[Item, int, int]] = []
+    size = 0
+    for item, first, count in todo:
+        more = item.block_bytes(count)
+        alone = item.mode in ("swept", "generic") or more > BATCH
+        if batch and (alone or size + more > BATCH):
+            yield batch
+            batch, size = [], 0
+        if alone:
+            yield [(item, first, count)]
+        else:
+            batch.append((item, first, count))
+            size += more
+    if batch:
+        yield batch

@@ -1,0 +1,168 @@
+"""A merge from disk to disk in this process: check, plan, stage, run, commit."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, copy_side_files, open_checkpoint, write_card
+from pymerge.checkpoint.index import write_index
+from pymerge.engine.execute import Executor, Stop
+from pymerge.engine.plan import Options, Plan, make_plan
+from pymerge.engine.progress import make_progress
+from pymerge.engine.summary import summary_of
+from pymerge.errors import Interrupted, MergeError
+from pymerge.recipe import ModelRef, Recipe
+from pymerge.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The opened models of a recipe."""
+
+    base: Checkpoint | None
+    models: tuple[Checkpoint, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[Checkpoint, ...]:
+        models = tuple(model for model in self.models if model is not self.base)
+        return ((self.base,) if self.base is not None else ()) + models
+
+    @property
+    def reference(self) -> Checkpoint:
+        """Gives the output its names, order, side files."""
+        return self.all[0]
+
+
+def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
+    known: dict[str, Checkpoint] = {}  # a base may be one of the models too
+
+    def opened(model: ModelRef) -> Checkpoint:
+        if model.path not in known:
+            source = state_of(model.value) if model.in_memory else model.path
+            known[model.path] = open_checkpoint(source, allow_pickle=options.allow_pickle, prefer=options.prefer)
+            stack.callback(known[model.path].close)
+        return known[model.path]
+
+    return Inputs(
+        base=opened(recipe.base) if recipe.base is not None else None,
+        models=tuple(opened(model) for model in recipe.models),
+        labels=tuple(model.path for model in recipe.models),
+    )
+
+
+def state_of(model: Any) -> Mapping[str, Any]:
+    """The tensors of a state dict or of a module."""
+    return model if isinstance(model, Mapping) else model.state_dict()
+
+
+def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
+    """What `merge` would do: every check that headers allow, nothing computed."""
+    options = options or Options()
+    with ExitStack() as stack:
+        inputs = open_inputs(recipe, options, stack)
+        return make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
+
+
+def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = None) -> dict[str, Any]:
+    """Merges into the folder `out`, which appears complete or not at all. Returns the summary written to merge.json.
+
+    Raises a MergeError: before anything is computed for what headers and recipe tell; Interrupted after a signal, when
+    the same call resumes."""
+    options, out, started = options or Options(), Path(out), time.monotonic()
+    with ExitStack() as stack:
+        inputs = open_inputs(recipe, options, stack)
+        check_output_path(out, inputs.all, overwrite=options.overwrite)
+        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
+        staged = StagedOutput(
+            out, plan.layout, identity(recipe, inputs, options), overwrite=options.overwrite, resume=options.resume
+        )
+        executor = run_staged(plan, staged, options)
+        for checkpoint in inputs.all:
+            checkpoint.check_unchanged()
+        seconds = time.monotonic() - started
+        summary = summary_of(plan, inputs.all, executor.segments(), seconds=seconds, peak=peak_memory())
+        staged.commit(lambda folder: write_side_files(folder, recipe, inputs, plan, summary))
+    return summary
+
+
+def identity(recipe: Recipe, inputs: Inputs, options: Options) -> Mapping[str, Any]:
+    """What must be the same for a resumed merge to give the bytes of an uninterrupted one."""
+    return {
+        "pymerge": __version__,
+        "recipe": recipe.to_dict(),
+        "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
+        "shard_bytes": options.shard_bytes,
+        "device": options.device,
+    }
+
+
+def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> Executor:
+    """Runs the plan; keeps what is done after a signal or a crash, removes it after an error that is sure to recur."""
+    stop = Stop()
+    try:
+        with make_progress(plan.read_bytes, options.progress) as progress:
+            executor = Executor(
+                plan, staged, threads=options.thread_count, device=options.device, progress=progress, stop=stop
+            )
+            with stopped_by_signals(stop, executor):
+                executor.run()
+    except Interrupted as error:
+        staged.abort(keep=True)
+        raise Interrupted(
+            f"stopped by signal {error.exit_code - 128}; what is finished is kept: the same command continues it",
+            error.exit_code - 128,
+        ) from None
+    except MergeError:
+        staged.abort(keep=False)
+        raise
+    except BaseException:
+        staged.abort(keep=True)
+        raise
+    return executor
+
+
+@contextmanager
+def stopped_by_signals(stop: Stop, executor: Executor) -> Iterator[None]:
+    """SIGINT and SIGTERM stop the merge between two pieces. Only the main thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.signal_number = number
+        executor.arena.close()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, plan: Plan, summary: dict[str, Any]) -> None:
+    """Everything beside the weights, into the staging folder."""
+    summary["side_files"] = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype)
+    write_index(folder, plan.layout)
+    write_card(folder, recipe, summary)
+    (folder / "merge.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / "merge.json").read_text())

@@ -1,0 +1,56 @@
+"""merge.json: what was merged from what, how, with which relaxations, and the checksum of every tensor written."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pymerge import _C
+from pymerge.checkpoint import Checkpoint
+from pymerge.engine.plan import Plan
+from pymerge.version import __version__
+
+FORMAT = 1  # of merge.json
+
+
+def checksums(plan: Plan, done: Mapping[str, Sequence[tuple[int, int, int]]]) -> dict[str, str]:
+    """CRC-32C of every output tensor, from its segments."""
+    sums = {}
+    for name in plan.layout.slots:
+        crc, at = 0, 0
+        for start, size, part in sorted(done.get(name, ())):
+            if start != at:
+                raise RuntimeError(f"{name}: bytes {at} to {start} were never written")
+            crc, at = _C.crc32c_combine(crc, part, size), start + size
+        sums[name] = f"{crc:08x}"
+    return sums
+
+
+def summary_of(
+    plan: Plan,
+    inputs: Sequence[Checkpoint],
+    done: Mapping[str, Sequence[tuple[int, int, int]]],
+    *,
+    seconds: float,
+    peak: int,
+) -> dict[str, Any]:
+    """What merge.json says."""
+    return {
+        "format": FORMAT,
+        "pymerge": __version__,
+        "python": platform.python_version(),
+        "machine": {"processor": platform.machine(), "cpu_level": _C.cpu_level()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": plan.recipe.to_dict(),
+        "inputs": [checkpoint.fingerprint() for checkpoint in inputs],
+        "tensors": plan.counts,
+        "relaxations": plan.recipe.relaxations,
+        "notes": [*plan.recipe.notes, *plan.notes],
+        "bytes_read": plan.read_bytes,
+        "bytes_written": plan.write_bytes,
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": peak,
+        "checksums": checksums(plan, done),
+    }

@@ -1,0 +1,71 @@
+"""Is a merged model on disk what was written? Checksums, headers, finite values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pymerge import _C
+from pymerge.checkpoint import ITEMSIZE, AnyTensor, open_checkpoint, safe_name
+from pymerge.engine.arena import Arena
+from pymerge.engine.check import FLOATS
+from pymerge.errors import CorruptFile, InputError
+
+CHUNK = 8 << 20  # bytes read at a time
+
+
+def verify(folder: str | Path, *, load: bool = False) -> dict[str, Any]:
+    """Reads every tensor of a merged model again and compares it with merge.json.
+
+    load     also load the model with transformers (AutoModel), on the CPU
+    Returns  {"tensors", "bytes"}
+    Raises   CorruptFile naming every tensor that is not what was written, or holds NaN or Inf."""
+    folder = Path(folder)
+    path = folder / "merge.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no merge.json here: only models that pymerge wrote can be verified")
+    summary = json.loads(path.read_text())
+    wanted: dict[str, str] = summary["checksums"]
+    finite = summary["relaxations"].get("nonfinite") != "keep"
+    arena, problems, total = Arena(CHUNK), [], 0
+    block = arena.take(CHUNK)
+    with open_checkpoint(folder) as checkpoint:
+        problems += [f"{safe_name(name)}: missing" for name in wanted if name not in checkpoint]
+        problems += [f"{safe_name(name)}: not in merge.json" for name in checkpoint if name not in wanted]
+        for name, tensor in checkpoint.items():
+            crc, bad = scan(tensor, block.view, block.address)
+            total += tensor.nbytes
+            if name in wanted and f"{crc:08x}" != wanted[name]:
+                problems.append(f"{safe_name(name)}: checksum {crc:08x}, written was {wanted[name]}")
+            elif bad and finite:
+                problems.append(f"{safe_name(name)}: {bad} NaN or Inf")
+        count = len(checkpoint)
+    if problems:
+        raise CorruptFile(f"{folder}: {len(problems)} tensor(s) are not what was written:\n" + "\n".join(problems[:20]))
+    if load:
+        load_with_transformers(folder)
+    return {"tensors": count, "bytes": total}
+
+
+def scan(tensor: AnyTensor, view: memoryview, address: int) -> tuple[int, int]:
+    """(checksum, number of NaN and Inf) of a tensor, read in chunks."""
+    crc = bad = 0
+    for start in range(0, tensor.nbytes, CHUNK):
+        size = min(CHUNK, tensor.nbytes - start)
+        tensor.read_into(view[:size], start)
+        crc = _C.crc32c((address, size), crc)
+        if tensor.dtype in FLOATS:
+            bad += _C.count_nonfinite((address, tensor.dtype), size // ITEMSIZE[tensor.dtype])[0]
+    return crc, bad
+
+
+def load_with_transformers(folder: Path) -> None:
+    try:
+        from transformers import AutoModel
+    except ImportError as error:
+        raise InputError("loading needs transformers: pip install 'pymerge[hf]'") from error
+    try:
+        AutoModel.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CorruptFile(f"{folder}: transformers does not load it: {error}") from error
