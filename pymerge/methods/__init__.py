@@ -1,4 +1,5 @@
-"""Merge methods: one file each. `list` names them, `describe` explains one, `get` returns its class. Imports no torch."""
+"""Merge methods: one file each. `list` names them, `describe` explains one, `get` returns its class. Imports no "
+"torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One hyperparameter: its documentation, its default in each style, its range. The one place where ranges are checked."""
+"""One hyperparameter: its documentation, its default in each style, its range. The one place where ranges are "
+"checked."""
 
 from __future__ import annotations
 

@@ -1,0 +1,44 @@
+"""The words of a recipe."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KEYS: Final = (
+    "base_model",
+    "models",
+    "merge_method",
+    "parameters",
+    "purify",
+    "calibrate",
+    "exclude",
+    "include",
+    "style",
+    "seed",
+    "strict",
+    "relax",
+    "dtype",
+    "out_dtype",
+)
+LATER: Final = ("align", "slices", "modules", "tokenizer_source", "tokenizer", "chat_template", "split", "join")
+LATER_OF_MODEL: Final = ("statistics", "data")
+DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
+RELAXATIONS: Final[dict[str, tuple[str, ...]]] = {
+    "missing": ("base", "skip"),
+    "extra": ("drop", "copy"),
+    "vocabulary": ("base_rows", "common_rows"),
+    "overflow": ("clamp",),
+    "nonfinite": ("keep",),
+    "buffers": ("base",),
+}
+LENIENT: Final = {
+    "missing": "base",
+    "extra": "drop",
+    "vocabulary": "common_rows",
+    "overflow": "clamp",
+    "nonfinite": "keep",
+    "buffers": "base",
+}  # strict: false
+
+
+DTYPE_WORDS: Final = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}

@@ -1,0 +1,27 @@
+"""Where in the depth of the model a tensor sits: the t of gradients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def layer_positions(names: Iterable[str]) -> dict[str, float]:
+    """Tensor name -> t: index / (layers - 1) of its layer, 1 in a stack of one layer, 0 outside of all layers.
+
+    A tensor's layer is the first number between dots in its name; what stands before it names the stack, so an encoder
+    and a decoder each run from 0 to 1.
+    """
+    names = list(names)
+    found = {name: match for name in names if (match := _LAYER.search(name))}
+    last: dict[str, int] = {}
+    for name, match in found.items():
+        stack = name[: match.start()]
+        last[stack] = max(last.get(stack, 0), int(match[1]))
+    positions = dict.fromkeys(names, 0.0)
+    for name, match in found.items():
+        layers = last[name[: match.start()]]
+        positions[name] = int(match[1]) / layers if layers else 1.0
+    return positions

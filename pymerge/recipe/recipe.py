@@ -1,0 +1,186 @@
+"""The description of a merge, checked: models, steps, dtypes, exclusions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pymerge.errors import RecipeError
+from pymerge.methods.base import Combine, Style
+from pymerge.recipe.keys import LENIENT
+from pymerge.recipe.layers import layer_positions
+from pymerge.recipe.models import ModelRef
+from pymerge.recipe.problems import Problems
+from pymerge.recipe.python_api import python_mapping
+from pymerge.recipe.schema import Parsed, parse_recipe
+from pymerge.recipe.settings import Setting
+from pymerge.recipe.steps import Steps, StepSpec, StepTemplate
+
+DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One merge. Built by `from_yaml`, `from_dict` or `from_kwargs`, which raise one RecipeError that lists every
+    problem.
+
+    base      the base model: what is subtracted (`subtract_base`), and whose side files and untouched tensors the
+              output gets
+    models    the T models that the methods see as tasks, in order; contains the base where a method averages or
+              interpolates it
+    listed    the models as the recipe lists them, the base included or not
+    params    hyperparameters of the combine step for all models; a model's own are in its `params`
+    notes     what the recipe says without effect, for the summary
+    """
+
+    method: str
+    base: ModelRef | None
+    models: tuple[ModelRef, ...]
+    listed: tuple[ModelRef, ...]
+    params: Mapping[str, Setting]
+    purify: tuple[StepSpec, ...]
+    calibrate: tuple[StepSpec, ...]
+    style: Style
+    seed: int
+    exclude: tuple[str, ...]
+    include: tuple[str, ...]
+    strict: bool
+    relax: Mapping[str, str]
+    dtype: str | None
+    out_dtype: str | None
+    notes: tuple[str, ...] = field(compare=False)
+    templates: tuple[StepTemplate, ...] = field(repr=False, compare=False)  # purify, combine, calibrate
+    _steps: dict[Any, Steps] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def from_yaml(cls, source: str | os.PathLike[str], *, models_must_exist: bool = True) -> Recipe:
+        """A recipe from a YAML file, or from YAML text (text has more than one line or a colon and is not a file)."""
+        from pymerge.recipe.yaml_text import parse_yaml, read_yaml
+
+        is_text = isinstance(source, str) and ("\n" in source or (":" in source and not os.path.exists(source)))
+        if is_text:
+            return cls.from_dict(parse_yaml(str(source), "recipe"), models_must_exist=models_must_exist)
+        path = Path(source)
+        return cls.from_dict(read_yaml(path), source=str(path), models_must_exist=models_must_exist)
+
+    @classmethod
+    def from_dict(cls, raw: Any, *, source: str = "recipe", models_must_exist: bool = True) -> Recipe:
+        """A recipe from the plain data of its YAML (mergekit's defaults unless `style` says otherwise)."""
+        return cls._of(parse_recipe(raw, source, python=False, must_exist=models_must_exist))
+
+    @classmethod
+    def from_kwargs(cls, base: Any, models: Sequence[Any], method: str, **options: Any) -> Recipe:
+        """A recipe from Python arguments (the authors' defaults unless `style` says otherwise).
+
+        base, models  paths, or models in memory: mappings from name to tensor, or modules. base None: the method needs
+        none
+        options       keys of a recipe (purify, calibrate, exclude, include, style, seed, strict, relax, dtype,
+                      out_dtype) and hyperparameters of the method; a list for a per-model hyperparameter has one entry
+                      a model
+        """
+        problems = Problems("merge")
+        raw = python_mapping(base, models, method, options, problems)
+        return cls._of(parse_recipe(raw, "merge", python=True, must_exist=True, problems=problems))
+
+    @classmethod
+    def _of(cls, parsed: Parsed) -> Recipe:
+        return cls(**vars(parsed))
+
+    @cached_property
+    def combine_class(self) -> type[Combine]:
+        cls = self.templates[len(self.purify)].cls
+        assert issubclass(cls, Combine)
+        return cls
+
+    @property
+    def subtract_base(self) -> bool:
+        """Whether methods see task vectors (model minus base) and their result is added to the base."""
+        return self.combine_class.base_role == "required"
+
+    @property
+    def output_dtype(self) -> str | None:
+        """Code of the output dtype (BF16, ...), None: as the base, or the first model, is stored."""
+        name = self.out_dtype or self.dtype
+        return DTYPE_CODES[name] if name else None
+
+    @property
+    def relaxations(self) -> dict[str, str]:
+        """The checks that may be relaxed, and how: those of `relax`, and with strict false those that mergekit does "
+        "not make."""
+        return (dict(LENIENT) if not self.strict else {}) | dict(self.relax)
+
+    def selects(self, name: str) -> bool:
+        """Whether a tensor is merged; others are taken from the base (or the first model)."""
+        included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
+        return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    @cached_property
+    def static(self) -> bool:
+        """Whether all tensors have the same hyperparameters."""
+        return all(template.static for template in self.templates)
+
+    def steps_for(self, name: str, layer_t: float) -> Steps:
+        """The steps of one tensor; the same object for equal hyperparameters. layer_t: its entry in "
+        "`layer_positions`."""
+        if self.static and self._steps:
+            return next(iter(self._steps.values()))
+        built: list[Any] = [template.at(name, layer_t) for template in self.templates]
+        key = tuple(map(id, built))
+        if key not in self._steps:
+            at = len(self.purify)
+            self._steps[key] = Steps(purify=tuple(built[:at]), combine=built[at], calibrate=tuple(built[at + 1 :]))
+        return self._steps[key]
+
+    def resolve(self, names: Iterable[str]) -> dict[str, Steps]:
+        """Tensor name -> steps, for all selected names; one RecipeError lists the names for which a value is missing "
+        "or wrong."""
+        problems = Problems(self.method)
+        found: dict[str, Steps] = {}
+        for name, t in layer_positions(names).items():
+            if not self.selects(name):
+                continue
+            try:
+                found[name] = self.steps_for(name, t)
+            except RecipeError as e:
+                problems.add("", str(e))
+        problems.raise_if_any()
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back to an equal recipe; its keys are in a fixed order, defaults left "
+        "out."""
+        out: dict[str, Any] = {}
+        if self.base is not None:
+            out["base_model"] = self.base.path
+        out["models"] = [_model_plain(m) for m in self.listed]
+        out["merge_method"] = self.method
+        out["parameters"] = {name: setting.plain() for name, setting in self.params.items()}
+        out["purify"] = [spec.plain() for spec in self.purify]
+        out["calibrate"] = [spec.plain() for spec in self.calibrate]
+        out |= {"exclude": list(self.exclude), "include": list(self.include), "style": self.style, "seed": self.seed}
+        out |= {"strict": None if self.strict else False, "relax": dict(self.relax)}
+        out |= {"dtype": self.dtype, "out_dtype": self.out_dtype}
+        return {key: value for key, value in out.items() if value not in (None, [], {})}
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+    def digest(self) -> str:
+        """Names this recipe in a journal: equal for equal recipes, 32 hexadecimal digits."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _model_plain(model: ModelRef) -> dict[str, Any]:
+    params = {name: setting.plain() for name, setting in model.params.items()}
+    return {"model": model.path} | ({"parameters": params} if params else {})
