@@ -1,5 +1,4 @@
-"""Merge methods: one file each. `list` names them, `describe` explains one, `get` returns its class. Imports no "
-"torch."""
+"""Merge methods: one file each. `list` names them, `describe` explains one, `get` returns its class. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from pymerge.methods import (
     ties,
     trim,
 )
-from pymerge.methods.base import REGISTRY, REQUIRED, UNUSED, Combine, Method, register
+from pymerge.methods.base import REGISTRY, Combine, Method, register
 from pymerge.methods.param import params_of
 
 __all__ = ["REGISTRY", "MethodInfo", "ParamInfo", "describe", "get", "list", "register"]

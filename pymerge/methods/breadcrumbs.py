@@ -43,8 +43,7 @@ def middle_of_tensor(density: Any, gamma: Any, info: TensorInfo, style: Style) -
 
 
 def middle_of_rows(density: Any, gamma: Any, info: TensorInfo) -> dict[str, Any]:
-    """`skip`, `top`, `row_length` as the authors count them: over rows of the last dimension; a scalar keeps its "
-    "delta."""
+    """`skip`, `top`, `row_length` as the authors count them: by rows of the last dimension; a scalar is kept whole."""
     if not info.shape or info.numel == 0:
         return {}
     n = info.shape[-1]

@@ -1,5 +1,4 @@
-"""One hyperparameter: its documentation, its default in each style, its range. The one place where ranges are "
-"checked."""
+"""One hyperparameter: its documentation, its default in each style, and its range, which is checked here alone."""
 
 from __future__ import annotations
 

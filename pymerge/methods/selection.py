@@ -14,8 +14,7 @@ _SUM_FLOOR = 1e-8  # below it mergekit's normalisation does not divide
 
 
 def trim_exactly(density: float, entries: int) -> int:
-    """Entries that a magnitude trim keeps: int(density * entries) as mergekit 0.1.5, at least one unless density is "
-    "0."""
+    """Entries that a trim keeps in mergekit 0.1.5: int(density * entries), at least one unless density is 0."""
     if density >= 1:
         return entries
     return max(1, int(density * entries)) if density > 0 else 0

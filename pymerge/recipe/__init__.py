@@ -1,5 +1,4 @@
-"""A merge as one checked object: what is merged, by which steps, with which hyperparameters for which tensor. No "
-"torch."""
+"""A merge as one checked object: what is merged, by which steps, with which values for which tensor. No torch."""
 
 from pymerge.recipe.layers import layer_positions
 from pymerge.recipe.recipe import ModelRef, Recipe, Steps

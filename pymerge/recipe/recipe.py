@@ -112,8 +112,7 @@ class Recipe:
 
     @property
     def relaxations(self) -> dict[str, str]:
-        """The checks that may be relaxed, and how: those of `relax`, and with strict false those that mergekit does "
-        "not make."""
+        """The checks that are relaxed, and how: those of `relax`; with strict false also those mergekit does not make."""
         return (dict(LENIENT) if not self.strict else {}) | dict(self.relax)
 
     def selects(self, name: str) -> bool:
@@ -127,8 +126,7 @@ class Recipe:
         return all(template.static for template in self.templates)
 
     def steps_for(self, name: str, layer_t: float) -> Steps:
-        """The steps of one tensor; the same object for equal hyperparameters. layer_t: its entry in "
-        "`layer_positions`."""
+        """The steps of one tensor; one object for equal hyperparameters. layer_t: the tensor's `layer_positions`."""
         if self.static and self._steps:
             return next(iter(self._steps.values()))
         built: list[Any] = [template.at(name, layer_t) for template in self.templates]
@@ -139,8 +137,7 @@ class Recipe:
         return self._steps[key]
 
     def resolve(self, names: Iterable[str]) -> dict[str, Steps]:
-        """Tensor name -> steps, for all selected names; one RecipeError lists the names for which a value is missing "
-        "or wrong."""
+        """Name -> steps, for all selected names; one RecipeError for all names where a value is missing or wrong."""
         problems = Problems(self.method)
         found: dict[str, Steps] = {}
         for name, t in layer_positions(names).items():
@@ -154,8 +151,7 @@ class Recipe:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` reads back to an equal recipe; its keys are in a fixed order, defaults left "
-        "out."""
+        """Plain data that `from_dict` reads back to an equal recipe; keys in a fixed order, empty ones left out."""
         out: dict[str, Any] = {}
         if self.base is not None:
             out["base_model"] = self.base.path

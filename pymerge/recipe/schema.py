@@ -186,8 +186,8 @@ class _Parser:
             if len(tasks) > len(listed) and (self.python or "weight" not in (self.raw.get("parameters") or {})):
                 self.problems.add(
                     "base_model",
-                    f"{cls.name} averages the base like any other model: list it with its weight, or leave base_model "
-                    "out",
+                    f"{cls.name} averages the base like any other model: list it with its weight, or leave out "
+                    "base_model",
                 )
             return tasks
         for model in listed:
@@ -305,8 +305,7 @@ class _Parser:
         return {str(name): str(choice) for name, choice in value.items()}
 
     def _together(self, templates: tuple[StepTemplate, ...], purify: int, tasks: int) -> None:
-        """Steps that are each fine and do not go together. Only for hyperparameters that are the same for all "
-        "tensors."""
+        """Steps that are each fine and do not go together; where hyperparameters differ by tensor, the plan checks."""
         combine = templates[purify].cls
         assert issubclass(combine, Combine)
         if purify and combine.base_role != "required":

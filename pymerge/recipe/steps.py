@@ -1,5 +1,4 @@
-"""The steps of a recipe: as written (`StepSpec`), as looked up for each tensor (`StepTemplate`), as method objects "
-"(`Steps`)."""
+"""The steps of a recipe: as written (`StepSpec`), as looked up (`StepTemplate`), as method objects (`Steps`)."""
 
 from __future__ import annotations
 
