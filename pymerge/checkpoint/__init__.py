@@ -1,9 +1,10 @@
-"""Weights at rest: the only room that opens weight files (crash safety and untrusted input live here and nowhere "
-"else)."""
+"""Weights at rest: crash safety and untrusted input live in this room and nowhere else."""
 
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, safe_name
 from pymerge.checkpoint.layout import Layout, Shard, Slot, plan_layout
+from pymerge.checkpoint.place import check_output_path
 from pymerge.checkpoint.read import AnyTensor, Checkpoint, LazyTensor, MemoryTensor, open_checkpoint
+from pymerge.checkpoint.write import StagedOutput
 
 __all__ = [
     "ITEMSIZE",
@@ -15,6 +16,8 @@ __all__ = [
     "MemoryTensor",
     "Shard",
     "Slot",
+    "StagedOutput",
+    "check_output_path",
     "open_checkpoint",
     "plan_layout",
     "safe_name",

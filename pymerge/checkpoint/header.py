@@ -171,8 +171,8 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
         if type(dtype) is not str or dtype not in ITEMSIZE:
             unsupported.append(f"{safe_name(name)} ({_shown(dtype)})")
             continue
-        shape = _shape(fields["shape"], name, where)
-        nbytes = _nbytes(shape, ITEMSIZE[dtype], name, where)
+        nbytes = _nbytes(fields["shape"], ITEMSIZE[dtype], name, where)
+        shape = tuple(fields["shape"])
         if type(offsets) is not list or len(offsets) != 2 or type(offsets[0]) is not int or type(offsets[1]) is not int:
             raise CorruptFile(
                 f"{where}: tensor {safe_name(name)}: data_offsets must be two integers, found {_shown(offsets)}"
@@ -213,22 +213,18 @@ def _metadata(found: Any, where: str) -> dict[str, str]:
     return found
 
 
-def _shape(shape: Any, name: str, where: str) -> tuple[int, ...]:
-    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in shape):
-        raise CorruptFile(
-            f"{where}: tensor {safe_name(name)}: the shape must be a list of integers >= 0, found {_shown(shape)}"
-        )
-    return tuple(shape)
-
-
-def _nbytes(shape: tuple[int, ...], itemsize: int, name: str, where: str) -> int:
+def _nbytes(shape: Any, itemsize: int, name: str, where: str) -> int:
+    """Bytes of a tensor; its shape is checked on the way."""
+    if type(shape) is not list:
+        raise CorruptFile(f"{where}: tensor {safe_name(name)}: the shape must be a list, found {_shown(shape)}")
     nbytes = itemsize
     for n in shape:
+        if type(n) is not int or n < 0:
+            raise
+            CorruptFile(f"{where}: tensor {safe_name(name)}: the shape {_shown(shape)} has entries that are no sizes")
         nbytes *= n
         if nbytes > MAX_INT:
-            raise CorruptFile(
-                f"{where}: tensor {safe_name(name)}: the size of shape {_shown(list(shape))} overflows 64 bits"
-            )
+            raise CorruptFile(f"{where}: tensor {safe_name(name)}: the size of shape {_shown(shape)} overflows 64 bits")
     return nbytes
 
 

@@ -6,6 +6,7 @@ weights (pytorch_model*.bin) only where they are allowed by name.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pymerge.checkpoint.header import name_list, parse_json, safe_name
+from pymerge.checkpoint.layout import Layout
 from pymerge.errors import AmbiguousModel, CorruptFile, InconsistentIndex, InputError, UnsafeFile, UnsafePath
 
 Prefer = Literal["single", "sharded"]
@@ -160,6 +162,13 @@ def read_json_object(path: Path, limit: int) -> dict[str, Any]:
     if type(table) is not dict:
         raise CorruptFile(f"{_shown(path)}: expected a JSON object")
     return table
+
+
+def write_index(folder: Path, layout: Layout) -> None:
+    """model.safetensors.index.json for the shards in `folder`; nothing where there is one shard."""
+    index = layout.index()
+    if index is not None:
+        (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_relative(name: str, where: str) -> None:

@@ -1,0 +1,120 @@
+"""The journal of a merge in progress: which bytes of the output are on disk, with their checksums.
+
+Text, one record a line: CRC-32C of the rest in 8 hex digits, a space, JSON. The first record is the identity of the
+merge (recipe, version, inputs, layout); each further one vouches for a segment of a tensor: {"t": name, "o": first
+byte, "n": bytes, "c": crc}. A record is appended only after the bytes it vouches for are on disk, so a torn last line
+costs nothing but the work it stood for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pymerge import _C
+
+JOURNAL = "journal"
+
+
+class Segment(NamedTuple):
+    """Bytes start .. start + nbytes of a tensor, with their CRC-32C."""
+
+    name: str
+    start: int
+    nbytes: int
+    crc: int
+
+
+class Journal:
+    """The open journal of one staging folder. Its methods raise OSError."""
+
+    def __init__(self, path: Path, *, create_for: dict[str, Any] | None = None) -> None:
+        """Opens the journal at `path` for appending; with `create_for`, makes it anew with that identity."""
+        self._path = path
+        if create_for is None:
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        else:
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._append(_line({"pymerge_journal": 1, "identity": create_for}))
+
+    def append(self, segments: list[Segment]) -> None:
+        """Vouch for segments whose bytes are on disk already."""
+        self._append(b"".join(_line({"t": s.name, "o": s.start, "n": s.nbytes, "c": s.crc}) for s in segments))
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _append(self, data: bytes) -> None:
+        done = 0
+        while done < len(data):
+            done += os.write(self._fd, data[done:])
+        os.fsync(self._fd)
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Segment]]:
+    """Identity and segments of a journal. Reading stops at the first damaged line, normally a torn last one.
+
+    Returns  (None, []) where there is no journal or not even its first line is whole."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+    except FileNotFoundError:
+        return None, []
+    records = []
+    for line in lines:
+        record = _record(line)
+        if record is None:
+            break
+        records.append(record)
+    if not records or records[0].get("pymerge_journal") != 1 or not isinstance(records[0].get("identity"), dict):
+        return None, []
+    segments = {(r["t"], r["o"]): Segment(r["t"], r["o"], r["n"], r["c"]) for r in records[1:]}
+    return records[0]["identity"], list(segments.values())
+
+
+def rewrite_journal(path: Path, identity: dict[str, Any], segments: list[Segment]) -> None:
+    """Replace the journal by one that vouches for `segments` only, in one step."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.unlink(missing_ok=True)
+    journal = Journal(fresh, create_for=identity)
+    if segments:
+        journal.append(segments)
+    journal.close()
+    os.replace(fresh, path)
+
+
+def normal_form(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity as it comes back from JSON, so that a tuple and a list compare equal."""
+    return json.loads(json.dumps(identity, sort_keys=True))
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Where two identities differ, as `place: was X, is now Y` lines."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{at}[{i}]")]
+    return [f"{at}: was {_short(old)}, is now {_short(new)}"]
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, separators=(",", ":"), sort_keys=True).encode("ascii")
+    return b"%08x %s\n" % (_C.crc32c(text), text)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    text = line[9:]
+    if line[8:9] != b" " or line[:8] != b"%08x" % _C.crc32c(text):
+        return None
+    return json.loads(text)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
