@@ -60,9 +60,8 @@ def parse_reference(raw: Any, where: str, problems: Problems, *, must_exist: boo
     elif must_exist:
         problems.add(
             where,
-            f"{raw}: no such file or folder (names on the Hugging Face hub are {_LATER}: download the model and give "
-            "its"
-            f" folder; the current folder is {os.getcwd()})",
+            f"{raw}: no such file or folder; names on the Hugging Face hub are {_LATER}: download the model, give its"
+            f" folder (paths start from {os.getcwd()})",
         )
     return raw
 

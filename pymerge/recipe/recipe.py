@@ -112,7 +112,7 @@ class Recipe:
 
     @property
     def relaxations(self) -> dict[str, str]:
-        """The checks that are relaxed, and how: those of `relax`; with strict false also those mergekit does not make."""
+        """The checks that are relaxed, and how: those of `relax`, with strict false also what mergekit does not check."""
         return (dict(LENIENT) if not self.strict else {}) | dict(self.relax)
 
     def selects(self, name: str) -> bool:

@@ -186,8 +186,7 @@ class _Parser:
             if len(tasks) > len(listed) and (self.python or "weight" not in (self.raw.get("parameters") or {})):
                 self.problems.add(
                     "base_model",
-                    f"{cls.name} averages the base like any other model: list it with its weight, or leave out "
-                    "base_model",
+                    f"{cls.name} averages the base like any other model: list it with its weight, or drop this key",
                 )
             return tasks
         for model in listed:
