@@ -148,6 +148,14 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 def read_json_object(path: Path, limit: int) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes."""
+    table = parse_json_file(path, limit)
+    if type(table) is not dict:
+        raise CorruptFile(f"{_shown(path)}: expected a JSON object")
+    return table
+
+
+def parse_json_file(path: Path, limit: int) -> Any:
+    """JSON from a file of at most `limit` bytes; CorruptFile where it is damaged."""
     _require_regular(path)
     try:
         with open(path, "rb") as f:
@@ -158,10 +166,7 @@ def read_json_object(path: Path, limit: int) -> dict[str, Any]:
         raise CorruptFile(f"{_shown(path)}: longer than {limit} bytes")
     if raw.startswith(b"version https://git-lfs"):
         raise CorruptFile(f"{_shown(path)}: this is a git-lfs pointer, not the file: run git lfs pull")
-    table = parse_json(raw, _shown(path))
-    if type(table) is not dict:
-        raise CorruptFile(f"{_shown(path)}: expected a JSON object")
-    return table
+    return parse_json(raw, _shown(path))
 
 
 def write_index(folder: Path, layout: Layout) -> None:

@@ -281,10 +281,9 @@ def _tensors(file: WeightFile) -> dict[str, AnyTensor]:
 
 
 def _pickled_tensors(file: WeightFile) -> dict[str, AnyTensor]:
-    from pymerge.checkpoint.pickle_file import load_pickled  # imports torch
+    from pymerge.checkpoint.pickle_file import read_pickled  # imports torch
 
-    loaded, file.digest = load_pickled(file.path, file.fd)
-    return {name: MemoryTensor(name, tensor) for name, tensor in loaded.items()}
+    return {name: LazyTensor(name, entry, file) for name, entry in read_pickled(file).items()}
 
 
 def _from_mapping(source: Mapping[str, Any]) -> Checkpoint:

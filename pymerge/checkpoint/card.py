@@ -1,0 +1,67 @@
+"""The model card (README.md) of a merged model, as the Hugging Face Hub reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Described(Protocol):
+    """What a card needs of a recipe."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def to_yaml(self) -> str: ...
+
+
+def write_card(folder: Path, recipe: Described, summary: Mapping[str, Any]) -> None:
+    """Write README.md into `folder`."""
+    has_config = (folder / "config.json").exists()
+    (folder / "README.md").write_text(model_card(recipe, summary, has_config=has_config), encoding="utf-8")
+
+
+def model_card(recipe: Described, summary: Mapping[str, Any], *, has_config: bool) -> str:
+    """Front matter for the Hub (base_model list, tags, library), then what was merged, how, and the recipe."""
+    plain = recipe.to_dict()
+    method = str(plain["merge_method"])
+    base = plain.get("base_model")
+    models = [str(m["model"] if isinstance(m, Mapping) else m) for m in plain["models"]]
+    parents = [*([str(base)] if base else []), *(m for m in models if m != base)]
+    lines = ["---", "base_model:", *(f"- {_quoted(p)}" for p in parents)]
+    if has_config:
+        lines.append("library_name: transformers")
+    lines += ["tags:", "- merge", "- pymerge", f"- {_quoted(method)}", "---", "", "# Merged model", ""]
+    lines += [f"Merged with pymerge {summary.get('pymerge', '')} by the method `{method}`.", ""]
+    lines += ["| role | model |", "|---|---|"]
+    lines += [f"| base | {_cell(str(base))} |"] if base else []
+    lines += [f"| merged | {_cell(m)} |" for m in models]
+    relaxed = summary.get("relaxations") or {}
+    if relaxed:
+        lines += [
+            "",
+            "Checks that the recipe relaxed: " + ", ".join(f"{_cell(f'{k}: {v}')}" for k, v in relaxed.items()),
+        ]
+    recipe_text = recipe.to_yaml().rstrip("\n")
+    fence = _fence(recipe_text)
+    lines += ["", "## Recipe", "", f"{fence}yaml", recipe_text, fence, ""]
+    lines += ["`merge.json` beside the weights holds versions, input fingerprints and a checksum of every tensor.", ""]
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # a JSON string is a YAML string
+
+
+def _cell(text: str) -> str:
+    """Inline code in a table, whatever the text is."""
+    clean = "".join(c if c.isprintable() else " " for c in text).replace("|", "\\|")
+    fence = _fence(clean, shortest=1)
+    return f"{fence} {clean} {fence}" if "`" in clean else f"{fence}{clean}{fence}"
+
+
+def _fence(text: str, shortest: int = 3) -> str:
+    """A run of backticks longer than any in the text."""
+    longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
+    return "`" * max(shortest, longest + 1)

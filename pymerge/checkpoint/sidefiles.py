@@ -1,0 +1,191 @@
+"""Everything beside the weights: what a loader needs to use the merged model as it used the base.
+
+Copied by name from the base's folder: configs (dtype fields follow the output), tokenizer, chat template, processors,
+the modules of a sentence-transformers folder, licence. Never copied: code, old weights and indices, optimizer states,
+READMEs; what is left is listed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pymerge.checkpoint.header import TORCH_NAME, name_list, safe_name
+from pymerge.checkpoint.index import PICKLED, check_relative, parse_json_file, read_json_object
+from pymerge.checkpoint.read import MAX_CONFIG, Checkpoint
+from pymerge.errors import CorruptFile, InputError, UnsafeFile
+
+COPIED = """
+    generation_config.json
+    tokenizer.json tokenizer_config.json tokenizer.model tokenizer.model.v* tekken.json added_tokens.json
+    special_tokens_map.json vocab*.json vocab*.txt vocab.bpe encoder.json merges.txt bpe.codes *.spm *.tiktoken
+    spiece.model sentencepiece*.model normalizer.json entity_vocab.json emoji.txt dict.txt
+    chat_template.jinja chat_template.json
+    *preprocessor_config.json *processor_config.json
+    modules.json sentence_bert_config.json config_sentence_transformers.json
+    LICENSE* LICENCE* NOTICE* USE_POLICY*
+""".split()
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+_FLOATS = frozenset(name for name in TORCH_NAME.values() if "float" in name)
+_MODULE_FILES = ("*.json", "*.txt", "*.safetensors", "*.model", "*.spm", "*.jinja")
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """Files to copy (path below the base's folder, the same below the output) and what a reader of the summary should "
+    "know."""
+
+    folder: Path | None
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def plan_side_files(base: Checkpoint) -> SideFiles:
+    """What would be copied; refuses early what could not be.
+
+    Raises   UnsafePath, UnsafeFile, CorruptFile, InputError for side files that are damaged or point out of the
+             folder."""
+    folder = base.folder
+    if folder is None:
+        return SideFiles(None, (), ("no config or tokenizer: the base is not a model folder",))
+    present = sorted(os.listdir(folder))
+    files = [n for n in present if any(fnmatch.fnmatchcase(n, p) for p in COPIED) and (folder / n).is_file()]
+    files += _below(folder, "additional_chat_templates", ("*.jinja",))
+    notes = [*_remote_code_notes(base, folder, present)]
+    modules = _module_folders(folder)
+    for module in modules:
+        files += _module_files(folder, module, base.pickled, notes)
+    weights = {f.path.name for f in base.files}
+    used = {name.split("/")[0] for name in files} | weights | {"config.json", *(m.split("/")[0] for m in modules)}
+    left = [n for n in present if n not in used]
+    if left:
+        notes.append(f"not copied from the base: {name_list(left, 40)}")
+    if base.config is not None:
+        files.insert(0, "config.json")
+    return SideFiles(folder, tuple(files), tuple(notes))
+
+
+def copy_side_files(base: Checkpoint, staging: Path, *, out_dtype: str | None = None) -> dict[str, list[str]]:
+    """Copy the side files of `base` into `staging`.
+
+    out_dtype   safetensors code of the output's dtype, for the dtype fields of config.json; None: as the base
+    Returns     {"copied": names, "notes": lines for the summary}
+    Raises      as plan_side_files; OSError where writing fails."""
+    plan = plan_side_files(base)
+    for name in plan.files:
+        target = staging / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name == "config.json" and base.config is not None and out_dtype is not None:
+            config = with_dtype(base.config, TORCH_NAME[out_dtype])
+            target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        elif plan.folder is not None:
+            shutil.copyfile(
+                plan.folder / name, target
+            )  # content only: a link becomes a file, permissions follow the umask
+    return {"copied": list(plan.files), "notes": list(plan.notes)}
+
+
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with every dtype field set to `dtype` ("bfloat16"), those of the text, vision, ... configs inside it
+    too.
+
+    A config without any gets `torch_dtype`, the field that all versions of transformers read."""
+    changed = _replace_dtype(config, dtype)
+    if not any(key in changed for key in _DTYPE_KEYS):
+        changed["torch_dtype"] = dtype
+    return changed
+
+
+def _replace_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _DTYPE_KEYS and (
+            value is None or (isinstance(value, str) and value.removeprefix("torch.") in _FLOATS)
+        ):
+            result[key] = dtype
+        elif isinstance(value, dict) and key != "quantization_config":
+            result[key] = _replace_dtype(value, dtype)
+        else:
+            result[key] = value
+    return result
+
+
+def _remote_code_notes(base: Checkpoint, folder: Path, present: list[str]) -> list[str]:
+    """Code that the configs name is neither run nor copied, and the summary says so."""
+    notes = []
+    code = [n for n in present if n.endswith(".py")]
+    if code:
+        notes.append(f"code in the base's folder was neither run nor copied: {name_list(code, 40)}")
+    for name in ("config.json", "tokenizer_config.json", "adapter_config.json"):
+        if name in present:
+            config = (
+                base.config if name == "config.json" and base.config else read_json_object(folder / name, MAX_CONFIG)
+            )
+            if config.get("auto_map"):
+                notes.append(
+                    f"{name} asks for code of its own (auto_map: {_auto_map(config['auto_map'])}); the merged model "
+                    "keeps the entry, "
+                    "whoever loads it must bring and trust that code"
+                )
+    return notes
+
+
+def _auto_map(value: Any) -> str:
+    if isinstance(value, dict):
+        return name_list([f"{key} -> {target}" for key, target in value.items()])
+    return safe_name(str(value))
+
+
+def _module_folders(folder: Path) -> list[str]:
+    """Folders that the modules.json of a sentence-transformers model names."""
+    path = folder / "modules.json"
+    if not path.exists():
+        return []
+    modules = parse_json_file(path, MAX_CONFIG)
+    if not isinstance(modules, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("path", ""), str) for m in modules
+    ):
+        raise CorruptFile(f"{path}: expected a list of modules with paths")
+    found = []
+    for module in modules:
+        name = module.get("path", "").rstrip("/")
+        if name in ("", "."):
+            continue  # the transformer itself, in the folder
+        check_relative(name, str(path))
+        if not (folder / name).is_dir() and module.get("type", "").rsplit(".", 1)[-1] != "Normalize":
+            raise InputError(
+                f"{path}: names the module {safe_name(name)}, which is not in the folder. Download it again"
+            )
+        found.append(name)
+    return found
+
+
+def _module_files(folder: Path, module: str, pickled: bool, notes: list[str]) -> list[str]:
+    kinds = _MODULE_FILES + (tuple(f"*{end}" for end in PICKLED) if pickled else ())
+    files = _below(folder, module, kinds)
+    refused = [n for n in _below(folder, module, tuple(f"*{end}" for end in PICKLED)) if n not in files]
+    if refused and not any(n.endswith(".safetensors") for n in files):
+        raise UnsafeFile(
+            f"{folder}: module {safe_name(module)} has pickled weights only ({name_list(refused)}), which can run code "
+            "when loaded. "
+            "Convert them to safetensors, or allow pickles for this merge"
+        )
+    weights = [n for n in files if n.endswith((".safetensors", *PICKLED))]
+    if weights:
+        notes.append(f"weights of sentence-transformers modules are the base's, not merged: {name_list(weights)}")
+    return files
+
+
+def _below(folder: Path, name: str, patterns: tuple[str, ...]) -> list[str]:
+    """Files in a folder of the model and its sub-folders, as relative names with slashes."""
+    found = []
+    for parent, _, files in os.walk(folder / name):
+        for file in files:
+            if any(fnmatch.fnmatchcase(file, p) for p in patterns) and os.path.isfile(os.path.join(parent, file)):
+                found.append(os.path.relpath(os.path.join(parent, file), folder).replace(os.sep, "/"))
+    return sorted(found)
