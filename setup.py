@@ -25,7 +25,9 @@ def wants_cuda() -> bool:
         raise SystemExit(f"PYMERGE_CUDA must be auto, 0 or 1, got {choice!r}")
     found = CUDA_HOME is not None and torch.version.cuda is not None
     if choice == "1" and not found:
-        raise SystemExit(f"PYMERGE_CUDA=1, but toolkit: {CUDA_HOME}, CUDA of torch {torch.__version__}: {torch.version.cuda}")
+        raise SystemExit(
+            f"PYMERGE_CUDA=1, but toolkit: {CUDA_HOME}, CUDA of torch {torch.__version__}: {torch.version.cuda}"
+        )
     return found and choice != "0"
 
 
@@ -33,7 +35,10 @@ def extensions() -> list:
     cpu = {"cxx": [*FLAGS, *STABLE_ABI]}
     host = Pybind11Extension("pymerge._C", ["csrc/module.cpp", *KERNELS], extra_compile_args=FLAGS)
     ops = CppExtension(
-        "pymerge._ops", ["csrc/schema.cpp", *glob("csrc/cpu/*_ops.cpp"), *KERNELS], extra_compile_args=cpu, py_limited_api=True
+        "pymerge._ops",
+        ["csrc/schema.cpp", *glob("csrc/cpu/*_ops.cpp"), *KERNELS],
+        extra_compile_args=cpu,
+        py_limited_api=True,
     )
     built = [host, ops]
     if wants_cuda():

@@ -49,14 +49,14 @@ inline Buffer parse_optional(const char* what, const py::handle& object, int64_t
 // The tensors of one call; view() points into this object.
 class HostSource {
  public:
-  HostSource(const py::object& base, const py::list& tuned, int64_t count, int64_t index0)
+  HostSource(const py::object& base, const py::sequence& tuned, int64_t count, int64_t index0)
       : count_(count), index0_(index0) {
     constexpr int64_t limit = int64_t{1} << 60;
     if (count < 0 || index0 < 0 || count > limit || index0 > limit) {
       throw py::value_error("count and index0 must be in 0..2^60, got " + std::to_string(count) + " and " +
                             std::to_string(index0));
     }
-    if (tuned.empty()) throw py::value_error("tuned: expected at least one tensor");
+    if (tuned.size() == 0) throw py::value_error("tuned: expected at least one tensor");
     base_ = parse_optional("base", base, count);
     for (const py::handle& one : tuned) tuned_.push_back(parse_buffer("tuned", one, count));
   }

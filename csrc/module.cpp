@@ -20,7 +20,7 @@ namespace {
 
 py::bytes to_bytes(const void* data, size_t bytes) { return py::bytes(static_cast<const char*>(data), bytes); }
 
-std::vector<int64_t> delta_merge_host(const py::object& base, const py::list& tuned, const py::object& add,
+std::vector<int64_t> delta_merge_host(const py::object& base, const py::sequence& tuned, const py::object& add,
                                       const py::object& out, int64_t count, int64_t index0, const DeltaParams& params) {
   const HostSource source(base, tuned, count, index0);
   params.check(source.tasks(), index0, count);
@@ -33,7 +33,7 @@ std::vector<int64_t> delta_merge_host(const py::object& base, const py::list& tu
   return bad;
 }
 
-py::tuple delta_kth_host(const py::object& base, const py::list& tuned, int64_t count,
+py::tuple delta_kth_host(const py::object& base, const py::sequence& tuned, int64_t count,
                          const std::vector<int64_t>& ranks, int64_t row_length,
                          const std::optional<std::vector<double>>& keep,
                          const std::optional<std::vector<uint64_t>>& keys) {
@@ -58,7 +58,7 @@ py::tuple delta_kth_host(const py::object& base, const py::list& tuned, int64_t 
   return py::make_tuple(to_bytes(theta.data(), theta.size() * 4), to_bytes(index.data(), index.size() * 8));
 }
 
-void delta_histogram_host(const py::object& base, const py::list& tuned, int64_t count, int64_t index0,
+void delta_histogram_host(const py::object& base, const py::sequence& tuned, int64_t count, int64_t index0,
                           const std::optional<std::vector<double>>& keep,
                           const std::optional<std::vector<uint64_t>>& keys,
                           const std::optional<std::vector<int64_t>>& prefix, const py::buffer& hist) {
@@ -76,7 +76,7 @@ void delta_histogram_host(const py::object& base, const py::list& tuned, int64_t
   delta_histogram(source.view(), mask.rule(), prefix ? prefix->data() : nullptr, static_cast<int64_t*>(info.ptr));
 }
 
-std::vector<int64_t> delta_count_equal_host(const py::object& base, const py::list& tuned, int64_t count,
+std::vector<int64_t> delta_count_equal_host(const py::object& base, const py::sequence& tuned, int64_t count,
                                             int64_t index0, const std::optional<std::vector<double>>& keep,
                                             const std::optional<std::vector<uint64_t>>& keys,
                                             const std::vector<double>& theta) {
@@ -111,7 +111,7 @@ void check_block_start(const char* function, int64_t index0) {
   }
 }
 
-py::bytes delta_l1_host(const py::object& base, const py::list& tuned, int64_t count, int64_t index0,
+py::bytes delta_l1_host(const py::object& base, const py::sequence& tuned, int64_t count, int64_t index0,
                         const DeltaParams& params) {
   const HostSource source(base, tuned, count, index0);
   params.check(source.tasks(), index0, count);
@@ -126,7 +126,7 @@ py::bytes delta_l1_host(const py::object& base, const py::list& tuned, int64_t c
   return to_bytes(sums.data(), sums.size() * sizeof(double));
 }
 
-py::bytes delta_gram_host(const py::object& base, const py::list& tuned, int64_t count) {
+py::bytes delta_gram_host(const py::object& base, const py::sequence& tuned, int64_t count) {
   const HostSource source(base, tuned, count, 0);
   const int64_t pairs = source.tasks() * source.tasks();
   std::vector<double> sums(static_cast<size_t>(sum_blocks(count) * pairs));
@@ -138,7 +138,7 @@ py::bytes delta_gram_host(const py::object& base, const py::list& tuned, int64_t
   return to_bytes(sums.data(), sums.size() * sizeof(double));
 }
 
-int64_t delta_signs_host(const py::object& base, const py::list& tuned, int64_t count, int64_t index0,
+int64_t delta_signs_host(const py::object& base, const py::sequence& tuned, int64_t count, int64_t index0,
                          const DeltaParams& params) {
   const HostSource source(base, tuned, count, index0);
   params.check(source.tasks(), index0, count);

@@ -1,0 +1,111 @@
+"""Steps that the reference implementations share, in plain PyTorch. Their bits are those of the native kernels.
+
+Tensors of one call have one shape; T tasks, n entries, R rows. All arithmetic is float32; numbers enter as float32
+tensors, because PyTorch may turn a division by a Python number into a multiplication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LOW32 = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox4x32 (Salmon et al., SC 2011): multipliers
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # and key increments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which entries of the deltas stay. keep, keys: one a task; cuts: theta float32 [T, R], index int64 [T, R]."""
+
+    keep: Sequence[float] | None = None
+    keys: Sequence[int] | None = None
+    row_length: int = 0
+    top: tuple[Tensor, Tensor] | None = None
+    skip: tuple[Tensor, Tensor] | None = None
+
+
+def pair(theta: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if theta is None or index is None else (theta, index)
+
+
+def scalar(value: float, like: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=like.device)
+
+
+def deltas(base: Tensor | None, tuned: Sequence[Tensor]) -> list[Tensor]:
+    """d_t, float32 [n]."""
+    flat = [x.float().reshape(-1) for x in tuned]
+    return flat if base is None else [x - base.float().reshape(-1) for x in flat]
+
+
+def _draws(key: int, index: Tensor, plane: int) -> Tensor:
+    """16 random bits of each entry: Philox4x32-10 of (entry index >> 3), half-word (entry index & 7)."""
+    group, half = index >> 3, index & 7
+    c = [group & _LOW32, group >> 32, torch.full_like(group, plane), torch.zeros_like(group)]
+    k0, k1 = key & _LOW32, (key >> 32) & _LOW32
+    for _ in range(10):
+        p0, p1 = c[0] * _M0, c[2] * _M1  # 64-bit products; the sign that int64 gives them is masked away
+        high0, high1 = (p0 >> 32) & _LOW32, (p1 >> 32) & _LOW32
+        c = [high1 ^ c[1] ^ k0, p1 & _LOW32, high0 ^ c[3] ^ k1, p0 & _LOW32]
+        k0, k1 = (k0 + _W0) & _LOW32, (k1 + _W1) & _LOW32
+    word = torch.stack(c)[half >> 1, torch.arange(len(index), device=index.device)]
+    return (word >> (16 * (half & 1))) & 0xFFFF
+
+
+def random_mask(keep: float, key: int, index: Tensor) -> Tensor:
+    """Which of the entries `index` (int64, within the tensor) the mask keeps: bool, of index's shape."""
+    if keep >= 1.0:
+        return torch.ones_like(index, dtype=torch.bool)
+    limit = int(keep * 2.0**32)
+    draw = _draws(key, index, 0)
+    return (draw < limit >> 16) | ((draw == limit >> 16) & (_draws(key, index, 1) < (limit & 0xFFFF)))
+
+
+def masked(d: Sequence[Tensor], keep: Sequence[float] | None, keys: Sequence[int] | None) -> list[Tensor]:
+    if keep is None or keys is None:
+        return list(d)
+    zero, index = torch.zeros((), device=d[0].device), torch.arange(len(d[0]), device=d[0].device)
+    return [torch.where(random_mask(p, k, index), x, zero) for x, p, k in zip(d, keep, keys, strict=True)]
+
+
+def among_first(d: Tensor, cut: tuple[Tensor, Tensor], task: int, row_length: int) -> Tensor:
+    """Entries before the cut in (magnitude descending, index ascending) order: bool [n]."""
+    index = torch.arange(len(d), device=d.device)
+    row = index // row_length if row_length > 0 else torch.zeros_like(index)
+    theta, last = cut[0][task][row], cut[1][task][row]
+    return (d.abs() > theta) | ((d.abs() == theta) & (index < last))
+
+
+def selected(d: Sequence[Tensor], selection: Selection) -> list[Tensor]:
+    """d_t with the entries that are not selected set to zero."""
+    chosen, zero = masked(d, selection.keep, selection.keys), torch.zeros((), device=d[0].device)
+    for task, x in enumerate(chosen):
+        if selection.top is not None:
+            x = torch.where(among_first(x, selection.top, task, selection.row_length), x, zero)
+        if selection.skip is not None:
+            x = torch.where(among_first(x, selection.skip, task, selection.row_length), zero, x)
+        chosen[task] = x
+    return chosen
+
+
+def weighted(d: Sequence[Tensor], weights: Sequence[float], rescales: Sequence[float] | None) -> list[Tensor]:
+    """x_t = weight_t * (rescale_t * d_t)"""
+    if rescales is not None:
+        d = [scalar(r, x) * x for r, x in zip(rescales, d, strict=True)]
+    return [scalar(w, x) * x for w, x in zip(weights, d, strict=True)]
+
+
+def total(x: Sequence[Tensor]) -> Tensor:
+    """0 + x_0 + x_1 + ..., in this order."""
+    result = torch.zeros_like(x[0])
+    for one in x:
+        result = result + one
+    return result
+
+
+def count_nonfinite(x: Tensor) -> Tensor:
+    return (~torch.isfinite(x.float())).sum()
