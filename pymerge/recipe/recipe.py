@@ -112,7 +112,7 @@ class Recipe:
 
     @property
     def relaxations(self) -> dict[str, str]:
-        """The checks that are relaxed, and how: those of `relax`, with strict false also what mergekit does not check."""
+        """The checks that are relaxed, and how: those of `relax`, with strict false what mergekit does not check."""
         return (dict(LENIENT) if not self.strict else {}) | dict(self.relax)
 
     def selects(self, name: str) -> bool:
@@ -138,15 +138,19 @@ class Recipe:
 
     def resolve(self, names: Iterable[str]) -> dict[str, Steps]:
         """Name -> steps, for all selected names; one RecipeError for all names where a value is missing or wrong."""
-        problems = Problems(self.method)
         found: dict[str, Steps] = {}
+        failed: dict[str, list[str]] = {}
         for name, t in layer_positions(names).items():
             if not self.selects(name):
                 continue
             try:
                 found[name] = self.steps_for(name, t)
             except RecipeError as e:
-                problems.add("", str(e))
+                failed.setdefault(str(e).removeprefix(f"tensor {name}: "), []).append(name)
+        problems = Problems(self.method)
+        for text, where in failed.items():
+            more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+            problems.add(", ".join(where[:3]) + more, text)
         problems.raise_if_any()
         return found
 

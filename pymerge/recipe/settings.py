@@ -94,7 +94,7 @@ def _conditions(entries: Sequence[Any], param: Param, where: str, problems: Prob
     return Conditions(tuple(parsed))
 
 
-def _plain_setting(raw: Any, param: Param, where: str, problems: Problems) -> Constant | Gradient | None:
+def _plain_setting(raw: Any, param: Param, where: str, problems: Problems) -> Constant | Gradient:
     several = isinstance(raw, list | tuple)
     values = []
     for value in raw if several else (raw,):
@@ -103,7 +103,7 @@ def _plain_setting(raw: Any, param: Param, where: str, problems: Problems) -> Co
         except ValueError as e:
             problems.add(where, str(e))
     if not values:
-        return None
+        return Constant(None)  # wrong, but given: no second problem about a missing value
     return Gradient(tuple(values)) if several else Constant(values[0])
 
 
