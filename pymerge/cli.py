@@ -50,6 +50,13 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
+def budget(memory: str | None) -> int | None:
+    """What `--memory` leaves for the merge: the option counts the whole program."""
+    from pymerge.engine.plan import resident_memory
+
+    return parse_bytes(memory) - resident_memory() if memory else None
+
+
 @contextmanager
 def reported_errors(debug: bool) -> Iterator[None]:
     """One message and the exit code of the error; no traceback unless asked for."""
@@ -89,7 +96,7 @@ def merge(
         from pymerge.recipe import Recipe
 
         options = Options(
-            memory=parse_bytes(memory) if memory else None,
+            memory=budget(memory),
             threads=threads,
             device=device,
             shard_bytes=parse_bytes(shard_size),
@@ -131,7 +138,7 @@ def plan(
         from pymerge.recipe import Recipe
 
         options = Options(
-            memory=parse_bytes(memory) if memory else None,
+            memory=budget(memory),
             threads=threads,
             device=device,
             shard_bytes=parse_bytes(shard_size),

@@ -92,3 +92,7 @@ class Arena:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
+
+    def discard(self) -> None:
+        """Give the pages back to the system now, not when the last view of them is collected."""
+        self.mapping.madvise(mmap.MADV_DONTNEED)

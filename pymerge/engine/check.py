@@ -231,8 +231,8 @@ class Checker:
                 elif self.recipe.selects(name):
                     self.problems.add(
                         ExtraTensor,
-                        f"{safe_name(name)}: in {label}, absent from {self.reference_label}. Say `relax: {{extra: drop}}` "
-                        "or `{extra: copy}`, or exclude it.",
+                        f"{safe_name(name)}: in {label}, absent from {self.reference_label}. Say "
+                        "`relax: {extra: drop}` or `{extra: copy}`, or exclude it.",
                     )
 
     def extra_copies(self, present: set[str]) -> list[Entry]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pymerge.checkpoint import safe_name
-from pymerge.engine.plan import OVERHEAD, Item, Options, Plan
+from pymerge.engine.plan import Item, Options, Plan, resident_memory
 from pymerge.methods import MethodInfo
 from pymerge.version import __version__
 
@@ -42,7 +42,7 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
         "bytes_read": plan.read_bytes,
         "bytes_written": plan.write_bytes,
         "shards": len(plan.layout.shards),
-        "memory_limit": plan.arena_bytes + OVERHEAD,
+        "memory_limit": resident_memory() + options.memory_bytes,
         "threads": options.thread_count,
         "seconds": {
             "read": round(read, 2),

@@ -95,7 +95,6 @@ class Executor:
         self.arena = Arena(plan.arena_bytes)
         self.pipeline = Pipeline(self.arena, threads, self.write)
         self.done = {name: {(start, size): crc for start, size, crc in parts} for name, parts in sink.done.items()}
-        self.written: dict[str, list[tuple[int, int, int]]] = {}
         self.answers: list[DeltaRule] = []  # of the model-wide surveys
         self.params: dict[int, object] = {}  # id of an answered tiled item -> native parameters
 
@@ -112,6 +111,8 @@ class Executor:
             self.check_stop()
             self.pipeline.raise_error()
             raise
+        finally:
+            self.arena.discard()
 
     def check_stop(self) -> None:
         if self.stop.signal_number is not None:
@@ -119,19 +120,6 @@ class Executor:
 
     def write(self, segment: Segment) -> None:
         self.sink.write(segment.name, segment.start, segment.view, segment.crc)
-        self.written.setdefault(segment.name, []).append((segment.start, len(segment.view), segment.crc))
-
-    def segments(self) -> dict[str, list[tuple[int, int, int]]]:
-        """(start, bytes, checksum) of every segment of the output, this run's and those it found finished."""
-        segments = {name: list(parts) for name, parts in self.written.items()}
-        for item in self.plan.items:
-            name = item.entry.name
-            parts = self.done.get(name, {})
-            for first, count in tiles(item, item.first, item.count):
-                place = (first * item.out_width, count * item.out_width)
-                if place in parts and not any(start == place[0] for start, _, _ in self.written.get(name, ())):
-                    segments.setdefault(name, []).append((*place, parts[place]))
-        return segments
 
     # what is left to do
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import threading
 import time
@@ -14,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, copy_side_files, open_checkpoint, write_card
-from pymerge.checkpoint.index import write_index
+from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint
+from pymerge.checkpoint.card import write_card
+from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
@@ -83,20 +83,26 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
         check_output_path(out, inputs.all, overwrite=options.overwrite)
+        plan_side_files(inputs.reference)  # refuses now what could not be copied at the end
         plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
         staged = StagedOutput(
-            out, plan.layout, identity(recipe, inputs, options), overwrite=options.overwrite, resume=options.resume
+            out,
+            plan.layout,
+            identity(recipe, inputs, options),
+            overwrite=options.overwrite,
+            resume=options.resume,
+            inputs=inputs.all,
         )
-        executor = run_staged(plan, staged, options)
+        run_staged(plan, staged, options)
         for checkpoint in inputs.all:
             checkpoint.check_unchanged()
         seconds = time.monotonic() - started
-        summary = summary_of(plan, inputs.all, executor.segments(), seconds=seconds, peak=peak_memory())
+        summary = summary_of(plan, inputs.all, staged.done, seconds=seconds, peak=peak_memory())
         staged.commit(lambda folder: write_side_files(folder, recipe, inputs, plan, summary))
     return summary
 
 
-def identity(recipe: Recipe, inputs: Inputs, options: Options) -> Mapping[str, Any]:
+def identity(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Any]:
     """What must be the same for a resumed merge to give the bytes of an uninterrupted one."""
     return {
         "pymerge": __version__,
@@ -107,7 +113,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options) -> Mapping[str, A
     }
 
 
-def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> Executor:
+def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> None:
     """Runs the plan; keeps what is done after a signal or a crash, removes it after an error that is sure to recur."""
     stop = Stop()
     try:
@@ -129,7 +135,6 @@ def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> Executor:
     except BaseException:
         staged.abort(keep=True)
         raise
-    return executor
 
 
 @contextmanager
@@ -152,14 +157,16 @@ def stopped_by_signals(stop: Stop, executor: Executor) -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident size of this program so far, bytes. (getrusage would count what was there before exec.)"""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
 def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, plan: Plan, summary: dict[str, Any]) -> None:
     """Everything beside the weights, into the staging folder."""
-    summary["side_files"] = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype)
-    write_index(folder, plan.layout)
+    copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype)
+    summary["side_files"] = copied["copied"]
+    summary["notes"] += copied["notes"]
     write_card(folder, recipe, summary)
     (folder / "merge.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, plan_layout
 from pymerge.engine.check import Entry, check, tensor_counts
@@ -23,7 +23,8 @@ Mode = Literal["copy", "tiles", "held", "swept", "generic"]
 TILE = 1 << 22  # entries of a tile where memory allows: 8 MiB of bfloat16, the block in which disks are fastest
 SUM_BLOCK = 1 << 20  # partial sums are kept for blocks of this many entries: tiles of a sweep are multiples of it
 BATCH = 8 << 20  # bytes: smaller tensors are read and computed together
-OVERHEAD = 160 << 20  # bytes of interpreter, libraries and stacks, which the memory budget includes
+SLACK = 48 << 20  # bytes that the program itself may still grow by while it merges: headers, histograms, stacks
+SMALLEST_ARENA = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Item:
 class Options:
     """How a merge is run: nothing here changes a byte of the result on one device."""
 
-    memory: int | None = None  # bytes, everything included; None: a quarter of what is available, at most 8 GB
+    memory: int | None = None  # bytes on top of what the process holds; None: a quarter of what is free, at most 8 GB
     threads: int | None = None  # compute threads; None: the processors this process may use
     device: str = "cpu"
     shard_bytes: int = 5_000_000_000
@@ -99,6 +100,12 @@ def available_memory() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return 4_000_000_000
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +150,16 @@ class Planner:
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options
-        self.arena_bytes = options.memory_bytes - OVERHEAD
-        if self.arena_bytes < 16 << 20:
-            raise RecipeError(
-                f"--memory {options.memory_bytes / 1e6:.0f} MB: at least {(OVERHEAD + (16 << 20)) / 1e6:.0f} MB are "
-                f"needed ({OVERHEAD / 1e6:.0f} MB for the program itself)"
-            )
+        self.arena_bytes = options.memory_bytes - SLACK
+        if self.arena_bytes < SMALLEST_ARENA:
+            self.refuse(SLACK + SMALLEST_ARENA, "a merge")
+
+    def refuse(self, needed: int, what: str) -> NoReturn:
+        left = self.options.memory_bytes
+        raise RecipeError(
+            f"the memory budget leaves {left / 1e6:.0f} MB for the merge, {what} needs {needed / 1e6:.0f} MB: raise "
+            f"--memory (memory= in Python) by {(needed - left) / 1e6:.0f} MB"
+        )
 
     def items(self, entries: Sequence[Entry]) -> list[Item]:
         return [item for entry in entries for item in self.items_of(entry)]
@@ -192,11 +203,7 @@ class Planner:
         if row:
             tile = max(1, tile // row) * row
         if item.block_bytes(min(tile, item.count)) > self.arena_bytes // 2:
-            need = 2 * item.block_bytes(min(tile, item.count)) + OVERHEAD
-            raise RecipeError(
-                f"--memory {self.options.memory_bytes / 1e6:.0f} MB is too little for {item.entry.name}: "
-                f"{need / 1e6:.0f} MB are needed"
-            )
+            self.refuse(2 * item.block_bytes(min(tile, item.count)) + SLACK, item.entry.name)
         return replace_item(item, tile=max(1, tile))
 
 

@@ -72,7 +72,8 @@ class HeldSurvey:
         keep, keys = (rule.keep, rule.keys) if rule.mask_first else (None, None)
         theta, index = _C.delta_kth(tile.base, tile.tuned, tile.count, ranks, rule.row_length or 0, keep, keys)
         if keep_ties:
-            index = array("q", [KEEP_ALL_TIES]).tobytes() * (len(index) // 8)
+            cuts = array("q", index)
+            index = array("q", (KEEP_ALL_TIES if cut > 0 else 0 for cut in cuts)).tobytes()
         return Cut(theta=theta, index=index)
 
     def l1(self, rule: DeltaRule) -> list[tuple[float, float]]:
