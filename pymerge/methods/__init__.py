@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from pymerge.methods import (
     trim,
 )
 from pymerge.methods.base import REGISTRY, Combine, Method, register
+from pymerge.methods.names import nearest
 from pymerge.methods.param import params_of
 
 __all__ = ["REGISTRY", "MethodInfo", "ParamInfo", "describe", "get", "list", "register"]
@@ -70,9 +70,7 @@ def get(name: str) -> type[Method]:
     try:
         return REGISTRY[name]
     except KeyError:
-        near = difflib.get_close_matches(str(name).replace("-", "_"), REGISTRY, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(REGISTRY)}"
-        raise RecipeError(f"unknown method {name!r}: {hint}") from None
+        raise RecipeError(f"unknown method {name!r}: {nearest(name, REGISTRY)}") from None
 
 
 def describe(name: str) -> MethodInfo:

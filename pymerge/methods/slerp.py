@@ -33,8 +33,7 @@ class SlerpWeights:
 class Slerp(ElementWiseCombine):
     """The base (t = 0) and one other model (t = 1), each tensor as one vector: constant speed along the great circle.
 
-    Ends within about 1.8 degrees of each other (or of opposite directions) are interpolated linearly, as are zero
-    tensors' neighbours.
+    Ends within about 1.8 degrees of each other (or of opposite directions) are interpolated linearly.
     """
 
     t: float = param(REQUIRED, "position between the base (0) and the other model (1)", low=0.0, high=1.0)

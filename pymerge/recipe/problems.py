@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from pymerge.errors import RecipeError
+from pymerge.methods.names import nearest
 
 
 class Problems:
@@ -37,10 +37,3 @@ class Problems:
             raise RecipeError(f"{self.source}: {self.found[0]}")
         lines = "\n".join(f"  - {line}" for line in self.found)
         raise RecipeError(f"{self.source}: {len(self.found)} problems\n{lines}")
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """What to write instead: the nearest valid names, or all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"

@@ -10,11 +10,12 @@ from typing import Any
 from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
 from pymerge.methods.base import STYLES, Combine, ElementWiseCombine, Method, Style, TensorInfo, chain_rule
+from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
 from pymerge.recipe.keys import DTYPE_WORDS, DTYPES, KEYS, LATER, LATER_OF_MODEL, RELAXATIONS
 from pymerge.recipe.models import ModelRef, parse_reference
 from pymerge.recipe.params import find_method, method_names, parse_params
-from pymerge.recipe.problems import Problems, nearest
+from pymerge.recipe.problems import Problems
 from pymerge.recipe.settings import Setting
 from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
 
