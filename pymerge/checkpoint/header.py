@@ -56,8 +56,8 @@ class TensorEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header. `tensors` is in the order of the bytes in the file; `digest` is the hash of the header's "
-    "bytes."""
+    """A checked header. `tensors` is in the order of the bytes in the file; `digest` is the hash of the header's
+    bytes."""
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -96,8 +96,8 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes, where: str, first_byte: int = 0) -> Any:
-    """JSON from a stranger: any damage becomes a CorruptFile with the byte position (`first_byte` is that of "
-    "raw[0])."""
+    """JSON from a stranger: any damage becomes a CorruptFile with the byte position (`first_byte` is that of
+    raw[0])."""
     if raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS or raw.count(b",") > MAX_COMMAS:
         raise CorruptFile(
             f"{where}: {len(raw)} bytes of JSON with more than {MAX_BRACKETS} brackets or {MAX_COMMAS} commas; no "
@@ -151,8 +151,8 @@ def read_header(fd: int, path: str | os.PathLike[str]) -> Header:
 
 
 def parse_header(raw: bytes, size: int, where: str) -> Header:
-    """Check the JSON of a header (without its 8 length bytes). `size` of the result is the file size that the header "
-    "asks for."""
+    """Check the JSON of a header (without its 8 length bytes). `size` of the result is the file size that the header
+    asks for."""
     if not raw.startswith(b"{"):
         found = "a JSON array" if raw.lstrip()[:1] == b"[" else f"{raw[:1]!r}"
         parse_json(raw, where, 8)  # prefers the message about UTF-8 or JSON where that is the trouble
@@ -220,8 +220,9 @@ def _nbytes(shape: Any, itemsize: int, name: str, where: str) -> int:
     nbytes = itemsize
     for n in shape:
         if type(n) is not int or n < 0:
-            raise
-            CorruptFile(f"{where}: tensor {safe_name(name)}: the shape {_shown(shape)} has entries that are no sizes")
+            raise CorruptFile(
+                f"{where}: tensor {safe_name(name)}: the shape {_shown(shape)} has entries that are no sizes"
+            )
         nbytes *= n
         if nbytes > MAX_INT:
             raise CorruptFile(f"{where}: tensor {safe_name(name)}: the size of shape {_shown(shape)} overflows 64 bits")
@@ -229,8 +230,8 @@ def _nbytes(shape: Any, itemsize: int, name: str, where: str) -> int:
 
 
 def _check_text(names: dict[str, Any], where: str) -> None:
-    """Half a surrogate pair (an escape such as \\ud800) is not text: no other safetensors reader would take such a "
-    "name."""
+    """Half a surrogate pair (an escape such as \\ud800) is not text: no other safetensors reader would take such a
+    name."""
     try:
         "".join(names).encode("utf-8")
     except UnicodeEncodeError:

@@ -28,8 +28,8 @@ PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json
 
 @dataclass(frozen=True)
 class Source:
-    """The weight files of one model. `weight_map` is what the index promises (name -> file name), None without an "
-    "index."""
+    """The weight files of one model. `weight_map` is what the index promises (name -> file name), None without an
+    index."""
 
     path: Path
     folder: Path | None  # holds config.json and the tokenizer; None for a loose file

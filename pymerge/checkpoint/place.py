@@ -16,8 +16,8 @@ _MODEL_FILES = ("config.json", "merge.json", "model.safetensors", "model.safeten
 
 
 def real_output(out: str | os.PathLike[str]) -> Path:
-    """The folder that `out` names, links followed: the staging folder must lie beside the real one, on its file "
-    "system."""
+    """The folder that `out` names, links followed: the staging folder must lie beside the real one, on its file
+    system."""
     return Path(os.path.realpath(out))
 
 
@@ -73,16 +73,16 @@ def replace_folder(staging: Path, target: Path) -> None:
     """Make `staging` become `target` in one step; what was there before is deleted afterwards.
 
     An existing model is exchanged with the new one (RENAME_EXCHANGE), so the name is never without a whole model. Where
-    the file system has no exchange, the old folder is first renamed to .NAME.pymerge-replaced and put back if the
-    second rename fails: for a moment the name is absent, but never half a model."""
+    the file system has no exchange, the old folder is renamed out of the way first, and back if the second rename
+    fails: for a moment the name is absent, but it is never half a model."""
     replaced = replaced_of(target)
     if not target.is_dir() or not os.listdir(target):
         os.rename(staging, target)  # onto nothing, or onto an empty folder
     else:
-        shutil.rmtree(replaced, ignore_errors=True)  # a killed process left it; the target is there, nothing needs it
-        if _C.rename_exchange(str(staging), str(target)):
-            os.rename(staging, replaced)
-        else:
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(staging, replaced)
+        if not _C.rename_exchange(str(replaced), str(target)):
+            os.rename(replaced, staging)
             _replace_in_two_steps(staging, target, replaced)
     sync_folder(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -98,7 +98,9 @@ def _replace_in_two_steps(staging: Path, target: Path, replaced: Path) -> None:
 
 
 def replaced_of(target: Path) -> Path:
-    """Where an old model waits for its deletion; found there later, it is what a killed process could not delete."""
+    """Where the new model waits for the exchange and the old one for its deletion. While the target exists, whatever a
+    killed process left there may be deleted: the old model that was replaced, or a new one that never took its
+    place."""
     return target.with_name(f".{target.name}.pymerge-replaced")
 
 

@@ -95,8 +95,8 @@ class LazyTensor:
         return math.prod(self.shape)
 
     def read_into(self, view: memoryview, start: int = 0) -> None:
-        """Fill `view` with bytes start .. start + len(view) of the tensor. Raises ChangedInput if the file has become "
-        "shorter."""
+        """Fill `view` with bytes start .. start + len(view) of the tensor. Raises ChangedInput if the file has become
+        shorter."""
         if start < 0 or start + view.nbytes > self.nbytes:
             raise ValueError(
                 f"{self.name}: bytes {start}..{start + view.nbytes} asked for, the tensor has {self.nbytes}"

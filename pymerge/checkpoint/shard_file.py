@@ -38,8 +38,8 @@ class ShardFile:
         return os.fstat(self._fd).st_size == shard.size and os.pread(self._fd, len(shard.header), 0) == shard.header
 
     def write(self, view: memoryview, offset: int) -> None:
-        """Write bytes at `offset`. Whole blocks bypass the page cache where view and offset are aligned alike; the "
-        "ends never do."""
+        """Write bytes at `offset`. Whole blocks bypass the page cache where view and offset are aligned alike; the
+        ends never do."""
         end = offset + view.nbytes
         low, high = -(-offset // ALIGNMENT) * ALIGNMENT, end // ALIGNMENT * ALIGNMENT
         if high - low < MIN_DIRECT or not self._direct_allowed or not _aligned(view, offset):
@@ -73,8 +73,8 @@ class ShardFile:
         self._fd = self._direct_fd = -1
 
     def _write_direct(self, view: memoryview, offset: int) -> int:
-        """Direct I/O as far as the file system takes it; returns how many bytes that was (a multiple of the block "
-        "size)."""
+        """Direct I/O as far as the file system takes it; returns how many bytes that was (a multiple of the block
+        size)."""
         done = 0
         try:
             if self._direct_fd < 0:

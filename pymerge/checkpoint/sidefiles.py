@@ -37,8 +37,8 @@ _MODULE_FILES = ("*.json", "*.txt", "*.safetensors", "*.model", "*.spm", "*.jinj
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Files to copy (path below the base's folder, the same below the output) and what a reader of the summary should "
-    "know."""
+    """Files to copy (path below the base's folder, the same below the output) and what a reader of the summary should
+    know."""
 
     folder: Path | None
     files: tuple[str, ...]

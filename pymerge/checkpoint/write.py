@@ -81,8 +81,8 @@ class StagedOutput:
 
     @property
     def done(self) -> dict[str, list[tuple[int, int, int]]]:
-        """What is written, per tensor: (start, nbytes, crc), ascending. After a resume: what was read back and is "
-        "right."""
+        """What is written, per tensor: (start, nbytes, crc), ascending. After a resume: what was read back and is
+        right."""
         with self._mutex:
             found = {name: sorted(by_start.values()) for name, by_start in self._segments.items()}
         return {name: [(s.start, s.nbytes, s.crc) for s in segments] for name, segments in found.items()}
