@@ -36,8 +36,8 @@ std::vector<int64_t> delta_merge_host(const py::object& base, const py::sequence
 py::tuple delta_kth_host(const py::object& base, const py::sequence& tuned, int64_t count,
                          const std::vector<int64_t>& ranks, int64_t row_length,
                          const std::optional<std::vector<double>>& keep,
-                         const std::optional<std::vector<uint64_t>>& keys) {
-  const HostSource source(base, tuned, count, 0);
+                         const std::optional<std::vector<uint64_t>>& keys, int64_t index0) {
+  const HostSource source(base, tuned, count, index0);
   const HostMask mask(source.tasks(), keep, keys);
   check_length("ranks", ranks.size(), static_cast<size_t>(source.tasks()));
   if (row_length < 0 || (row_length > 0 && count % row_length != 0)) {
@@ -204,7 +204,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("delta_merge", &delta_merge_host, base, tuned, py::arg("add"), py::arg("out"), count, index0,
         py::arg("params"));
   m.def("delta_kth", &delta_kth_host, base, tuned, count, py::arg("ranks"), py::arg("row_length") = 0,
-        py::arg("keep") = py::none(), py::arg("keys") = py::none());
+        py::arg("keep") = py::none(), py::arg("keys") = py::none(), py::arg("index0") = 0);
   m.def("delta_histogram", &delta_histogram_host, base, tuned, count, index0, keep, keys, py::arg("prefix"),
         py::arg("hist"));
   m.def("delta_count_equal", &delta_count_equal_host, base, tuned, count, index0, keep, keys, py::arg("theta"));

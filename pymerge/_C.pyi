@@ -49,6 +49,7 @@ def delta_kth(
     row_length: int = 0,
     keep: Sequence[float] | None = None,
     keys: Sequence[int] | None = None,
+    index0: int = 0,
 ) -> tuple[bytes, bytes]:
     """theta float32 [T, R] and index int64 [T, R]: where the first ranks[t] entries end."""
 

@@ -37,10 +37,14 @@ Write = Callable[[Segment], None]
 
 
 class Pipeline:
-    """`threads` workers and one writer. Use as a context manager; `drain` before leaving."""
+    """`threads` workers and one writer. Use as a context manager; `drain` before leaving.
+
+    At most `ahead` pieces of work wait or run when another is submitted: reading further ahead would only touch more
+    memory, and the first touch of a page costs as much as reading it."""
 
     def __init__(self, arena: Arena, threads: int, write: Write) -> None:
         self.arena, self.write = arena, write
+        self.ahead = 2 * threads + 2
         self.changed = threading.Condition()
         self.ready: deque[Compute] = deque()
         self.finished: deque[Output] = deque()
@@ -67,11 +71,12 @@ class Pipeline:
         """Queue work; `first` puts it before everything that waits (the rest of a tensor that is in memory)."""
         self.raise_error()
         with self.changed:
-            self.pending += 1
             if first:
                 self.ready.appendleft(compute)
             else:
+                self.changed.wait_for(lambda: self.pending < self.ahead or self.error is not None)
                 self.ready.append(compute)
+            self.pending += 1
             self.changed.notify_all()
 
     def drain(self) -> None:

@@ -61,6 +61,11 @@ def add_l1(parts: Sequence[bytes], tasks: int) -> list[tuple[float, float]]:
     return [(flat[2 * t], flat[2 * t + 1]) for t in range(tasks)]
 
 
+def with_ties(index: bytes) -> bytes:
+    """Cut indices that let every entry pass that equals the threshold; 0 (nothing passes) stays."""
+    return array("q", (KEEP_ALL_TIES if cut > 0 else 0 for cut in array("q", index))).tobytes()
+
+
 class HeldSurvey:
     """Questions about a tensor that is in memory."""
 
@@ -72,8 +77,7 @@ class HeldSurvey:
         keep, keys = (rule.keep, rule.keys) if rule.mask_first else (None, None)
         theta, index = _C.delta_kth(tile.base, tile.tuned, tile.count, ranks, rule.row_length or 0, keep, keys)
         if keep_ties:
-            cuts = array("q", index)
-            index = array("q", (KEEP_ALL_TIES if cut > 0 else 0 for cut in cuts)).tobytes()
+            index = with_ties(index)
         return Cut(theta=theta, index=index)
 
     def l1(self, rule: DeltaRule) -> list[tuple[float, float]]:
@@ -104,6 +108,8 @@ class SweptSurvey:
 
     def kth(self, ranks: tuple[int, ...], rule: DeltaRule, keep_ties: bool) -> Cut:
         """Radix selection: two digits of the magnitude, then, where ties must be split, the index."""
+        if rule.row_length:
+            return self.kth_of_rows(ranks, rule, keep_ties)
         high = self.histogram(rule, None)
         digits = [descend(high[t * HIGH_BINS : (t + 1) * HIGH_BINS], ranks[t]) for t in range(self.tasks)]
         low = self.histogram(rule, [digit for digit, _ in digits])
@@ -118,6 +124,23 @@ class SweptSurvey:
         for t, cut in self.split_ties(theta, split, rule).items():
             index[t] = cut
         return Cut(theta=theta.tobytes(), index=index.tobytes())
+
+    def kth_of_rows(self, ranks: tuple[int, ...], rule: DeltaRule, keep_ties: bool) -> Cut:
+        """Tiles are whole rows, and every row has a cut of its own."""
+
+        def of_tile(tile: Tile) -> tuple[bytes, bytes]:
+            row_length, index0 = rule.row_length or 0, tile.index0
+            return _C.delta_kth(tile.base, tile.tuned, tile.count, ranks, row_length, *mask(tile, rule), index0)
+
+        def joined(parts: list[bytes]) -> bytes:  # [T, rows of the tile] each -> [T, R]
+            sizes = [len(part) // self.tasks for part in parts]
+            return b"".join(
+                p[t * n : (t + 1) * n] for t in range(self.tasks) for p, n in zip(parts, sizes, strict=True)
+            )
+
+        cuts = self.sweep(of_tile)
+        index = joined([cut[1] for cut in cuts])
+        return Cut(theta=joined([cut[0] for cut in cuts]), index=with_ties(index) if keep_ties else index)
 
     def histogram(self, rule: DeltaRule, prefix: list[int] | None) -> array[int]:
         """Counts of a magnitude digit over all tiles, [T, bins]."""
