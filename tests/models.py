@@ -69,5 +69,6 @@ def family(
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Equal names, dtypes and bits."""
     return list(sorted(a)) == list(sorted(b)) and all(
-        a[n].dtype == b[n].dtype and torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in a
+        a[n].dtype == b[n].dtype and torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8))
+        for n in a
     )
