@@ -13,7 +13,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 KERNELS = sorted(set(glob("csrc/cpu/*.cpp")) - set(glob("csrc/cpu/*_ops.cpp")))

@@ -91,6 +91,14 @@ int64_t count_bad(Buffer x, int64_t n) {
 }
 
 void copy_out(const void* from, void* to, int64_t bytes, bool stream) {
+#if PYMERGE_AVX512
+  if (stream && reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0) {
+    const __m512i* p = static_cast<const __m512i*>(from);
+    __m512i* q = static_cast<__m512i*>(to);
+    for (int64_t i = 0; i < bytes / 64; ++i) _mm512_stream_si512(q + i, _mm512_load_si512(p + i));
+    return;
+  }
+#endif
 #if defined(__x86_64__)
   if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
     const __m128i* p = static_cast<const __m128i*>(from);

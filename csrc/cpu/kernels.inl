@@ -1,6 +1,8 @@
 // All loops of kernels.h, compiled once per CPU level into namespace PYMERGE_LEVEL. Templates of the standard library
 // stay out of here: their instantiations would be shared between levels.
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors are passed between inlined functions only
+
 namespace pymerge::PYMERGE_LEVEL {
 namespace {
 
@@ -8,13 +10,11 @@ typedef uint16_t u16_at __attribute__((aligned(1), may_alias));
 typedef uint32_t u32_at __attribute__((aligned(1), may_alias));
 typedef float f32_at __attribute__((aligned(1), may_alias));
 typedef double f64_at __attribute__((aligned(1), may_alias));
-typedef float vf16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef double vd16 __attribute__((vector_size(128)));
-
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #include "convert.inl"
 #include "select.inl"
+#include "fused.inl"
 
 // d_t of one block (before selection) into d; base32 is null where there is no base.
 void delta(const DeltaSource& source, int64_t task, int64_t begin, int64_t n, const float* base32, float* d) {
@@ -113,21 +113,45 @@ void merge_block(const DeltaSource& source, const DeltaRule& rule, const MergeTa
   bad[2 + source.tasks] += store(sum, n, target.dtype, out, target.stream, x);
 }
 
+// Blocks end where rows end, so that one block has one threshold a task.
 void merge(const DeltaSource& source, const DeltaRule& rule, const MergeTarget& target, int64_t begin, int64_t end,
            float* scratch, int64_t* bad) {
-  for (int64_t at = begin; at < end; at += kBlock) {
-    merge_block(source, rule, target, at, least(kBlock, end - at), scratch, bad);
+  const bool rows = rule.row_length > 0 && (rule.top_theta != nullptr || rule.skip_theta != nullptr);
+  const bool fuse = can_fuse(source, rule, target) && (!rows || rule.row_length >= 4 * kLanes);
+  for (int64_t at = begin; at < end;) {
+    int64_t n = least(kBlock, end - at);
+    if (fuse && rows) n = least(n, rule.row_length - (source.index0 + at) % rule.row_length);
+    const int64_t whole = fuse ? n / kLanes * kLanes : 0;
+    const bool merged = whole > 0 && merge_fused(source, rule, target, at, whole, scratch);
+    const int64_t done = merged ? whole : 0;
+    if (done < n) merge_block(source, rule, target, at + done, n - done, scratch, bad);
+    at += n;
   }
 }
 
 void magnitudes(const DeltaSource& source, const DeltaRule& rule, int64_t task, int64_t begin, int64_t end,
                 float* scratch, uint32_t* out) {
   const int64_t n = end - begin;
+  const Buffer base = source.base.at(begin), tuned = source.tuned[task].at(begin);
   float* d = reinterpret_cast<float*>(out);
-  delta(source, task, begin, n, load_base(source, begin, n, scratch), d);
+  int64_t done = 0;
+  if (base.data == nullptr || base.dtype == tuned.dtype) {
+    done = tuned.dtype == Dtype::kF64 ? 0 : n / kLanes * kLanes;
+    if (tuned.dtype == Dtype::kBF16) fused_magnitudes<Dtype::kBF16>(base.data, tuned.data, done, d);
+    if (tuned.dtype == Dtype::kF16) fused_magnitudes<Dtype::kF16>(base.data, tuned.data, done, d);
+    if (tuned.dtype == Dtype::kF32) fused_magnitudes<Dtype::kF32>(base.data, tuned.data, done, d);
+  }
+  if (done < n) {
+    const int64_t rest = begin + done;
+    delta(source, task, rest, n - done, load_base(source, rest, n - done, scratch), d + done);
+    for (int64_t i = done; i < n; ++i) d[i] = __builtin_fabsf(d[i]);
+  }
   if (rule.keep != nullptr) apply_mask(rule, task, source.index0 + begin, n, scratch + kBlock, d);
-  for (int64_t i = 0; i < n; ++i) d[i] = __builtin_fabsf(d[i]);
 }
+
+typedef double vd __attribute__((vector_size(4 * PYMERGE_LANES)));
+typedef float vhalf __attribute__((vector_size(2 * PYMERGE_LANES)));
+constexpr int kSumVectors = 2 * kBlockLanes / PYMERGE_LANES;
 
 int64_t count_equal(const uint32_t* values, int64_t n, uint32_t value) {
   int32_t total = 0;
@@ -142,26 +166,40 @@ int64_t pad_lanes(float* d, int64_t n) {
   return padded;
 }
 
-double sum_lanes(const vd16& lanes) {
-  double total = 0.0;
-  for (int i = 0; i < kBlockLanes; ++i) total += lanes[i];
-  return total;
+// The kBlockLanes partial sums in registers of the level's width; lane i % kBlockLanes takes entry i, whatever the
+// width.
+struct LaneSums {
+  vd lane[kSumVectors] = {};
+  double total() const {
+    double sum = 0.0;
+    for (int v = 0; v < kSumVectors; ++v) {
+      for (int i = 0; i < PYMERGE_LANES / 2; ++i) sum += lane[v][i];
+    }
+    return sum;
+  }
+};
+
+PYMERGE_INLINE vd wide_lanes(const float* x) {
+  vhalf value;
+  __builtin_memcpy(&value, x, sizeof(value));
+  return __builtin_convertvector(value, vd);
 }
 
-void add_magnitudes(const float* d, int64_t n, vd16* total) {
-  vd16 lanes = *total;
+void add_magnitudes(const float* d, int64_t n, LaneSums* sums) {
+  LaneSums local = *sums;
   for (int64_t i = 0; i < n; i += kBlockLanes) {
-    float size[kBlockLanes];
-    for (int j = 0; j < kBlockLanes; ++j) size[j] = __builtin_fabsf(d[i + j]);
-    lanes += __builtin_convertvector(*reinterpret_cast<const vf16*>(size), vd16);
+    for (int v = 0; v < kSumVectors; ++v) {
+      const vd value = wide_lanes(d + i + v * PYMERGE_LANES / 2);
+      local.lane[v] += value < 0.0 ? -value : value;
+    }
   }
-  *total = lanes;
+  *sums = local;
 }
 
 void l1(const DeltaSource& source, const DeltaRule& rule, int64_t begin, int64_t end, float* scratch, double* out) {
   float *base32 = scratch, *d = scratch + kBlock, *mask = scratch + 2 * kBlock;
   for (int64_t task = 0; task < source.tasks; ++task) {
-    vd16 all = {}, selected = {};
+    LaneSums all, selected;
     for (int64_t at = begin; at < end; at += kBlock) {
       const int64_t n = least(kBlock, end - at);
       delta(source, task, at, n, load_base(source, at, n, base32), d);
@@ -170,22 +208,22 @@ void l1(const DeltaSource& source, const DeltaRule& rule, int64_t begin, int64_t
       select(rule, task, source.index0 + at, n, mask, d);
       add_magnitudes(d, padded, &selected);
     }
-    out[2 * task] = sum_lanes(all);
-    out[2 * task + 1] = sum_lanes(selected);
+    out[2 * task] = all.total();
+    out[2 * task + 1] = selected.total();
   }
 }
 
-void add_products(const float* a, const float* b, int64_t n, vd16* total) {
-  vd16 lanes = *total;
+double product_sum(const float* a, const float* b, int64_t n) {
+  LaneSums sums;
   for (int64_t i = 0; i < n; i += kBlockLanes) {
-    lanes += __builtin_convertvector(*reinterpret_cast<const vf16*>(a + i), vd16) *
-             __builtin_convertvector(*reinterpret_cast<const vf16*>(b + i), vd16);
+    for (int v = 0; v < kSumVectors; ++v) {
+      const int64_t at = i + v * PYMERGE_LANES / 2;
+      sums.lane[v] += wide_lanes(a + at) * wide_lanes(b + at);
+    }
   }
-  *total = lanes;
+  return sums.total();
 }
 
-// The lane sums of all pairs are too many for registers: they rest in `out` scaled down to one double per pair and
-// block.
 void gram(const DeltaSource& source, int64_t begin, int64_t end, float* scratch, double* out) {
   const int64_t tasks = source.tasks;
   float *base32 = scratch, *d = scratch + kBlock;
@@ -193,17 +231,13 @@ void gram(const DeltaSource& source, int64_t begin, int64_t end, float* scratch,
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = least(kBlock, end - at);
     const float* base = load_base(source, at, n, base32);
+    int64_t padded = 0;
     for (int64_t task = 0; task < tasks; ++task) {
       delta(source, task, at, n, base, d + task * kBlock);
-      pad_lanes(d + task * kBlock, n);
+      padded = pad_lanes(d + task * kBlock, n);
     }
-    const int64_t padded = (n + kBlockLanes - 1) / kBlockLanes * kBlockLanes;
     for (int64_t s = 0; s < tasks; ++s) {
-      for (int64_t t = s; t < tasks; ++t) {
-        vd16 lanes = {};
-        add_products(d + s * kBlock, d + t * kBlock, padded, &lanes);
-        out[s * tasks + t] += sum_lanes(lanes);
-      }
+      for (int64_t t = s; t < tasks; ++t) out[s * tasks + t] += product_sum(d + s * kBlock, d + t * kBlock, padded);
     }
   }
   for (int64_t s = 0; s < tasks; ++s) {

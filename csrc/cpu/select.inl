@@ -1,6 +1,68 @@
 // Which entries of a delta stay: the random mask, the magnitude window, and the compress-store of the rank selection.
 
 // Draws of `groups` groups of eight entries, in entry order; writes up to 31 groups more than asked.
+#if PYMERGE_AVX512 || PYMERGE_F16C
+
+#if PYMERGE_AVX512
+typedef __m512i Words;  // one 32-bit Philox word of 8 groups, in the low halves of 64-bit lanes
+constexpr int64_t kWordLanes = 8;
+inline Words splat64(uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); }
+// Groups in the order in which interleave() puts them down one after another.
+inline Words group_lanes(uint64_t first) {
+  return _mm512_add_epi64(splat64(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+}
+inline Words product(Words a, Words b) { return _mm512_mul_epu32(a, b); }
+inline Words high(Words a) { return _mm512_srli_epi64(a, 32); }
+inline Words xor3(Words a, Words b, Words c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+inline void interleave(Words c0, Words c1, Words c2, Words c3, char* out) {
+  const Words a = _mm512_mask_blend_epi32(0xAAAA, c0, _mm512_slli_epi64(c1, 32));
+  const Words b = _mm512_mask_blend_epi32(0xAAAA, c2, _mm512_slli_epi64(c3, 32));
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, b));
+  _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi64(a, b));
+}
+#else
+typedef __m256i Words;
+constexpr int64_t kWordLanes = 4;
+inline Words splat64(uint64_t x) { return _mm256_set1_epi64x(static_cast<int64_t>(x)); }
+inline Words group_lanes(uint64_t first) { return _mm256_add_epi64(splat64(first), _mm256_setr_epi64x(0, 2, 1, 3)); }
+inline Words product(Words a, Words b) { return _mm256_mul_epu32(a, b); }
+inline Words high(Words a) { return _mm256_srli_epi64(a, 32); }
+inline Words xor3(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+inline void interleave(Words c0, Words c1, Words c2, Words c3, char* out) {
+  const Words a = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
+  const Words b = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(a, b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), _mm256_unpackhi_epi64(a, b));
+}
+#endif
+
+// Four vectors at a time hide the latency of the multiplications. Upper halves hold rubbish, which product() ignores.
+void philox_draws(uint64_t key, uint64_t group, int64_t groups, uint16_t* out) {
+  constexpr int kVectors = 4;
+  const Words m0 = splat64(kPhiloxM0), m1 = splat64(kPhiloxM1);
+  char* to = reinterpret_cast<char*>(out);
+  for (int64_t g = 0; g < groups; g += kVectors * kWordLanes) {
+    Words c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      c0[v] = group_lanes(group + static_cast<uint64_t>(g + v * kWordLanes));
+      c1[v] = high(c0[v]);
+      c2[v] = c3[v] = splat64(0);
+    }
+    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+      const Words key0 = splat64(k0), key1 = splat64(k1);
+      for (int v = 0; v < kVectors; ++v) {
+        const Words p0 = product(c0[v], m0), p1 = product(c2[v], m1);
+        c0[v] = xor3(high(p1), c1[v], key0);
+        c2[v] = xor3(high(p0), c3[v], key1);
+        c1[v] = p1;
+        c3[v] = p0;
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) interleave(c0[v], c1[v], c2[v], c3[v], to + (g + v * kWordLanes) * 16);
+  }
+}
+#else
 void philox_draws(uint64_t key, uint64_t group, int64_t groups, uint16_t* out) {
   u32_at* words = reinterpret_cast<u32_at*>(out);
   for (int64_t g = 0; g < groups; ++g) {
@@ -8,6 +70,7 @@ void philox_draws(uint64_t key, uint64_t group, int64_t groups, uint16_t* out) {
     for (int w = 0; w < 4; ++w) words[4 * g + w] = r.word[w];
   }
 }
+#endif
 
 // Draws become 0xffff (stays) or 0; a draw equal to the limit's upper half is settled by the second plane.
 void draws_to_mask(KeepLimit limit, uint64_t key, uint64_t index, int64_t n, uint16_t* draws) {
@@ -23,15 +86,22 @@ void draws_to_mask(KeepLimit limit, uint64_t key, uint64_t index, int64_t n, uin
   for (int64_t i = 0; i < n; ++i) draws[i] = draws[i] < high ? 0xFFFF : 0;
 }
 
-// d = 0 where the random mask drops the entry. scratch: a block and kDrawSlack of 16-bit draws.
-void apply_mask(const DeltaRule& rule, int64_t task, int64_t index, int64_t n, float* scratch, float* d) {
+// 0xffff or 0 for each of n entries from `index` on, somewhere in scratch (a block and kDrawSlack of 16 bits each);
+// null where the mask keeps everything.
+const uint16_t* draw_mask(const DeltaRule& rule, int64_t task, int64_t index, int64_t n, float* scratch) {
   const KeepLimit limit = rule.keep[task];
-  if (limit.all) return;
-  const uint64_t key = rule.keys[task], first = static_cast<uint64_t>(index) >> 3;
+  if (limit.all) return nullptr;
   uint16_t* draws = reinterpret_cast<uint16_t*>(scratch);
+  philox_draws(rule.keys[task], static_cast<uint64_t>(index) >> 3, ((index & 7) + n + 7) / 8, draws);
   uint16_t* mask = draws + (index & 7);
-  philox_draws(key, first, ((index & 7) + n + 7) / 8, draws);
-  draws_to_mask(limit, key, static_cast<uint64_t>(index), n, mask);
+  draws_to_mask(limit, rule.keys[task], static_cast<uint64_t>(index), n, mask);
+  return mask;
+}
+
+// d = 0 where the random mask drops the entry.
+void apply_mask(const DeltaRule& rule, int64_t task, int64_t index, int64_t n, float* scratch, float* d) {
+  const uint16_t* mask = draw_mask(rule, task, index, n, scratch);
+  if (mask == nullptr) return;
   u32_at* bits = reinterpret_cast<u32_at*>(d);
   const int16_t* wide = reinterpret_cast<const int16_t*>(mask);
   for (int64_t i = 0; i < n; ++i) bits[i] &= static_cast<uint32_t>(int32_t{wide[i]});
@@ -65,6 +135,23 @@ void select(const DeltaRule& rule, int64_t task, int64_t index, int64_t n, float
   if (rule.skip_theta != nullptr) apply_cut(rule, rule.skip_theta + row, rule.skip_index + row, false, index, n, d);
 }
 
+#if PYMERGE_AVX512
+int64_t collect(const uint32_t* values, int64_t n, uint32_t low, uint32_t high, uint32_t* out, int64_t* above) {
+  const __m512i lows = _mm512_set1_epi32(static_cast<int>(low)), highs = _mm512_set1_epi32(static_cast<int>(high));
+  int64_t stored = 0, larger = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 live = n - i >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (n - i)) - 1);
+    const __m512i value = _mm512_maskz_loadu_epi32(live, values + i);
+    const __mmask16 over = _mm512_mask_cmpgt_epu32_mask(live, value, highs);
+    const __mmask16 inside = _mm512_mask_cmpge_epu32_mask(live, value, lows) & static_cast<__mmask16>(~over);
+    _mm512_storeu_si512(out + stored, _mm512_maskz_compress_epi32(inside, value));
+    stored += __builtin_popcount(inside);
+    larger += __builtin_popcount(over);
+  }
+  *above += larger;
+  return stored;
+}
+#else
 int64_t collect(const uint32_t* values, int64_t n, uint32_t low, uint32_t high, uint32_t* out, int64_t* above) {
   int64_t stored = 0, larger = 0;
   const uint32_t width = high - low;
@@ -77,3 +164,4 @@ int64_t collect(const uint32_t* values, int64_t n, uint32_t low, uint32_t high, 
   *above += larger;
   return stored;
 }
+#endif
