@@ -13,12 +13,11 @@ from pymerge.version import __version__
 if TYPE_CHECKING:
     from pymerge import methods, ops
     from pymerge.checkpoint import Checkpoint, open_checkpoint
-    from pymerge.engine.api import merge
+    from pymerge.engine.api import Recipe, merge
     from pymerge.engine.local import plan_merge
     from pymerge.engine.plan import Options
     from pymerge.engine.verify import verify
     from pymerge.errors import MergeError
-    from pymerge.recipe import Recipe
 
 __all__ = [
     "Checkpoint",
@@ -38,7 +37,7 @@ _HOME = {
     "Checkpoint": "pymerge.checkpoint",
     "MergeError": "pymerge.errors",
     "Options": "pymerge.engine.plan",
-    "Recipe": "pymerge.recipe",
+    "Recipe": "pymerge.engine.api",
     "merge": "pymerge.engine.api",
     "open_checkpoint": "pymerge.checkpoint",
     "plan_merge": "pymerge.engine.local",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,7 +36,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback 
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin too (tensors only, no code is run).")
 ]
-Prefer = Annotated[str | None, typer.Option(help="single | sharded: which to read where a folder holds both.")]
+Prefer = Annotated[
+    Literal["single", "sharded"] | None, typer.Option(help="single | sharded: which to read where a folder holds both.")
+]
 
 
 def parse_bytes(text: str) -> int:

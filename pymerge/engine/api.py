@@ -7,10 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pymerge import recipe
 from pymerge.engine.local import merge_to_disk
 from pymerge.engine.plan import Options
 from pymerge.errors import RecipeError
-from pymerge.recipe import Recipe
+
+
+class Recipe(recipe.Recipe):
+    """A merge as data: `Recipe.from_yaml("recipe.yaml").run("merged/")`."""
+
+    def run(self, out: str | Path, options: Options | None = None) -> dict[str, Any]:
+        """Merge from disk into the folder `out`; the summary is returned and written to out/merge.json."""
+        return merge_to_disk(self, out, options)
 
 
 def merge(
@@ -40,11 +48,11 @@ def merge(
         raise RecipeError("base and models must be all paths or all models in memory")
     if all(on_disk) and out is None:
         raise RecipeError("merging folders needs out=: the folder to write")
-    recipe = Recipe.from_kwargs(base, models, method, **parameters)
+    described = Recipe.from_kwargs(base, models, method, **parameters)
     if out is not None and all(on_disk):
-        return merge_to_disk(recipe, out, options)
+        return described.run(out, options)
     if out is not None:
         raise RecipeError("out= is for models on disk: save the merged state dict yourself, or give paths")
     from pymerge.engine.memory import merge_in_memory
 
-    return merge_in_memory(recipe, options)
+    return merge_in_memory(described, options)

@@ -19,7 +19,7 @@ from pymerge.errors import (
     UnsupportedDtype,
     VocabMismatch,
 )
-from pymerge.recipe import Recipe, Steps, layer_positions
+from pymerge.recipe import Recipe, Steps
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that are averaged, with their bytes
 QUANTISED = (".scales", ".scale", ".weight_scale", ".weight_scale_inv", ".absmax", ".qzeros", ".g_idx", ".quant_state")
@@ -86,14 +86,15 @@ class Checker:
         self.reference_tied = tied_pairs(self.reference)
         self.others = [(label, m, t) for label, m, t in zip(self.labels, self.models, self.tied, strict=True)]
         self.relaxed: dict[str, list[str]] = {}
+        self.steps: dict[str, Steps] = {}  # of the tensors that the recipe selects
         self.relaxations = self.recipe.relaxations
 
     def run(self) -> list[Entry]:
         """Output entries in the order of the reference model's files."""
         names = self.reference.file_order()
-        layers = layer_positions(names)
+        self.steps = self.recipe.resolve(names)
         self.check_extra(set(names))
-        entries = [entry for name in names if (entry := self.entry(name, layers[name])) is not None]
+        entries = [entry for name in names if (entry := self.entry(name)) is not None]
         if self.relaxations.get("extra") == "copy":
             entries += self.extra_copies({entry.name for entry in entries})
         self.problems.raise_all()
@@ -113,9 +114,9 @@ class Checker:
     def copied(self, name: str, tensor: AnyTensor, equal_to: tuple[AnyTensor, ...] = ()) -> Entry:
         return Entry(name=name, shape=tensor.shape, dtype=self.out_dtype(tensor), reference=tensor, equal_to=equal_to)
 
-    def entry(self, name: str, layer_t: float) -> Entry | None:
+    def entry(self, name: str) -> Entry | None:
         reference = self.reference[name]
-        if not self.recipe.selects(name):
+        if name not in self.steps:
             self.relax("excluded by the recipe, copied from " + self.reference_label, name)
             return self.copied(name, reference)
         found = self.find_all(name)
@@ -131,7 +132,6 @@ class Checker:
         count = self.common_count(name, reference, found)
         if count is None:
             return None
-        steps = self.recipe.steps_for(name, layer_t)
         base = reference if self.recipe.subtract_base else None
         return Entry(
             name=name,
@@ -140,7 +140,7 @@ class Checker:
             reference=reference,
             base=base,
             tuned=tuple(found),
-            steps=steps,
+            steps=self.steps[name],
             count=count,
         )
 

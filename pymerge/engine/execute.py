@@ -41,6 +41,10 @@ class Sink(Protocol):
 
     def write(self, name: str, start: int, view: memoryview, crc: int) -> None: ...
 
+    def forget(self, name: str) -> None:
+        """Drop the finished segments of a tensor."""
+        ...
+
 
 @dataclass
 class Stop:
@@ -94,9 +98,10 @@ class Executor:
         self.plan, self.sink, self.device, self.progress, self.stop = plan, sink, device, progress, stop
         self.arena = Arena(plan.arena_bytes)
         self.pipeline = Pipeline(self.arena, threads, self.write)
-        self.done = {name: {(start, size): crc for start, size, crc in parts} for name, parts in sink.done.items()}
+        self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in sink.done.items()}
+        self.forget_other_tiles()
         self.answers: list[DeltaRule] = []  # of the model-wide surveys
-        self.params: dict[int, object] = {}  # id of an answered tiled item -> native parameters
+        self.params: dict[int, _C.DeltaParams] = {}  # id of an answered tiled item -> native parameters
 
     def run(self) -> None:
         """Everything that is not done yet. Raises Interrupted after a signal, with the finished work kept."""
@@ -122,6 +127,19 @@ class Executor:
         self.sink.write(segment.name, segment.start, segment.view, segment.crc)
 
     # what is left to do
+
+    def forget_other_tiles(self) -> None:
+        """Tensors that an earlier run cut into other tiles (another memory budget) are merged again as a whole."""
+        planned: dict[str, set[tuple[int, int]]] = {}
+        for item in self.plan.items:
+            if item.entry.name in self.done:
+                places = (
+                    (first * item.out_width, n * item.out_width) for first, n in tiles(item, item.first, item.count)
+                )
+                planned.setdefault(item.entry.name, set()).update(places)
+        for name in [name for name, parts in self.done.items() if not parts <= planned.get(name, set())]:
+            self.sink.forget(name)
+            del self.done[name]
 
     def todo(self) -> Iterator[tuple[Item, int, int]]:
         """(item, first, count) of every range to be read, in order; a held tensor is one range."""
@@ -202,10 +220,10 @@ class Executor:
             self.pipeline.submit(partial(self.apply, block, part, params), first=True)
         return self.apply(block, left[0], params)
 
-    def apply(self, block: Block, piece: Piece, params: object) -> Output:
+    def apply(self, block: Block, piece: Piece, params: _C.DeltaParams | None) -> Output:
         return Output(block, [self.merge(piece, params)])
 
-    def answer(self, piece: Piece) -> object:
+    def answer(self, piece: Piece) -> _C.DeltaParams | None:
         """Native parameters of the piece's rule, every question answered."""
         item = piece.item
         if item.mode in ("copy", "generic"):
@@ -222,7 +240,7 @@ class Executor:
             self.params[id(item)] = params
         return params
 
-    def merge(self, piece: Piece, params: object) -> Segment:
+    def merge(self, piece: Piece, params: _C.DeltaParams | None) -> Segment:
         """Computes the piece's output in place and checks it."""
         entry = piece.item.entry
         if piece.item.mode == "copy":
@@ -232,6 +250,7 @@ class Executor:
 
             merge_generic(self.plan, piece, self.device)
         else:
+            assert params is not None
             tile = piece.tile
             bad = _C.delta_merge(tile.base, tile.tuned, tile.base, piece.out, piece.count, piece.first, params)
             if any(bad):

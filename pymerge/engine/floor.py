@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from pymerge import _C
 from pymerge.checkpoint import StagedOutput
 from pymerge.engine.execute import Executor, Piece, Stop
 from pymerge.engine.local import identity, open_inputs
@@ -23,10 +24,10 @@ from pymerge.recipe import Recipe
 class Floor(Executor):
     """Writes what lies where the output would be."""
 
-    def answer(self, piece: Piece) -> object:
+    def answer(self, piece: Piece) -> _C.DeltaParams | None:
         return None
 
-    def merge(self, piece: Piece, params: object) -> Segment:
+    def merge(self, piece: Piece, params: _C.DeltaParams | None) -> Segment:
         return Segment(piece.item.entry.name, piece.first * piece.item.out_width, piece.out_view, 0)
 
 

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 CHUNK = 1 << 22  # entries looked at together
 
 
-def settle_non_finite(recipe: Recipe, piece: Piece, bad: list[int], params: object) -> None:
+def settle_non_finite(recipe: Recipe, piece: Piece, bad: list[int], params: _C.DeltaParams | None) -> None:
     """`bad` as delta_merge returns it: base, tuned..., add, out. Raises unless the recipe relaxes just this."""
     bad_inputs = any(bad[:-1])
     if bad_inputs:
         if recipe.relaxations.get("nonfinite") != "keep":
             raise_bad_input(recipe, piece)
+    elif params is None:  # a copy that changes no dtype cannot overflow
+        return
     elif recipe.relaxations.get("overflow") == "clamp":
         clamp(piece, params)
     else:
@@ -75,7 +77,7 @@ def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(position))
 
 
-def in_float32(piece: Piece, params: object) -> memoryview:
+def in_float32(piece: Piece, params: _C.DeltaParams) -> memoryview[float]:
     """The piece's result before rounding, float32."""
     buffer = memoryview(bytearray(4 * piece.count))
     tile = piece.tile
@@ -94,11 +96,11 @@ def raise_overflow(piece: Piece, count: int, largest: float) -> NoReturn:
     )
 
 
-def clamp(piece: Piece, params: object) -> None:
+def clamp(piece: Piece, params: _C.DeltaParams) -> None:
     """Writes the piece's result again, cut to the largest finite value of the output dtype."""
     import torch
 
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[piece.item.entry.dtype]
     limit = torch.finfo(dtype).max
     values = torch.frombuffer(in_float32(piece, params), dtype=torch.float32).clamp(-limit, limit).to(dtype)
-    piece.out_view[:] = memoryview(values.view(torch.uint8).numpy()).cast("B")
+    piece.out_view[:] = values.view(torch.uint8).numpy().data

@@ -82,7 +82,7 @@ class Options:
     overwrite: bool = False
     resume: bool = True
     allow_pickle: bool = False
-    prefer: str | None = None
+    prefer: Literal["single", "sharded"] | None = None
     progress: bool | None = None  # None: where standard error is a terminal
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pymerge.errors import RecipeError
 from pymerge.methods.base import Combine, Style
@@ -60,7 +60,7 @@ class Recipe:
     _steps: dict[Any, Steps] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def from_yaml(cls, source: str | os.PathLike[str], *, models_must_exist: bool = True) -> Recipe:
+    def from_yaml(cls, source: str | os.PathLike[str], *, models_must_exist: bool = True) -> Self:
         """A recipe from a YAML file, or from YAML text (text has more than one line or a colon and is not a file)."""
         from pymerge.recipe.yaml_text import parse_yaml, read_yaml
 
@@ -71,12 +71,12 @@ class Recipe:
         return cls.from_dict(read_yaml(path), source=str(path), models_must_exist=models_must_exist)
 
     @classmethod
-    def from_dict(cls, raw: Any, *, source: str = "recipe", models_must_exist: bool = True) -> Recipe:
+    def from_dict(cls, raw: Any, *, source: str = "recipe", models_must_exist: bool = True) -> Self:
         """A recipe from the plain data of its YAML (mergekit's defaults unless `style` says otherwise)."""
         return cls._of(parse_recipe(raw, source, python=False, must_exist=models_must_exist))
 
     @classmethod
-    def from_kwargs(cls, base: Any, models: Sequence[Any], method: str, **options: Any) -> Recipe:
+    def from_kwargs(cls, base: Any, models: Sequence[Any], method: str, **options: Any) -> Self:
         """A recipe from Python arguments (the authors' defaults unless `style` says otherwise).
 
         base, models  paths, or models in memory: mappings from name to tensor, or modules. base None: the method needs
@@ -90,7 +90,7 @@ class Recipe:
         return cls._of(parse_recipe(raw, "merge", python=True, must_exist=True, problems=problems))
 
     @classmethod
-    def _of(cls, parsed: Parsed) -> Recipe:
+    def _of(cls, parsed: Parsed) -> Self:
         return cls(**vars(parsed))
 
     @cached_property

@@ -200,19 +200,21 @@ def test_steps_that_are_no_rules_compose(tmp_path, outside_methods):
         )
 
 
-def test_resume_with_another_budget_gives_the_same_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", [1, 2, 4])
+def test_resume_with_another_budget_gives_the_same_bytes(tmp_path, monkeypatch, failing):
     """Interrupted with small tiles, continued with large ones."""
     base, models = family(tmp_path, 3, SHAPES)
     setting = {"method": "ties", "style": "mergekit", "weight": 1.0, "density": 0.3}
     pymerge.merge(base, models, out=tmp_path / "whole", **setting)
     from pymerge.engine.execute import Executor
 
-    written = Executor.write
+    written, count = Executor.write, []
 
     def fail_later(self, segment):
-        if segment.name == "layers.1.w":
+        if len(count) == failing:
             raise KeyboardInterrupt
         written(self, segment)
+        count.append(segment)
 
     monkeypatch.setattr(Executor, "write", fail_later)
     with pytest.raises(KeyboardInterrupt):
