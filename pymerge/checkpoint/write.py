@@ -112,6 +112,11 @@ class StagedOutput:
             finally:
                 self._flushing.release()
 
+    def forget(self, name: str) -> None:
+        """Drop what an earlier run wrote of a tensor: it will be written anew, in other segments."""
+        with self._mutex:
+            self._segments.pop(name, None)
+
     def flush(self) -> None:
         """Put what has been written on disk, then into the journal."""
         with self._flushing:
