@@ -43,7 +43,7 @@ Prefer = Annotated[
 
 def parse_bytes(text: str) -> int:
     """`1GB`, `512MiB`, `1e9` in bytes."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
     unit = match and UNITS.get(
         match[2].upper() if match[2].upper().endswith("B") or not match[2] else match[2].upper() + "B"
     )
