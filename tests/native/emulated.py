@@ -1,0 +1,222 @@
+"""The CUDA kernels on the CPU (csrc/emu), reached through ctypes, and pymerge._C on the same arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from pymerge import _C
+
+SOURCE = Path(__file__).parent / "emulated_kernels.cpp"
+CODES = {"BF16": 0, "F16": 1, "F32": 2, "F64": 3}
+ITEM = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+NORMS = {"none": 0, "weights": 1, "count": 2, "max": 3}
+
+
+class TaskFields(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("key", ctypes.c_uint64),
+        ("rank", ctypes.c_int64),
+        ("keep", ctypes.c_double),
+        ("dtype", ctypes.c_int32),
+        ("prefix", ctypes.c_uint32),
+        ("weight", ctypes.c_float),
+        ("rescale", ctypes.c_float),
+    ]
+
+
+class ProblemFields(ctypes.Structure):
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        ("tasks", ctypes.POINTER(TaskFields)),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("row_length", ctypes.c_int64),
+        ("top_theta", ctypes.c_void_p),
+        ("top_index", ctypes.c_void_p),
+        ("skip_theta", ctypes.c_void_p),
+        ("skip_index", ctypes.c_void_p),
+        ("base_dtype", ctypes.c_int32),
+        ("task_count", ctypes.c_int32),
+        ("masked", ctypes.c_int32),
+        ("rescaled", ctypes.c_int32),
+    ]
+
+
+class MergeFields(ctypes.Structure):
+    _fields_ = [
+        ("add", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("bad", ctypes.c_void_p),
+        ("add_dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("add_is_base", ctypes.c_int32),
+        ("elect", ctypes.c_int32),
+        ("norm", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("divisor", ctypes.c_float),
+        ("tie_sign", ctypes.c_float),
+    ]
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    library = folder / "emulated_kernels.so"
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off"]
+    subprocess.run(["g++", *flags, "-shared", "-fPIC", SOURCE, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Entries as a checkpoint holds them; `array` may begin anywhere in memory."""
+
+    array: np.ndarray
+    code: str
+
+    @property
+    def address(self) -> int:
+        return self.array.ctypes.data
+
+    @property
+    def host(self) -> tuple[int, str]:
+        return self.address, self.code
+
+
+def store(x: np.ndarray, code: str, offset: int = 0) -> Stored:
+    """x in a dtype, `offset` entries behind a multiple of 64 bytes."""
+    item = np.dtype(ITEM[code])
+    memory = np.zeros(x.size + offset + 64 // item.itemsize, dtype=item)
+    start = (-memory.ctypes.data % 64) // item.itemsize + offset
+    array = memory[start : start + x.size]
+    array[:] = (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) if code == "BF16" else x.astype(item)
+    return Stored(array, code)
+
+
+def empty(count: int, code: str, offset: int = 0) -> Stored:
+    return store(np.zeros(count, dtype=np.float32), code, offset)
+
+
+Cut = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One call on T tensors, for both sides."""
+
+    base: Stored | None
+    tuned: tuple[Stored, ...]
+    weights: tuple[float, ...] | None = None
+    scale: float = 1.0
+    divisor: float = 1.0
+    rescales: tuple[float, ...] | None = None
+    keep: tuple[float, ...] | None = None
+    keys: tuple[int, ...] | None = None
+    row_length: int = 0
+    top: Cut | None = None
+    skip: Cut | None = None
+    elect: bool = False
+    tie_sign: int = 1
+    norm: str = "none"
+    ranks: tuple[int, ...] | None = None
+    prefix: tuple[int, ...] | None = None
+
+    @property
+    def count(self) -> int:
+        return self.tuned[0].array.size
+
+    @property
+    def rows(self) -> int:
+        return self.count // self.row_length if self.row_length else 1
+
+    def with_cut(self, name: str, ranks: tuple[int, ...]) -> Problem:
+        theta, index = host_kth(replace(self, ranks=ranks))
+        return replace(self, **{name: (theta, index)})
+
+    @property
+    def host_base(self) -> tuple[int, str] | None:
+        return None if self.base is None else self.base.host
+
+    @property
+    def host_tuned(self) -> list[tuple[int, str]]:
+        return [x.host for x in self.tuned]
+
+    def params(self) -> _C.DeltaParams:
+        def parts(cut: Cut | None) -> tuple[bytes, bytes] | tuple[None, None]:
+            return (None, None) if cut is None else (cut[0].tobytes(), cut[1].tobytes())
+
+        top, skip = parts(self.top), parts(self.skip)
+        return _C.DeltaParams(
+            list(self.weights or (1.0,) * len(self.tuned)), self.scale, self.divisor, self.rescales, self.keep,
+            self.keys, self.row_length, *top, *skip, self.elect, self.tie_sign, self.norm,
+        )  # fmt: skip
+
+    def fields(self) -> ProblemFields:
+        tasks = (TaskFields * len(self.tuned))()
+        for t, x in enumerate(self.tuned):
+            tasks[t] = TaskFields(
+                data=x.address,
+                dtype=CODES[x.code],
+                key=self.keys[t] if self.keys else 0,
+                keep=self.keep[t] if self.keep else 1.0,
+                rank=self.ranks[t] if self.ranks else 0,
+                prefix=self.prefix[t] if self.prefix else 0,
+                weight=self.weights[t] if self.weights else 1.0,
+                rescale=self.rescales[t] if self.rescales else 1.0,
+            )
+        result = ProblemFields(
+            tasks=tasks,
+            count=self.count,
+            rows=self.rows,
+            row_length=self.row_length,
+            task_count=len(self.tuned),
+            masked=self.keep is not None,
+            rescaled=self.rescales is not None,
+        )
+        if self.base is not None:
+            result.base, result.base_dtype = self.base.address, CODES[self.base.code]
+        for name, cut in (("top", self.top), ("skip", self.skip)):
+            if cut is not None:
+                setattr(result, f"{name}_theta", cut[0].ctypes.data)
+                setattr(result, f"{name}_index", cut[1].ctypes.data)
+        return result
+
+
+def host_kth(problem: Problem) -> Cut:
+    assert problem.ranks is not None
+    theta, index = _C.delta_kth(
+        problem.host_base, problem.host_tuned, problem.count, list(problem.ranks), problem.row_length, problem.keep,
+        problem.keys,
+    )  # fmt: skip
+    return np.frombuffer(theta, dtype=np.float32), np.frombuffer(index, dtype=np.int64)
+
+
+def emulated_kth(library: ctypes.CDLL, problem: Problem, *, long_row: bool) -> Cut:
+    theta = np.full(len(problem.tuned) * problem.rows, -1.0, dtype=np.float32)
+    index = np.full(theta.size, -1, dtype=np.int64)
+    fields = problem.fields()
+    library.emulate_kth(
+        ctypes.byref(fields), int(long_row), ctypes.c_void_p(theta.ctypes.data), ctypes.c_void_p(index.ctypes.data)
+    )
+    return theta, index
+
+
+def emulated_merge(library: ctypes.CDLL, problem: Problem, add: Stored | None, out: Stored) -> list[int]:
+    bad = np.zeros(len(problem.tuned) + 3, dtype=np.int64)
+    fields, merge = problem.fields(), MergeFields(out=out.address, bad=bad.ctypes.data, out_dtype=CODES[out.code])
+    if add is not None:
+        merge.add, merge.add_dtype = add.address, CODES[add.code]
+        merge.add_is_base = int(problem.base is not None and add.address == problem.base.address)
+    merge.elect, merge.norm, merge.tie_sign = int(problem.elect), NORMS[problem.norm], problem.tie_sign
+    merge.scale, merge.divisor = problem.scale, problem.divisor
+    library.emulate_merge(ctypes.byref(fields), ctypes.byref(merge))
+    return bad.tolist()
+
+
+def host_merge(problem: Problem, add: Stored | None, out: Stored) -> list[int]:
+    added = None if add is None else add.host
+    return _C.delta_merge(problem.host_base, problem.host_tuned, added, out.host, problem.count, 0, problem.params())
