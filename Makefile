@@ -1,0 +1,68 @@
+# Everything from a bare checkout: only python3 (with venv and headers), g++ and make are assumed.
+#
+#   make demo         trains, merges and evaluates small models on real data (results in demo-output/)
+#   make test         the test suite without the slow tests
+#   make test-slow    kills, fuzz and other tests of minutes
+#   make lint         ruff, clang-format, pyright
+#   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU
+#
+# TORCH is installed first and pinned: every later requirement then finds it there. The wheel of the default index may carry CUDA;
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test    takes the smaller CPU build.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(wildcard csrc/* csrc/*/*)
+FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
+PYTEST_ARGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow lint format cuda-check bench-merge clean
+
+demo: $(VENV)/.installed
+	$(BIN)/pymerge demo --out demo-output
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(FORMATTED),$(BIN)/clang-format --dry-run --Werror $(FORMATTED))
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(FORMATTED),$(BIN)/clang-format -i $(FORMATTED))
+
+cuda-check: $(VENV)/.installed
+	@if command -v nvcc >/dev/null; then \
+	  PYTHON=$(abspath $(BIN)/python) bash csrc/cuda/compile_check.sh; \
+	else \
+	  echo "cuda-check: nvcc is not installed, CUDA sources were not compiled"; \
+	fi
+
+bench-merge: $(VENV)/.installed
+	$(BIN)/python benchmarks/side_by_side/merge.py
+
+clean:
+	rm -rf $(VENV) build dist demo-output *.egg-info pymerge/*.so
+
+# torch alone, then what the build needs: pip must never be asked for a torch that it may choose.
+$(VENV)/.torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)"
+	echo "$(TORCH)" > $(VENV)/constraints.txt
+	$(PIP) install --quiet -c $(VENV)/constraints.txt "setuptools>=77,<82" wheel "pybind11>=2.13" ninja
+	touch $@
+
+# Editable, so Python files need no new run; native files do.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[demo,dev]"
+	touch $@
