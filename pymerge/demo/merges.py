@@ -1,0 +1,106 @@
+"""Which merges the demo makes, and each of them in a process of its own, so that its time and memory are its own.
+
+python -m pymerge.demo.merges REQUEST     (JSON: base, models, out, and the keywords of pymerge.merge)
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pymerge
+
+# The head is what differs in shape between the tasks: it stays out of the merge, each task keeps its own.
+HEADS = ["classifier.*"]
+# Where a method has no default, or one that is meant for another number of models than four.
+SETTINGS: dict[str, dict[str, Any]] = {"slerp": {"t": 0.5}, "breadcrumbs_ties": {"scale": 0.3}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of the table: a combine method with its keywords, or why it is not run."""
+
+    name: str
+    method: str
+    keywords: dict[str, Any] = field(default_factory=dict)
+    pairwise: bool = False  # the method takes two models: halves are merged, then merged with each other
+    skipped: str = ""
+
+
+def jobs(tasks: int, all_methods: bool) -> Iterator[Job]:
+    """Every combine method there is; with all_methods also each purify and calibrate step on task arithmetic."""
+    for name in pymerge.methods.list("combine"):
+        yield job(name, tasks)
+    if all_methods:
+        for step in ("purify", "calibrate"):
+            for name in pymerge.methods.list(step):
+                needs = pymerge.methods.describe(name).needs
+                label = f"{name} + task_arithmetic" if step == "purify" else f"task_arithmetic + {name}"
+                yield Job(name=label, method="task_arithmetic", keywords={step: name}, skipped=missing(needs))
+
+
+def job(name: str, tasks: int) -> Job:
+    info = pymerge.methods.describe(name)
+    fewest, most = info.models
+    pairwise = info.base == "first" and most == 1
+    skipped = missing(info.needs)
+    if not pairwise and (tasks < fewest or (most is not None and tasks > most)):
+        skipped = f"takes {fewest} to {most} models"
+    return Job(name=name, method=name, keywords=SETTINGS.get(name, {}), pairwise=pairwise, skipped=skipped)
+
+
+def missing(needs: tuple[str, ...]) -> str:
+    return f"needs {', '.join(needs)}" if needs else ""
+
+
+def run(job: Job, base: Path, models: list[Path], out: Path) -> dict[str, float]:
+    """Merges into `out`. Returns seconds (without the start of Python) and the peak memory of the process in bytes."""
+    if not job.pairwise:
+        uses_base = pymerge.methods.describe(job.method).base != "none"
+        request = {"base": str(base) if uses_base else None, "models": [str(m) for m in models], "out": str(out)}
+        return in_process(request, job)
+    costs = []
+    while len(models) > 1:
+        pairs, odd = list(zip(models[::2], models[1::2], strict=False)), models[len(models) // 2 * 2 :]
+        halves = (
+            [out] if len(models) == 2 else [out.with_name(f"{out.name}-{len(models)}-{n}") for n in range(len(pairs))]
+        )
+        for (first, second), half in zip(pairs, halves, strict=True):
+            costs.append(in_process({"base": str(first), "models": [str(second)], "out": str(half)}, job))
+        models = halves + odd
+    return {"seconds": sum(c["seconds"] for c in costs), "memory": max(c["memory"] for c in costs)}
+
+
+def in_process(request: dict[str, Any], job: Job) -> dict[str, float]:
+    request |= {"method": job.method, "exclude": HEADS} | job.keywords
+    command = [sys.executable, "-m", "pymerge.demo.merges", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise pymerge.MergeError(f"demo, {job.name}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process in bytes (not of what it was started from, as getrusage has it)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def main(request: dict[str, Any]) -> None:
+    base, models = request.pop("base"), request.pop("models")
+    start = time.perf_counter()
+    try:
+        pymerge.merge(base, models, options=pymerge.Options(overwrite=True, progress=False), **request)
+    except pymerge.MergeError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(json.dumps({"seconds": time.perf_counter() - start, "memory": peak_memory()}))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,116 @@
+"""The demo on a schedule of seconds: the same path as `pymerge demo`, with models that have hardly learnt anything."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import pymerge
+
+pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+
+from pymerge.demo import merges, show, train  # noqa: E402
+from pymerge.demo.data import BASE, TASKS, digits, labels, tilted  # noqa: E402
+
+SHORT = train.Schedule(base_epochs=2, head_epochs=1, task_epochs=1)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    with train.quiet_and_alone():
+        assert train.train_all(folder, lambda line: None, SHORT)
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_data_is_split_and_labelled():
+    data = digits()
+    assert data.images.shape == (1797, 1, 8, 8) and data.images.min() == -1 and data.images.max() == 1
+    assert sorted([*data.train.tolist(), *data.test.tolist()]) == list(range(1797)) and len(data.test) == 500
+    parity, large = TASKS[2], TASKS[3]
+    assert torch.equal(labels(BASE), data.digits)
+    assert torch.equal(labels(parity), data.digits % 2) and torch.equal(labels(large), (data.digits >= 5).long())
+
+
+def test_four_quarter_turns_of_a_blob_come_back():
+    """A blob around the centre does not leave the image, so eight turns of 45 degrees give it back, blurred."""
+    blob = torch.full((1, 1, 8, 8), -1.0)
+    blob[..., 3:5, 3:5] = 1.0
+    turned = blob
+    for _ in range(8):
+        turned = tilted(turned)
+    assert torch.allclose(turned, turned.rot90(1, (-2, -1)), atol=1e-5)
+    assert turned[..., 3:5, 3:5].min() > turned[..., 0, :].max()
+
+
+def test_training_is_deterministic_and_not_repeated(out, tmp_path):
+    with train.quiet_and_alone():
+        assert not train.train_all(out, lambda line: None, SHORT)
+        assert train.train_all(tmp_path, lambda line: None, SHORT)
+    for name in ("base", *(f"tasks/{task.name}" for task in TASKS)):
+        first, second = weights(out / name), weights(tmp_path / name)
+        assert all(torch.equal(first[key], second[key]) for key in first | second)
+
+
+def test_head_is_kept_while_the_encoder_learns(out):
+    base, mirrored = weights(out / "base"), weights(out / "tasks" / "mirrored")
+    assert torch.equal(base["classifier.weight"], mirrored["classifier.weight"])
+    assert not torch.equal(base["vit.layernorm.weight"], mirrored["vit.layernorm.weight"])
+
+
+def test_every_combine_method_has_a_row_and_values_are_the_merge(out):
+    with train.quiet_and_alone():
+        rows = show.evaluate_merges(out, False, Console(quiet=True))
+    assert [row["name"] for row in rows[2:]] == list(pymerge.methods.list("combine"))
+    for row in rows:
+        if not row["skipped"]:
+            assert set(row["accuracy"]) == {task.name for task in TASKS}
+            assert row["mean"] == pytest.approx(sum(row["accuracy"].values()) / 4)
+    assert all(row["seconds"] > 0 and row["memory"] > 1e6 for row in rows[2:] if not row["skipped"])
+    json.dumps(rows)
+
+    base, merged = weights(out / "base"), weights(out / "merged" / "task_arithmetic")
+    children = [weights(out / "tasks" / task.name) for task in TASKS]
+    scale = pymerge.methods.get("task_arithmetic")().scale
+    for name, value in base.items():
+        if name.startswith("classifier."):
+            assert torch.equal(merged[name], value)
+            continue
+        delta = torch.stack([child[name].double() - value for child in children]).sum(0)
+        torch.testing.assert_close(merged[name].double(), value + scale * delta, rtol=0, atol=1e-6)
+
+
+def test_pairwise_methods_merge_halves(out):
+    """slerp of slerps, t = 0.5 each: the two halves stay beside the result."""
+    job = merges.job("slerp", 4)
+    assert job.pairwise and not job.skipped
+    merges.run(job, out / "base", [out / "tasks" / task.name for task in TASKS], out / "merged" / "slerp")
+    halves = [weights(out / "merged" / f"slerp-4-{n}")["vit.layernorm.weight"].double() for n in (0, 1)]
+    merged = weights(out / "merged" / "slerp")["vit.layernorm.weight"].double()
+    cosine = torch.dot(halves[0], halves[1]) / (halves[0].norm() * halves[1].norm())
+    expected = (halves[0] + halves[1]) / (2 * torch.cos(torch.arccos(cosine.clamp(max=1)) / 2))
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
+
+
+def test_methods_that_cannot_run_say_why(monkeypatch):
+    info = pymerge.methods.describe("ties")
+    monkeypatch.setattr(pymerge.methods, "describe", lambda name: info)
+    assert not merges.job("ties", 4).skipped
+    object.__setattr__(info, "needs", ("covariance",))
+    assert merges.job("ties", 4).skipped == "needs covariance"
+    object.__setattr__(info, "needs", ())
+    object.__setattr__(info, "models", (2, 3))
+    assert merges.job("ties", 4).skipped == "takes 2 to 3 models"
+
+
+def test_a_failed_merge_carries_the_message(out, tmp_path):
+    job = merges.Job(name="ties", method="ties", keywords={"density": 2.0})
+    with pytest.raises(pymerge.MergeError, match=r"demo, ties: RecipeError: (.|\n)*density"):
+        merges.run(job, out / "base", [out / "tasks" / "parity"], tmp_path / "merged")
