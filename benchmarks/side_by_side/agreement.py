@@ -1,0 +1,137 @@
+"""Do pymerge and mergekit give the same weights? Compared at dtype float32, tensor by tensor.
+
+Deterministic methods: relative error of the merged delta, ||ours - theirs|| / ||theirs - base||. Where a selection
+threshold cuts through a run of equal magnitudes, the entries of that run are excepted and counted: which of them
+mergekit keeps depends on a sort that is not stable. Random methods: the share of changed entries and the L1 norm of the
+merged delta, within six standard deviations of what two draws of the same distribution may differ by.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tools
+from checkpoints import from_bf16
+
+BOUND = 2e-5  # float32 arithmetic in another order
+STORED = (
+    2.0**-22
+)  # times ||w|| / ||delta||: both results are rounded to float32 beside the weight, not beside the delta
+SIGMAS = 6.0
+
+
+class Weights:
+    """Tensors of one folder as float32, read when asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.entries: dict[str, tuple[Path, int, dict]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            self.entries |= {name: (path, 8 + length, entry) for name, entry in header.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        path, start, entry = self.entries[name]
+        begin, end = entry["data_offsets"]
+        raw = np.fromfile(path, dtype=np.uint8, count=end - begin, offset=start + begin)
+        match entry["dtype"]:
+            case "BF16":
+                return from_bf16(raw.view(np.uint16))
+            case "F32":
+                return raw.view(np.float32)
+            case other:
+                raise ValueError(f"{path}: {name} is {other}, expected BF16 or F32")
+
+
+def cuts(method: str, count: int) -> Iterator[int]:
+    """Ranks (by magnitude, ascending) before which the selection of a method is cut."""
+    density = tools.METHODS[method].get("density", 1.0)
+    kept = int(density * count)
+    if method == "ties":
+        yield count - max(1, kept)
+    elif method == "breadcrumbs":
+        lowest = max(0, count - kept - int(tools.METHODS[method]["gamma"] * count))
+        yield lowest
+        yield lowest + kept
+
+
+def at_threshold(method: str, base: np.ndarray, models: list[np.ndarray]) -> np.ndarray:
+    """Entries that a cut through equal magnitudes leaves to the order of a sort."""
+    excepted = np.zeros(base.shape, dtype=bool)
+    for model in models:
+        magnitude = np.abs(model - base)
+        for cut in cuts(method, base.size):
+            if 0 < cut < base.size:
+                below, at = np.partition(magnitude, (cut - 1, cut))[cut - 1 : cut + 1]
+                if below == at:
+                    excepted |= magnitude == at
+    return excepted
+
+
+def compare_exact(
+    method: str, base: np.ndarray, models: list[np.ndarray], ours: np.ndarray, theirs: np.ndarray
+) -> dict:
+    excepted = at_threshold(method, base, models)
+    kept = ~excepted
+    w, a, b = (x[kept].astype(np.float64) for x in (base, ours, theirs))
+    delta = float(np.linalg.norm(b - w))
+    difference = float(np.linalg.norm(a - b))
+    bound = BOUND * delta + STORED * float(np.linalg.norm(b))
+    error = difference / delta if delta else difference
+    return {"error": error, "of_bound": difference / bound if bound else difference, "excepted": int(excepted.sum())}
+
+
+def compare_random(base: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dict:
+    """Two draws: shares and norms differ by no more than chance allows."""
+    deltas = [np.abs(x.astype(np.float64) - base) for x in (ours, theirs)]
+    shares = [float(np.count_nonzero(d)) / d.size for d in deltas]
+    spread = math.sqrt(sum(p * (1 - p) for p in shares) / base.size) + 1 / base.size
+    norms = [float(d.sum()) for d in deltas]
+    wander = math.sqrt(sum(float((d * d).sum()) for d in deltas))
+    share = abs(shares[0] - shares[1]) / (SIGMAS * spread)
+    norm = abs(norms[0] - norms[1]) / (SIGMAS * wander) if wander else 0.0
+    return {"share": shares, "l1": norms, "of_bound": max(share, norm)}
+
+
+def compare_method(root: Path, method: str, ours: Path, theirs: Path) -> dict:
+    """All tensors of one method: the worst of each figure."""
+    base = Weights(root / "base")
+    sources = [Weights(root / name) for name in tools.recipe_models(method) if name != "base"]
+    first, second = Weights(ours), Weights(theirs)
+    if first.entries.keys() != second.entries.keys():
+        names = sorted(first.entries.keys() ^ second.entries.keys())
+        return {"agrees": False, "reason": f"{len(names)} tensors in one output alone: {', '.join(names[:5])}"}
+    rows = []
+    for name in first.entries:
+        w, a, b = base[name], first[name], second[name]
+        if method in tools.RANDOM:
+            rows.append(compare_random(w, a, b))
+        else:
+            rows.append(compare_exact(method, w, [model[name] for model in sources], a, b))
+    worst = max(row["of_bound"] for row in rows)
+    entries = sum(int(np.prod(entry["shape"])) for _, _, entry in first.entries.values())
+    result = {"agrees": worst <= 1.0, "worst_of_bound": worst, "tensors": len(rows), "entries": entries}
+    if method in tools.RANDOM:
+        return result | {"largest_share_gap": max(abs(row["share"][0] - row["share"][1]) for row in rows)}
+    return result | {"error": max(row["error"] for row in rows), "excepted": sum(row["excepted"] for row in rows)}
+
+
+def compare_methods(root: Path, methods: list[str], venv: Path, threads: int) -> dict[str, dict]:
+    """Runs both programs on each method at dtype float32 and compares what they wrote."""
+    results = {}
+    for method in methods:
+        recipe = tools.write_recipe(root, method, "float32")
+        ours, theirs = root / f"{method}.pymerge", root / f"{method}.mergekit"
+        tools.run(tools.pymerge_command(recipe, ours, threads), ours, threads)
+        tools.run(tools.mergekit_command(venv, recipe, theirs), theirs, threads)
+        results[method] = compare_method(root, method, ours, theirs)
+        verdict = "agrees" if results[method]["agrees"] else "DIFFERS"
+        details = ", ".join(f"{key} {value}" for key, value in results[method].items() if key != "agrees")
+        print(f"{method:16s} {verdict}: {details}", flush=True)
+    return results

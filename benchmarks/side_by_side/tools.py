@@ -1,0 +1,131 @@
+"""The programs that are compared: how each is called, and what a run of it costs.
+
+Imports nothing large: on Linux a child's peak RSS starts at what its parent held.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TORCH = "torch==2.13.0"
+MERGEKIT = "mergekit==0.1.5"
+# Every input folder is beside the recipes; three fine-tuned models and a base (SLERP: the base and one of them).
+TASKS = ("m1", "m2", "m3")
+METHODS: dict[str, dict] = {
+    "linear": {"weight": 1.0},
+    "task_arithmetic": {"weight": 0.4},
+    "slerp": {"t": 0.4},
+    "ties": {"weight": 0.5, "density": 0.2},
+    "dare_linear": {"weight": 0.4, "density": 0.5},
+    "dare_ties": {"weight": 0.4, "density": 0.5},
+    "breadcrumbs": {"weight": 0.4, "density": 0.9, "gamma": 0.01},
+}
+RANDOM = ("dare_linear", "dare_ties")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One run of one program."""
+
+    wall: float  # seconds
+    cpu: float  # user + system seconds, children included
+    rss: int  # bytes, peak
+
+
+def recipe_models(method: str) -> tuple[str, ...]:
+    """The folders that a recipe reads."""
+    return {"linear": TASKS, "slerp": ("base", "m1")}.get(method, ("base", *TASKS))
+
+
+def write_recipe(root: Path, method: str, dtype: str) -> Path:
+    """The YAML that both programs run, unchanged."""
+    lines = [f"merge_method: {method}", f"dtype: {dtype}", "models:"]
+    for model in ("base", "m1") if method == "slerp" else TASKS:
+        lines.append(f"  - model: {root / model}")
+        values = {k: v for k, v in METHODS[method].items() if k != "t"}
+        if values:
+            lines.append("    parameters: {" + ", ".join(f"{k}: {v}" for k, v in values.items()) + "}")
+    if method != "linear":
+        lines.append(f"base_model: {root / 'base'}")
+    if method == "slerp":
+        lines.append(f"parameters: {{t: {METHODS[method]['t']}}}")
+    path = root / f"{method}.{dtype}.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The same for every program: threads pinned, no network."""
+    pinned = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return os.environ | pinned | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def pymerge_command(recipe: Path, out: Path, threads: int) -> list[str]:
+    return [sys.executable, "-m", "pymerge.cli", "merge", str(recipe), str(out), "--threads", str(threads)]
+
+
+def floor_command(recipe: Path, out: Path, threads: int) -> list[str]:
+    """The same reads and writes with no arithmetic between them."""
+    return [sys.executable, "-m", "pymerge.engine.floor", str(recipe), str(out), "--threads", str(threads)]
+
+
+def mergekit_command(venv: Path, recipe: Path, out: Path) -> list[str]:
+    return [str(venv / "bin" / "mergekit-yaml"), str(recipe), str(out), "--no-copy-tokenizer", "--quiet"]
+
+
+def copy_command(source: Path, out: Path) -> list[str]:
+    return ["cp", "-r", "--reflink=never", str(source), str(out)]
+
+
+def synced_copy_command(source: Path, out: Path) -> list[str]:
+    return ["sh", "-c", 'cp -r --reflink=never "$0" "$1" && sync "$1"/*', str(source), str(out)]
+
+
+def make_mergekit(venv: Path) -> None:
+    """mergekit in an environment of its own; torch first, at pymerge's version, so that both run on the same one."""
+    if (venv / "bin" / "mergekit-yaml").exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    for requirement in (TORCH, MERGEKIT):
+        subprocess.run([str(venv / "bin" / "pip"), "install", "--quiet", requirement], check=True)
+
+
+def warm(folders: list[Path]) -> None:
+    """Brings every file into the page cache, and earlier writes out of the way."""
+    os.sync()
+    buffer = bytearray(1 << 22)
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def run(command: list[str], out: Path, threads: int) -> Cost:
+    """Runs a program that makes `out`; its output is kept for the error message alone."""
+    shutil.rmtree(out, ignore_errors=True)
+    log = out.with_suffix(".log")
+    with open(log, "wb") as sink:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment(threads))
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        tail = log.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}\n{tail}")
+    return Cost(wall=wall, cpu=usage.ru_utime + usage.ru_stime, rss=usage.ru_maxrss * 1024)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def as_json(costs: list[Cost]) -> list[dict]:
+    return [asdict(cost) for cost in costs]
