@@ -97,7 +97,7 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
         for checkpoint in inputs.all:
             checkpoint.check_unchanged()
         seconds = time.monotonic() - started
-        summary = summary_of(plan, inputs.all, staged.done, seconds=seconds, peak=peak_memory())
+        summary = summary_of(plan, inputs.all, staged.checksums(), seconds=seconds, peak=peak_memory())
         staged.commit(lambda folder: write_side_files(folder, recipe, inputs, plan, summary))
     return summary
 
