@@ -108,7 +108,8 @@ def parse_json(raw: bytes, where: str, first_byte: int = 0) -> Any:
     except UnicodeDecodeError as e:
         raise CorruptFile(f"{where}: not UTF-8 at byte {first_byte + e.start} (0x{raw[e.start]:02x})") from None
     try:
-        return json.loads(text, object_pairs_hook=unique_pairs)
+        # "-0" is an integer to Python and a float to other JSON readers; it has no place in a header
+        return json.loads(text, object_pairs_hook=unique_pairs, parse_int=_integer if b"-0" in raw else None)
     except DuplicateKey as e:
         raise CorruptFile(
             f"{where}: duplicate key {safe_name(str(e))}: the same name stands twice, so which one counts is undefined"
@@ -118,8 +119,14 @@ def parse_json(raw: bytes, where: str, first_byte: int = 0) -> Any:
         raise CorruptFile(f"{where}: not JSON at byte {position}: {e.msg}") from None
     except RecursionError:
         raise CorruptFile(f"{where}: JSON nested too deeply") from None
-    except ValueError as e:  # an integer of more than 4300 digits
+    except ValueError as e:  # -0, or an integer of more than 4300 digits
         raise CorruptFile(f"{where}: JSON number out of range: {e}") from None
+
+
+def _integer(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0")
+    return int(text)
 
 
 def read_header(fd: int, path: str | os.PathLike[str]) -> Header:
@@ -193,7 +200,7 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
         raise UnsupportedDtype(
             f"{where}: dtype not supported: {name_list(unsupported)}. Supported: {', '.join(ITEMSIZE)}"
         )
-    _check_text(table, where)
+    _check_text([*table, *metadata, *metadata.values()], where)
     start = 8 + len(raw)
     tensors.sort(key=lambda t: t[:2])
     _check_tiling(tensors, where)
@@ -229,14 +236,13 @@ def _nbytes(shape: Any, itemsize: int, name: str, where: str) -> int:
     return nbytes
 
 
-def _check_text(names: dict[str, Any], where: str) -> None:
-    """Half a surrogate pair (an escape such as \\ud800) is not text: no other safetensors reader would take such a
-    name."""
+def _check_text(texts: list[str], where: str) -> None:
+    """Half a surrogate pair (an escape such as \\ud800) is not text: no other safetensors reader would take it."""
     try:
-        "".join(names).encode("utf-8")
+        "".join(texts).encode("utf-8")
     except UnicodeEncodeError:
-        bad = next(n for n in names if any("\ud800" <= c <= "\udfff" for c in n))
-        raise CorruptFile(f"{where}: tensor name {safe_name(bad)} is not valid Unicode") from None
+        bad = next(text for text in texts if any("\ud800" <= c <= "\udfff" for c in text))
+        raise CorruptFile(f"{where}: {safe_name(bad)} is not valid Unicode") from None
 
 
 def _check_tiling(tensors: list[tuple[int, int, str, str, tuple[int, ...]]], where: str) -> None:

@@ -71,8 +71,16 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Segment]]:
         records.append(record)
     if not records or records[0].get("pymerge_journal") != 1 or not isinstance(records[0].get("identity"), dict):
         return None, []
-    segments = {(r["t"], r["o"]): Segment(r["t"], r["o"], r["n"], r["c"]) for r in records[1:]}
-    return records[0]["identity"], list(segments.values())
+    segments: dict[str, list[Segment]] = {}
+    for r in records[1:]:
+        new = Segment(r["t"], r["o"], r["n"], r["c"])
+        kept = [
+            s
+            for s in segments.get(new.name, [])
+            if s.start >= new.start + new.nbytes or new.start >= s.start + s.nbytes
+        ]
+        segments[new.name] = [*kept, new]  # bytes written again are vouched for by the later line
+    return records[0]["identity"], [s for found in segments.values() for s in found]
 
 
 def rewrite_journal(path: Path, identity: dict[str, Any], segments: list[Segment]) -> None:
