@@ -23,7 +23,7 @@ def library(request, tmp_path_factory):
     return built
 
 
-def problem(count, codes=("BF16",) * 3, base="BF16", offset=0, seed=0, **fields) -> Problem:
+def problem(count, codes=("BF16",) * 3, base: str | None = "BF16", offset=0, seed=0, **fields) -> Problem:
     """Tuned tensors near a base, rounded so that many deltas are equal and some are zero."""
     rng = np.random.default_rng(seed)
     start = rng.standard_normal(count).astype(np.float32)

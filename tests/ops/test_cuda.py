@@ -51,7 +51,7 @@ def bits_equal(pairs: list[tuple[Any, Any]]) -> None:
     assert_same_bits([(cpu.reshape(-1), cuda.reshape(-1)) for cpu, cuda in pairs])
 
 
-def tensors(shape: tuple[int, ...], dtypes: list[torch.dtype], base: torch.dtype = BF16, seed: int = 0):
+def tensors(shape: tuple[int, ...], dtypes: list, base: Any = BF16, seed: int = 0):
     """A base and tensors near it, rounded so that many deltas are equal and some are zero."""
     g = torch.Generator().manual_seed(seed)
     start = torch.randn(shape, generator=g)
