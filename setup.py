@@ -1,8 +1,8 @@
 """Builds the native core. Metadata is in pyproject.toml; what is built:
 
-pymerge/_C         host module (pybind11, no libtorch)
-pymerge/_ops.so    torch operators for the CPU (libtorch stable ABI 2.11, no Python symbol)
-pymerge/_ops_cuda.so  the same operators for CUDA; PYMERGE_CUDA=auto (default: where a toolkit and a CUDA torch are found) | 0 | 1
+pymerge/_C            host module (pybind11, no libtorch)
+pymerge/_ops.so       torch operators for the CPU (libtorch stable ABI 2.11, no Python symbol)
+pymerge/_ops_cuda.so  the same for CUDA; PYMERGE_CUDA = auto (default: where a toolkit and a CUDA torch are found) | 0 | 1
 """
 
 import os
@@ -13,7 +13,15 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 KERNELS = sorted(set(glob("csrc/cpu/*.cpp")) - set(glob("csrc/cpu/*_ops.cpp")))

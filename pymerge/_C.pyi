@@ -1,4 +1,4 @@
-"""Kernels on host buffers; see csrc/module.cpp. A buffer is (address, safetensors dtype code BF16 | F16 | F32 | F64)."""
+"""Kernels on host buffers; see csrc/module.cpp. A buffer is (address, dtype code BF16 | F16 | F32 | F64)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -15,7 +15,7 @@ typedef int32_t vi __attribute__((vector_size(4 * PYMERGE_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * PYMERGE_LANES)));
 typedef int16_t vs __attribute__((vector_size(2 * PYMERGE_LANES)));
 
-constexpr int64_t kLanes = PYMERGE_LANES, kFusedTasks = 16;
+constexpr int64_t kLanes = PYMERGE_LANES, kFusedTasks = 32;
 #define PYMERGE_INLINE inline __attribute__((always_inline))
 
 #if PYMERGE_AVX512

@@ -72,18 +72,20 @@ void philox_draws(uint64_t key, uint64_t group, int64_t groups, uint16_t* out) {
 }
 #endif
 
-// Draws become 0xffff (stays) or 0; a draw equal to the limit's upper half is settled by the second plane.
+// Draws become 0xffff (stays) or 0; the few that equal the limit's upper half are settled by the second plane.
 void draws_to_mask(KeepLimit limit, uint64_t key, uint64_t index, int64_t n, uint16_t* draws) {
   const uint16_t high = static_cast<uint16_t>(limit.high);
   uint16_t equal = 0;
   for (int64_t i = 0; i < n; ++i) equal |= draws[i] == high ? 0xFFFF : 0;
+  uint16_t kept[kBlock];
+  int64_t many = 0;
   if (equal) {
     for (int64_t i = 0; i < n; ++i) {
-      draws[i] = keeps(limit, key, index + static_cast<uint64_t>(i), draws[i]) ? 0xFFFF : 0;
+      if (draws[i] == high && keeps(limit, key, index + static_cast<uint64_t>(i), high)) kept[many++] = i & 0xFFFF;
     }
-    return;
   }
   for (int64_t i = 0; i < n; ++i) draws[i] = draws[i] < high ? 0xFFFF : 0;
+  for (int64_t i = 0; i < many; ++i) draws[kept[i]] = 0xFFFF;
 }
 
 // 0xffff or 0 for each of n entries from `index` on, somewhere in scratch (a block and kDrawSlack of 16 bits each);

@@ -1,5 +1,7 @@
 """The only door to native code: per operator a schema in C++, a plain PyTorch reference, a fake and a typed wrapper.
 
+An operator lives in the module of its name: `from pymerge.ops.delta_merge import delta_merge`.
+
 Names are imported when they are first used: merges from disk to disk run on byte buffers and never import torch.
 """
 
@@ -18,31 +20,11 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from pymerge.ops.delta import TensorSurvey, merge_by_rule
-    from pymerge.ops.delta_gram import delta_gram
-    from pymerge.ops.delta_histogram import delta_histogram
-    from pymerge.ops.delta_kth import delta_kth
-    from pymerge.ops.delta_l1 import delta_l1
-    from pymerge.ops.delta_merge import delta_merge
-    from pymerge.ops.delta_signs import delta_signs
-    from pymerge.ops.finite_cast import finite_cast
 
 OPERATORS = ("delta_gram", "delta_histogram", "delta_kth", "delta_l1", "delta_merge", "delta_signs", "finite_cast")
-_HOME = {name: f"pymerge.ops.{name}" for name in OPERATORS}
-_HOME |= {"TensorSurvey": "pymerge.ops.delta", "merge_by_rule": "pymerge.ops.delta"}
+_HOME = {"TensorSurvey": "pymerge.ops.delta", "merge_by_rule": "pymerge.ops.delta"}
 
-__all__ = [
-    "OPERATORS",
-    "TensorSurvey",
-    "delta_gram",
-    "delta_histogram",
-    "delta_kth",
-    "delta_l1",
-    "delta_merge",
-    "delta_signs",
-    "finite_cast",
-    "merge_by_rule",
-    "native_devices",
-]
+__all__ = ["OPERATORS", "TensorSurvey", "merge_by_rule", "native_devices"]
 
 
 def native_devices() -> dict[str, tuple[str, ...]]:
@@ -50,7 +32,7 @@ def native_devices() -> dict[str, tuple[str, ...]]:
     from pymerge.ops._load import has_kernel
 
     for name in OPERATORS:
-        importlib.import_module(_HOME[name])
+        importlib.import_module(f"pymerge.ops.{name}")
     return {name: tuple(device for device in ("cpu", "cuda") if has_kernel(name, device)) for name in OPERATORS}
 
 

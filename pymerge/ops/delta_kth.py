@@ -55,7 +55,7 @@ def delta_kth(
     row_length: int | None = None,
     mask: DeltaRule | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Where the first ranks[t] entries of |tuned_t - base| end, in order of magnitude (descending), then index (ascending).
+    """Where the first ranks[t] entries of |tuned_t - base| end, by magnitude (descending), then index (ascending).
 
     base        subtracted; None: magnitudes of tuned itself
     ranks       one a task; <= 0: nothing is among the first, >= row length: everything is

@@ -37,6 +37,10 @@ def _combined(x: list[Tensor], weights: list[float], elect: bool, tie_sign: int,
     return s
 
 
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()
+
+
 def delta_merge_reference(
     base: Tensor | None,
     tuned: list[Tensor],
@@ -67,9 +71,7 @@ def delta_merge_reference(
         s = add.float().reshape(-1) + s
     out = s.to(out_dtype).reshape(tuned[0].shape)
     zero = torch.zeros((), dtype=torch.int64, device=out.device)
-    shared = (
-        base is not None and add is not None and base.data_ptr() == add.data_ptr() and base.stride() == add.stride()
-    )
+    shared = base is not None and add is not None and _same_place(base, add)
     bad = [zero if base is None else r.count_nonfinite(base), *(r.count_nonfinite(t) for t in tuned)]
     bad += [zero if add is None or shared else r.count_nonfinite(add), (~torch.isfinite(out)).sum()]
     return out, torch.stack(bad)
@@ -79,9 +81,8 @@ impl("pymerge::delta_merge", "CompositeExplicitAutograd", delta_merge_reference)
 
 
 @register_fake("pymerge::delta_merge")
-def _(base, tuned, add, weights, scale, divisor, rescales, keep, keys, row_length, top_theta, top_index, skip_theta, skip_index,
-      elect, tie_sign, norm, out_dtype):  # fmt: skip
-    out = tuned[0].new_empty(tuned[0].shape, dtype=out_dtype)
+def _(base, tuned, add, *numbers):
+    out = tuned[0].new_empty(tuned[0].shape, dtype=numbers[-1])
     return out, tuned[0].new_empty((len(tuned) + 3,), dtype=torch.int64)
 
 
@@ -99,8 +100,8 @@ def delta_merge(
     base     subtracted from every tuned tensor; None: nothing is
     tuned    T tensors of base's shape; bfloat16, float16, float32 or float64, in any mixture
     add      added at the end, usually base; None: nothing is
-    Returns  out (tuned's shape, out_dtype, nearest even) and bad int64 [T + 3]: how many entries of base, tuned_0 .. tuned_{T-1},
-             add (0 where add is base) and out are NaN or infinite.
+    Returns  out (tuned's shape, out_dtype, nearest even) and bad int64 [T + 3]: how many entries of base, tuned_0 ..
+             tuned_{T-1}, add (0 where add is base) and out are NaN or infinite.
     Error    float32 arithmetic in a fixed order: the same bits on every device, CPU level, thread count and tiling.
     Cost     one pass: T + 1 reads, 1 write.
     Raises   RuntimeError (shapes, dtypes or devices differ; the rule does not have T entries)."""
