@@ -2,7 +2,7 @@
 
 pymerge/_C            host module (pybind11, no libtorch)
 pymerge/_ops.so       torch operators for the CPU (libtorch stable ABI 2.11, no Python symbol)
-pymerge/_ops_cuda.so  the same for CUDA; PYMERGE_CUDA = auto (default: where a toolkit and a CUDA torch are found) | 0 | 1
+pymerge/_ops_cuda.so  the same for CUDA; PYMERGE_CUDA = auto (default: if a toolkit and a CUDA torch are found) | 0 | 1
 """
 
 import os
@@ -13,15 +13,8 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-Wall",
-    "-Wno-psabi",
-    "-Wno-maybe-uninitialized",
-]
+WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the latter: GCC 12's own intrinsics
+FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 KERNELS = sorted(set(glob("csrc/cpu/*.cpp")) - set(glob("csrc/cpu/*_ops.cpp")))
@@ -34,7 +27,7 @@ def wants_cuda() -> bool:
     found = CUDA_HOME is not None and torch.version.cuda is not None
     if choice == "1" and not found:
         raise SystemExit(
-            f"PYMERGE_CUDA=1, but toolkit: {CUDA_HOME}, CUDA of torch {torch.__version__}: {torch.version.cuda}"
+            f"PYMERGE_CUDA=1: toolkit {CUDA_HOME}, torch {torch.__version__}, its CUDA {torch.version.cuda}"
         )
     return found and choice != "0"
 
@@ -42,12 +35,8 @@ def wants_cuda() -> bool:
 def extensions() -> list:
     cpu = {"cxx": [*FLAGS, *STABLE_ABI]}
     host = Pybind11Extension("pymerge._C", ["csrc/module.cpp", *KERNELS], extra_compile_args=FLAGS)
-    ops = CppExtension(
-        "pymerge._ops",
-        ["csrc/schema.cpp", *glob("csrc/cpu/*_ops.cpp"), *KERNELS],
-        extra_compile_args=cpu,
-        py_limited_api=True,
-    )
+    sources = ["csrc/schema.cpp", *glob("csrc/cpu/*_ops.cpp"), *KERNELS]
+    ops = CppExtension("pymerge._ops", sources, extra_compile_args=cpu, py_limited_api=True)
     built = [host, ops]
     if wants_cuda():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from timing import best_seconds, copy_gb_per_second, models, report
+from timing import best_seconds, copy_gb_per_second, merger, models, report
 
 from pymerge.ops.delta_rule import DeltaRule
 

@@ -72,7 +72,7 @@ def test_non_contiguous_inputs_and_shape():
 
 
 def test_against_float64_truth():
-    """One rounding of d, two of products, T of sums, three at the end: fewer than 11 ulp of the largest term (times 4)."""
+    """One rounding of d, two of products, T of sums, three at the end: below 11 ulp of the largest term (times 4)."""
     base, tuned = models(20000)
     rule = DeltaRule(weights=W, scale=0.7, divisor=1.5)
     out, _ = delta_merge(rule, base, tuned, add=base)
