@@ -6,8 +6,8 @@
 #   make lint         ruff, clang-format, pyright
 #   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU
 #
-# TORCH is installed first and pinned: every later requirement then finds it there. The wheel of the default index may carry CUDA;
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test    takes the smaller CPU build.
+# TORCH is installed first and pinned: every later requirement then finds it there. The wheel of the default index may
+# carry CUDA; set pip's own options (PIP_INDEX_URL and kin) to choose a CPU build.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -8,9 +8,10 @@ Every element-wise method (linear, task arithmetic, SLERP, TIES, DARE, Breadcrum
     drop x_t whose sign is not the elected one           (TIES)
     out = W_0 + scale * (sum_t x_t) / divisor
 
-so a method only says WHICH walk: it returns a `DeltaRule`. The rule's open questions (which magnitude is the k-th largest, what
-is the L1 norm) are answered by a `Survey` of the tensor, wherever the tensor lives: torch tensors, byte buffers of a stream, a tensor
-too large for memory read in tiles, or a whole model. `resolve` asks them in the order in which the mathematics needs them.
+so a method only says WHICH walk: it returns a `DeltaRule`. The rule's open questions (which magnitude is the k-th
+largest, what is the L1 norm) are answered by a `Survey` of the tensor, wherever the tensor lives: torch tensors, byte
+buffers of a stream, a tensor too large for memory read in tiles, or a whole model. `resolve` asks them in the order in
+which the mathematics needs them.
 
 This module imports no torch: a merge from disk to disk runs on byte buffers.
 """
@@ -38,7 +39,8 @@ class Cut:
     """For each task and row: entries are ordered by (|d| descending, index ascending); the cut is the k-th of them.
 
     theta  float32 [T * R] as bytes; the magnitude at the cut
-    index  int64 [T * R] as bytes; entries equal to theta belong to the first k when their index (within the tensor) is below this
+    index  int64 [T * R] as bytes; entries equal to theta belong to the first k when their index (within the tensor) is
+           below this
     """
 
     theta: bytes
@@ -47,7 +49,7 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaRule:
-    """One element-wise merge of one tensor. Tuples have one entry a task. Defaults: the plain weighted sum of deltas."""
+    """One element-wise merge of one tensor. Tuples have one entry a task. Defaults: the weighted sum of deltas."""
 
     weights: tuple[float, ...]
     scale: float = 1.0  # lambda
@@ -55,7 +57,7 @@ class DeltaRule:
     # random mask (DARE): keep with this probability; key by mask_key(). None: no mask
     keep: tuple[float, ...] | None = None
     keys: tuple[int, ...] | None = None
-    # magnitude window: keep the ranks skip[t] <= rank < top[t] of |d_t|, within rows of row_length entries (None: one row)
+    # magnitude window: keep the ranks skip[t] <= rank < top[t] of |d_t|, in rows of row_length entries (None: one row)
     top: tuple[int, ...] | None = None
     skip: tuple[int, ...] | None = None
     row_length: int | None = None
@@ -105,7 +107,7 @@ class Survey(Protocol):
 
 
 def resolve(rule: DeltaRule, survey: Survey) -> DeltaRule:
-    """The same rule with every question answered; what it returns can be run by `delta_merge` on any part of the tensor."""
+    """The same rule with every question answered: `delta_merge` can run it on any part of the tensor."""
     if rule.gram_weights is not None:
         rule = replace(rule, weights=rule.gram_weights(survey.gram()), gram_weights=None)
     if rule.top is not None:
