@@ -35,8 +35,10 @@ def main() -> None:
     rule = DeltaRule(weights=(1.0,) * tasks, top=ranks, elect="mergekit", norm="count")
     answered = resolve(rule, TensorSurvey(base, tuned))
 
+    out = torch.empty_like(base)
+
     def ties() -> None:
-        merger(resolve(rule, TensorSurvey(base, tuned)), base, tuned)()
+        merger(resolve(rule, TensorSurvey(base, tuned)), base, tuned, out)()
 
     seconds = best_seconds(
         {

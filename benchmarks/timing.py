@@ -34,14 +34,16 @@ def address(x: torch.Tensor) -> tuple[int, str]:
     return x.data_ptr(), {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[x.dtype]
 
 
-def merger(rule: DeltaRule, base: torch.Tensor | None, tuned: list[torch.Tensor]) -> Callable[[], object]:
+def merger(
+    rule: DeltaRule, base: torch.Tensor | None, tuned: list[torch.Tensor], out: torch.Tensor | None = None
+) -> Callable[[], object]:
     """The merge of host buffers into a buffer that exists, as a merge on disk runs it; base is added where given."""
-    out, params = torch.empty_like(tuned[0]), delta_params(rule)
+    target, params = torch.empty_like(tuned[0]) if out is None else out, delta_params(rule)
     head = None if base is None else address(base)
     buffers = [address(t) for t in tuned]
 
-    def run(out=out) -> object:  # holds out
-        return _C.delta_merge(head, buffers, head, address(out), out.numel(), 0, params)
+    def run() -> object:
+        return _C.delta_merge(head, buffers, head, address(target), target.numel(), 0, params)
 
     return run
 

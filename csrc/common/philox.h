@@ -1,5 +1,5 @@
-// The random mask: Philox4x32-10 (Salmon et al., SC 2011), counter-based, so that an entry's fate depends on nothing but
-// the 64-bit key of (seed, tensor, task) and the entry's index: not on tiling, threads, order or device.
+// The random mask: Philox4x32-10 (Salmon et al., SC 2011), counter-based, so that an entry's fate depends on nothing
+// but the 64-bit key of (seed, tensor, task) and the entry's index: not on tiling, threads, order or device.
 #pragma once
 
 #include "host_device.h"

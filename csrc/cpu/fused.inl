@@ -38,6 +38,11 @@ PYMERGE_INLINE vh narrow(vu x) { return __builtin_convertvector(x, vh); }
 PYMERGE_INLINE vu larger(vu a, vu b) { return (vi)a > (vi)b ? a : b; }  // both below 2^31
 #endif
 
+// Floats from one task's mask to the next: room for the draws of a block, and no multiple of a page, so that masks and
+// inputs do not crowd into the same sets of the L1 cache.
+constexpr int64_t kMaskStride = 704;
+static_assert(4 * kMaskStride >= 2 * (kBlock + 8 + 31 * 8) && kMaskStride <= kBlock);
+
 // Where magnitudes pass: above `theta` from entry `ties` on, above `below` (the next smaller float: at least theta)
 // before it.
 struct Threshold {
@@ -122,14 +127,22 @@ PYMERGE_INLINE vf elected(const DeltaRule& rule, const vf* x, int64_t tasks, vf 
   return total;
 }
 
-// n entries, a multiple of 16; out16 takes bfloat16, or else out32 takes float32. False: something may not be finite.
-template <int T, Dtype D>
+// What may stand between a delta and the sum. In kPlain a bad entry always shows in the output; else deltas are watched
+// too.
+enum class Steps { kPlain, kMasked, kAll };
+
+// n entries, a multiple of kLanes; out16 takes bfloat16, or else out32 takes float32. False: something may not be
+// finite.
+template <int T, Dtype D, Steps steps>
 __attribute__((noinline)) bool fused_block(const DeltaRule& rule, const Fused& f, int64_t n, uint16_t* out16,
                                            float* out32) {
   const int64_t tasks = T ? T : rule.tasks;
-  const bool hides =
-      rule.keep != nullptr || f.top_cut || f.skip_cut || rule.elect;  // else a bad entry shows in the output
-  const vf zero = {};
+  const vf zero = {}, scale = splat(rule.scale);
+  vf weights[T ? T : kFusedTasks], rescales[T ? T : kFusedTasks];
+  for (int64_t task = 0; task < tasks; ++task) {
+    weights[task] = splat(rule.weights[task]);
+    rescales[task] = splat(rule.rescales == nullptr ? 1.0f : rule.rescales[task]);  // multiplying by 1 changes no bit
+  }
   vu largest = {};
   for (int64_t i = 0; i < n; i += kLanes) {
     const vf base = f.base == nullptr ? zero : load_lanes<D>(f.base, i);
@@ -137,24 +150,27 @@ __attribute__((noinline)) bool fused_block(const DeltaRule& rule, const Fused& f
     for (int64_t task = 0; task < (T ? T : tasks); ++task) {
       vf d = load_lanes<D>(f.tuned[task], i);
       if (f.base != nullptr) d -= base;
-      if (hides) {
+      if constexpr (steps != Steps::kPlain) {
         largest = larger(largest, (vu)magnitude(d));
         if (f.mask[task] != nullptr) {
           vs keep;
           __builtin_memcpy(&keep, f.mask[task] + i, sizeof(keep));
           d = (vf)((vi)d & widen_sign(keep));
         }
+      }
+      if constexpr (steps == Steps::kAll) {
         const vf size = magnitude(d);
         if (f.top_cut) d = above(size, f.top[task], i) ? d : zero;
         if (f.skip_cut) d = above(size, f.skip[task], i) ? zero : d;
       }
-      if (rule.rescales != nullptr) d = rule.rescales[task] * d;
-      x[task] = rule.weights[task] * d;
+      x[task] = weights[task] * (rescales[task] * d);
       sum += x[task];
     }
-    if (rule.elect) sum = elected<T>(rule, x, tasks, sum);
+    if constexpr (steps == Steps::kAll) {
+      if (rule.elect) sum = elected<T>(rule, x, tasks, sum);
+    }
     if (rule.divisor != 1.0f) sum = sum / rule.divisor;
-    sum = rule.scale * sum;
+    sum = scale * sum;
     if (f.add) sum = base + sum;
     if (out16 == nullptr) {
       largest = larger(largest, (vu)magnitude(sum));
@@ -168,19 +184,26 @@ __attribute__((noinline)) bool fused_block(const DeltaRule& rule, const Fused& f
   return !reaches(largest, kInfinityBits);
 }
 
+template <int T, Dtype D>
+bool fused_steps(const DeltaRule& rule, const Fused& f, int64_t n, uint16_t* out16, float* out32) {
+  if (f.top_cut || f.skip_cut || rule.elect) return fused_block<T, D, Steps::kAll>(rule, f, n, out16, out32);
+  if (rule.keep != nullptr) return fused_block<T, D, Steps::kMasked>(rule, f, n, out16, out32);
+  return fused_block<T, D, Steps::kPlain>(rule, f, n, out16, out32);
+}
+
 template <Dtype D>
 bool fused_tasks(const DeltaRule& rule, const Fused& f, int64_t n, uint16_t* out16, float* out32) {
   switch (rule.tasks) {
     case 1:
-      return fused_block<1, D>(rule, f, n, out16, out32);
+      return fused_steps<1, D>(rule, f, n, out16, out32);
     case 2:
-      return fused_block<2, D>(rule, f, n, out16, out32);
+      return fused_steps<2, D>(rule, f, n, out16, out32);
     case 3:
-      return fused_block<3, D>(rule, f, n, out16, out32);
+      return fused_steps<3, D>(rule, f, n, out16, out32);
     case 4:
-      return fused_block<4, D>(rule, f, n, out16, out32);
+      return fused_steps<4, D>(rule, f, n, out16, out32);
     default:
-      return fused_block<0, D>(rule, f, n, out16, out32);
+      return fused_steps<0, D>(rule, f, n, out16, out32);
   }
 }
 
@@ -210,7 +233,7 @@ bool merge_fused(const DeltaSource& source, const DeltaRule& rule, const MergeTa
   f.skip_cut = rule.skip_theta != nullptr;
   for (int64_t task = 0; task < source.tasks; ++task) {
     f.tuned[task] = source.tuned[task].at(begin).data;
-    if (rule.keep != nullptr) f.mask[task] = draw_mask(rule, task, index, n, masks + task * kBlock);
+    if (rule.keep != nullptr) f.mask[task] = draw_mask(rule, task, index, n, masks + task * kMaskStride);
     const int64_t at = task * rule.rows + row;
     if (f.top_cut) f.top[task] = threshold(rule.top_theta[at], rule.top_index[at], index);
     if (f.skip_cut) f.skip[task] = threshold(rule.skip_theta[at], rule.skip_index[at], index);

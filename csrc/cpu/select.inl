@@ -1,6 +1,11 @@
 // Which entries of a delta stay: the random mask, the magnitude window, and the compress-store of the rank selection.
 
-// Draws of `groups` groups of eight entries, in entry order; writes up to 31 groups more than asked.
+// Fates of entries in a mask: 0 dropped, kKept, or kOpen: the draw equals the limit's upper half, the second plane
+// decides.
+constexpr uint16_t kKept = 0xFFFF, kOpen = 1;
+
+// mark_draws: fates of `groups` groups of eight entries, in entry order, up to 31 groups more than asked; returns
+// whether any is open.
 #if PYMERGE_AVX512 || PYMERGE_F16C
 
 #if PYMERGE_AVX512
@@ -14,11 +19,18 @@ inline Words group_lanes(uint64_t first) {
 inline Words product(Words a, Words b) { return _mm512_mul_epu32(a, b); }
 inline Words high(Words a) { return _mm512_srli_epi64(a, 32); }
 inline Words xor3(Words a, Words b, Words c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
-inline void interleave(Words c0, Words c1, Words c2, Words c3, char* out) {
+typedef __mmask32 Open;
+inline Words limits(uint32_t high) { return _mm512_set1_epi16(static_cast<short>(high)); }
+inline Open mark(Words draws, Words limit, char* out) {
+  const Open open = _mm512_cmpeq_epu16_mask(draws, limit);
+  const Words kept = _mm512_movm_epi16(_mm512_cmplt_epu16_mask(draws, limit));
+  _mm512_storeu_si512(out, _mm512_mask_mov_epi16(kept, open, _mm512_set1_epi16(kOpen)));
+  return open;
+}
+inline Open interleave(Words c0, Words c1, Words c2, Words c3, Words limit, char* out) {
   const Words a = _mm512_mask_blend_epi32(0xAAAA, c0, _mm512_slli_epi64(c1, 32));
   const Words b = _mm512_mask_blend_epi32(0xAAAA, c2, _mm512_slli_epi64(c3, 32));
-  _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, b));
-  _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi64(a, b));
+  return mark(_mm512_unpacklo_epi64(a, b), limit, out) | mark(_mm512_unpackhi_epi64(a, b), limit, out + 64);
 }
 #else
 typedef __m256i Words;
@@ -28,17 +40,27 @@ inline Words group_lanes(uint64_t first) { return _mm256_add_epi64(splat64(first
 inline Words product(Words a, Words b) { return _mm256_mul_epu32(a, b); }
 inline Words high(Words a) { return _mm256_srli_epi64(a, 32); }
 inline Words xor3(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-inline void interleave(Words c0, Words c1, Words c2, Words c3, char* out) {
+typedef int Open;
+inline Words limits(uint32_t high) { return _mm256_set1_epi16(static_cast<short>(high)); }
+inline Open mark(Words draws, Words limit, char* out) {
+  const Words open = _mm256_cmpeq_epi16(draws, limit);
+  const Words kept = _mm256_andnot_si256(open, _mm256_cmpeq_epi16(_mm256_min_epu16(draws, limit), draws));
+  const Words fates = _mm256_or_si256(kept, _mm256_and_si256(open, _mm256_set1_epi16(kOpen)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), fates);
+  return _mm256_movemask_epi8(open);
+}
+inline Open interleave(Words c0, Words c1, Words c2, Words c3, Words limit, char* out) {
   const Words a = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
   const Words b = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(a, b));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), _mm256_unpackhi_epi64(a, b));
+  return mark(_mm256_unpacklo_epi64(a, b), limit, out) | mark(_mm256_unpackhi_epi64(a, b), limit, out + 32);
 }
 #endif
 
 // Four vectors at a time hide the latency of the multiplications. Upper halves hold rubbish, which product() ignores.
-void philox_draws(uint64_t key, uint64_t group, int64_t groups, uint16_t* out) {
+bool mark_draws(uint32_t high_limit, uint64_t key, uint64_t group, int64_t groups, uint16_t* out) {
   constexpr int kVectors = 4;
+  const Words limit = limits(high_limit);
+  Open open = 0;
   const Words m0 = splat64(kPhiloxM0), m1 = splat64(kPhiloxM1);
   char* to = reinterpret_cast<char*>(out);
   for (int64_t g = 0; g < groups; g += kVectors * kWordLanes) {
@@ -59,44 +81,40 @@ void philox_draws(uint64_t key, uint64_t group, int64_t groups, uint16_t* out) {
         c3[v] = p0;
       }
     }
-    for (int v = 0; v < kVectors; ++v) interleave(c0[v], c1[v], c2[v], c3[v], to + (g + v * kWordLanes) * 16);
-  }
-}
-#else
-void philox_draws(uint64_t key, uint64_t group, int64_t groups, uint16_t* out) {
-  u32_at* words = reinterpret_cast<u32_at*>(out);
-  for (int64_t g = 0; g < groups; ++g) {
-    const Philox4 r = philox4x32(key, group + static_cast<uint64_t>(g), 0);
-    for (int w = 0; w < 4; ++w) words[4 * g + w] = r.word[w];
-  }
-}
-#endif
-
-// Draws become 0xffff (stays) or 0; the few that equal the limit's upper half are settled by the second plane.
-void draws_to_mask(KeepLimit limit, uint64_t key, uint64_t index, int64_t n, uint16_t* draws) {
-  const uint16_t high = static_cast<uint16_t>(limit.high);
-  uint16_t equal = 0;
-  for (int64_t i = 0; i < n; ++i) equal |= draws[i] == high ? 0xFFFF : 0;
-  uint16_t kept[kBlock];
-  int64_t many = 0;
-  if (equal) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (draws[i] == high && keeps(limit, key, index + static_cast<uint64_t>(i), high)) kept[many++] = i & 0xFFFF;
+    for (int v = 0; v < kVectors; ++v) {
+      open |= interleave(c0[v], c1[v], c2[v], c3[v], limit, to + (g + v * kWordLanes) * 16);
     }
   }
-  for (int64_t i = 0; i < n; ++i) draws[i] = draws[i] < high ? 0xFFFF : 0;
-  for (int64_t i = 0; i < many; ++i) draws[kept[i]] = 0xFFFF;
+  return open != 0;
 }
+#else
+bool mark_draws(uint32_t high_limit, uint64_t key, uint64_t group, int64_t groups, uint16_t* out) {
+  bool open = false;
+  for (int64_t g = 0; g < groups; ++g) {
+    const Philox4 r = philox4x32(key, group + static_cast<uint64_t>(g), 0);
+    for (int half = 0; half < 8; ++half) {
+      const uint32_t draw = r.word[half >> 1] >> (16 * (half & 1)) & 0xFFFFu;
+      out[8 * g + half] = draw == high_limit ? kOpen : (draw < high_limit ? kKept : 0);
+      open |= draw == high_limit;
+    }
+  }
+  return open;
+}
+#endif
 
 // 0xffff or 0 for each of n entries from `index` on, somewhere in scratch (a block and kDrawSlack of 16 bits each);
 // null where the mask keeps everything.
 const uint16_t* draw_mask(const DeltaRule& rule, int64_t task, int64_t index, int64_t n, float* scratch) {
   const KeepLimit limit = rule.keep[task];
   if (limit.all) return nullptr;
-  uint16_t* draws = reinterpret_cast<uint16_t*>(scratch);
-  philox_draws(rule.keys[task], static_cast<uint64_t>(index) >> 3, ((index & 7) + n + 7) / 8, draws);
-  uint16_t* mask = draws + (index & 7);
-  draws_to_mask(limit, rule.keys[task], static_cast<uint64_t>(index), n, mask);
+  const uint64_t key = rule.keys[task];
+  uint16_t* fates = reinterpret_cast<uint16_t*>(scratch);
+  uint16_t* mask = fates + (index & 7);
+  if (mark_draws(limit.high, key, static_cast<uint64_t>(index) >> 3, ((index & 7) + n + 7) / 8, fates)) {
+    for (int64_t i = 0; i < n; ++i) {
+      if (mask[i] == kOpen) mask[i] = keeps(limit, key, static_cast<uint64_t>(index + i), limit.high) ? kKept : 0;
+    }
+  }
   return mask;
 }
 
