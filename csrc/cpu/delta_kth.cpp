@@ -180,11 +180,36 @@ Cut select_by_histogram(const DeltaSource& source, const DeltaRule& rule, int64_
   return {bits_to_float(theta), source.index0 + find_equal(source, rule, task, begin, length, theta, k - 1) + 1};
 }
 
+// The bracket is one value, mostly 0: count what is above it and, block by block, what equals it; nothing is stored.
+// False: the k-th entry is another value.
+bool select_at_value(const DeltaSource& source, const DeltaRule& rule, int64_t task, int64_t begin, int64_t length,
+                     int64_t k, uint32_t value, Cut* cut) {
+  uint32_t equal[kBlock + 16];
+  std::vector<int64_t> before;  // entries equal to value in front of each block
+  int64_t above = 0, count = 0;
+  each_block(source, rule, task, begin, length, [&](int64_t, int64_t n, const uint32_t* values) {
+    before.push_back(count);
+    count += kernels().collect(values, n, value, value, equal, &above);
+    return true;
+  });
+  if (k <= above || k > above + count) return false;
+  const int64_t nth = k - above - 1;
+  const auto block = std::upper_bound(before.begin(), before.end(), nth) - before.begin() - 1;
+  const int64_t at = begin + block * kBlock, n = std::min(kBlock, begin + length - at);
+  const int64_t earlier = nth - before[static_cast<size_t>(block)];
+  *cut = {bits_to_float(value), source.index0 + find_equal(source, rule, task, at, n, value, earlier) + 1};
+  return true;
+}
+
 Cut select_large(const DeltaSource& source, const DeltaRule& rule, int64_t task, int64_t begin, int64_t length,
                  int64_t k) {
   std::vector<uint32_t> sample = take_sample(source, rule, task, begin, length);
   for (double width = 4.5; width < 100.0; width *= 4.0) {
-    const Inside found = collect_inside(source, rule, task, begin, length, bracket(sample, k, length, width));
+    const Bracket b = bracket(sample, k, length, width);
+    Cut cut;
+    if (b.low == b.high && select_at_value(source, rule, task, begin, length, k, b.low, &cut)) return cut;
+    if (b.low == b.high) continue;
+    const Inside found = collect_inside(source, rule, task, begin, length, b);
     if (found.overflow) break;
     if (k <= found.above || k > found.above + found.stored) continue;
     const Kth kth = select_in_memory(found.values.data(), found.stored, k - found.above);

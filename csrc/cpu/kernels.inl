@@ -196,7 +196,77 @@ void add_magnitudes(const float* d, int64_t n, LaneSums* sums) {
   *sums = local;
 }
 
+// Vector v of a group of kBlockLanes entries into its lanes.
+PYMERGE_INLINE void add_lanes(vf x, int v, LaneSums& sums) {
+  vhalf half[2];
+  __builtin_memcpy(half, &x, sizeof(half));
+  sums.lane[2 * v] += __builtin_convertvector(half[0], vd);
+  sums.lane[2 * v + 1] += __builtin_convertvector(half[1], vd);
+}
+
+// n entries, a multiple of kBlockLanes, of one task: magnitudes in registers, the same lanes as add_magnitudes.
+template <Dtype D>
+void add_masked(const void* base, const void* tuned, const uint16_t* mask, int64_t n, LaneSums* all,
+                LaneSums* selected) {
+  LaneSums a = *all, s = *selected;
+  for (int64_t i = 0; i < n; i += kBlockLanes) {
+    for (int v = 0; v < kBlockLanes / kLanes; ++v) {
+      const int64_t at = i + v * kLanes;
+      vf d = load_lanes<D>(tuned, at);
+      if (base != nullptr) d -= load_lanes<D>(base, at);
+      const vf size = magnitude(d);
+      add_lanes(size, v, a);
+      if (mask == nullptr) continue;
+      vs keep;
+      __builtin_memcpy(&keep, mask + at, sizeof(keep));
+      add_lanes((vf)((vi)size & widen_sign(keep)), v, s);
+    }
+  }
+  *all = a;
+  *selected = mask == nullptr ? a : s;
+}
+
+// Random mask only, inputs of one dtype: what DARE asks.
+template <Dtype D>
+void l1_fused(const DeltaSource& source, const DeltaRule& rule, int64_t begin, int64_t end, float* scratch,
+              double* out) {
+  float *base32 = scratch, *d = scratch + kBlock, *room = scratch + 2 * kBlock;
+  for (int64_t task = 0; task < source.tasks; ++task) {
+    LaneSums all, selected;
+    for (int64_t at = begin; at < end; at += kBlock) {
+      const int64_t n = least(kBlock, end - at), whole = n / kBlockLanes * kBlockLanes;
+      const uint16_t* mask = rule.keep == nullptr ? nullptr : draw_mask(rule, task, source.index0 + at, n, room);
+      add_masked<D>(source.base.at(at).data, source.tuned[task].at(at).data, mask, whole, &all, &selected);
+      if (whole == n) continue;
+      delta(source, task, at + whole, n - whole, load_base(source, at + whole, n - whole, base32), d);
+      add_magnitudes(d, pad_lanes(d, n - whole), &all);
+      for (int64_t i = whole; i < n && mask != nullptr; ++i) d[i - whole] = mask[i] != 0 ? d[i - whole] : 0.0f;
+      add_magnitudes(d, pad_lanes(d, n - whole), &selected);
+    }
+    out[2 * task] = all.total();
+    out[2 * task + 1] = selected.total();
+  }
+}
+
+bool same_dtype(const DeltaSource& source) {
+  bool same = source.base.data == nullptr || source.base.dtype == source.tuned[0].dtype;
+  for (int64_t task = 1; task < source.tasks; ++task) same = same && source.tuned[task].dtype == source.tuned[0].dtype;
+  return same;
+}
+
 void l1(const DeltaSource& source, const DeltaRule& rule, int64_t begin, int64_t end, float* scratch, double* out) {
+  if (rule.top_theta == nullptr && rule.skip_theta == nullptr && same_dtype(source)) {
+    switch (source.tuned[0].dtype) {
+      case Dtype::kBF16:
+        return l1_fused<Dtype::kBF16>(source, rule, begin, end, scratch, out);
+      case Dtype::kF16:
+        return l1_fused<Dtype::kF16>(source, rule, begin, end, scratch, out);
+      case Dtype::kF32:
+        return l1_fused<Dtype::kF32>(source, rule, begin, end, scratch, out);
+      case Dtype::kF64:
+        break;
+    }
+  }
   float *base32 = scratch, *d = scratch + kBlock, *mask = scratch + 2 * kBlock;
   for (int64_t task = 0; task < source.tasks; ++task) {
     LaneSums all, selected;

@@ -43,11 +43,11 @@ def deltas(base: Tensor | None, tuned: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _draws(key: int, index: Tensor, plane: int) -> Tensor:
-    """16 random bits of each entry: Philox4x32-10 of (entry index >> 3), half-word (entry index & 7)."""
+    """16 random bits of each entry: Philox4x32-7 of (entry index >> 3), half-word (entry index & 7)."""
     group, half = index >> 3, index & 7
     c = [group & _LOW32, group >> 32, torch.full_like(group, plane), torch.zeros_like(group)]
     k0, k1 = key & _LOW32, (key >> 32) & _LOW32
-    for _ in range(10):
+    for _ in range(7):
         p0, p1 = c[0] * _M0, c[2] * _M1  # 64-bit products; the sign that int64 gives them is masked away
         high0, high1 = (p0 >> 32) & _LOW32, (p1 >> 32) & _LOW32
         c = [high1 ^ c[1] ^ k0, p1 & _LOW32, high0 ^ c[3] ^ k1, p0 & _LOW32]
