@@ -41,6 +41,7 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
         "items": modes,
         "bytes_read": plan.read_bytes,
         "bytes_written": plan.write_bytes,
+        "flops": sum(item.flops for item in plan.items),
         "shards": len(plan.layout.shards),
         "memory_limit": resident_memory() + options.memory_bytes,
         "threads": options.thread_count,
@@ -51,7 +52,13 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
             "total": round(STARTUP + max(read, write, compute / options.thread_count), 2),
         },
         "largest": [
-            {"name": safe_name(i.entry.name), "shape": list(i.entry.shape), "bytes_read": i.read_bytes, "how": i.mode}
+            {
+                "name": safe_name(i.entry.name),
+                "shape": list(i.entry.shape),
+                "bytes_read": i.read_bytes,
+                "peak_bytes": i.peak_bytes,
+                "how": i.mode,
+            }
             for i in largest
         ],
         "notes": plan.notes,
@@ -67,13 +74,21 @@ def show_plan(plan: Plan, options: Options) -> None:
     table.add_row(
         "write", f"{facts['bytes_written'] / 1e9:.2f} GB in {facts['shards']} file(s), about {seconds['write']:.1f} s"
     )
-    table.add_row("compute", f"about {seconds['compute']:.1f} s on {facts['threads']} thread(s)")
+    table.add_row(
+        "compute", f"{facts['flops'] / 1e9:.2f} GFLOP, about {seconds['compute']:.1f} s on {facts['threads']} thread(s)"
+    )
     table.add_row("together", f"about {seconds['total']:.1f} s (the three overlap)")
     table.add_row("memory", f"at most {facts['memory_limit'] / 1e9:.2f} GB")
     console.print(table)
-    biggest = Table("largest tensors", "shape", "read", "how", box=None, padding=(0, 2, 0, 0))
+    biggest = Table("largest tensors", "shape", "read", "in memory", "how", box=None, padding=(0, 2, 0, 0))
     for item in facts["largest"]:
-        biggest.add_row(item["name"], str(item["shape"]), f"{item['bytes_read'] / 1e6:.1f} MB", item["how"])
+        biggest.add_row(
+            item["name"],
+            str(item["shape"]),
+            f"{item['bytes_read'] / 1e6:.1f} MB",
+            f"{item['peak_bytes'] / 1e6:.1f} MB",
+            item["how"],
+        )
     console.print(biggest)
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False)

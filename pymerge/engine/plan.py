@@ -63,6 +63,22 @@ class Item:
         return sum(-(-n // 4096) * 4096 for n in self.input_bytes(count)) + count * self.out_width + 3 * 4096
 
     @property
+    def peak_bytes(self) -> int:
+        """Memory while the item is worked on: a tile of it, or all of it."""
+        whole = self.mode in ("held", "generic")
+        return self.block_bytes(self.count if whole else min(self.tile, self.count))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the merge pass: subtract, weigh and add per task, add the base and scale.
+
+        Surveys are comparisons and sums: about two a task and entry each. Spectral steps are not counted here."""
+        if self.mode == "copy":
+            return 0
+        tasks, asked = len(self.entry.tuned), self.rule is not None and self.rule.needs_survey
+        return self.count * (3 * tasks + 2 + (2 * tasks if asked else 0))
+
+    @property
     def survey_reads(self) -> int:
         """How often the inputs are read again for the survey (swept items)."""
         if self.rule is None or (self.mode != "swept" and self.survey_scope is None):
