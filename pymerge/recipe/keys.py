@@ -26,7 +26,7 @@ DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 RELAXATIONS: Final[dict[str, tuple[str, ...]]] = {
     "missing": ("base", "skip"),
     "extra": ("drop", "copy"),
-    "vocabulary": ("base_rows", "common_rows"),
+    "vocabulary": ("base_rows",),
     "overflow": ("clamp",),
     "nonfinite": ("keep",),
     "buffers": ("base",),
@@ -34,7 +34,7 @@ RELAXATIONS: Final[dict[str, tuple[str, ...]]] = {
 LENIENT: Final = {
     "missing": "base",
     "extra": "drop",
-    "vocabulary": "common_rows",
+    "vocabulary": "base_rows",
     "overflow": "clamp",
     "nonfinite": "keep",
     "buffers": "base",

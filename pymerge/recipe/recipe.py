@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any, Self
 
 from pymerge.errors import RecipeError
-from pymerge.methods.base import Combine, Style
+from pymerge.methods.base import Combine
 from pymerge.recipe.keys import LENIENT
 from pymerge.recipe.layers import layer_positions
 from pymerge.recipe.models import ModelRef
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.python_api import python_mapping
 from pymerge.recipe.schema import Parsed, parse_recipe
-from pymerge.recipe.settings import Setting
-from pymerge.recipe.steps import Steps, StepSpec, StepTemplate
+from pymerge.recipe.steps import Steps
 
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Parsed):
     """One merge. Built by `from_yaml`, `from_dict` or `from_kwargs`, which raise one RecipeError that lists every
     problem.
 
@@ -40,23 +39,6 @@ class Recipe:
     notes     what the recipe says without effect, for the summary
     """
 
-    method: str
-    base: ModelRef | None
-    models: tuple[ModelRef, ...]
-    listed: tuple[ModelRef, ...]
-    params: Mapping[str, Setting]
-    purify: tuple[StepSpec, ...]
-    calibrate: tuple[StepSpec, ...]
-    style: Style
-    seed: int
-    exclude: tuple[str, ...]
-    include: tuple[str, ...]
-    strict: bool
-    relax: Mapping[str, str]
-    dtype: str | None
-    out_dtype: str | None
-    notes: tuple[str, ...] = field(compare=False)
-    templates: tuple[StepTemplate, ...] = field(repr=False, compare=False)  # purify, combine, calibrate
     _steps: dict[Any, Steps] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod

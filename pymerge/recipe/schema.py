@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pymerge.errors import RecipeError
@@ -22,7 +22,7 @@ from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """The fields of a Recipe."""
+    """What a recipe says, checked: the fields of `Recipe`, which explains them."""
 
     method: str
     base: ModelRef | None
@@ -40,7 +40,7 @@ class Parsed:
     dtype: str | None
     out_dtype: str | None
     notes: tuple[str, ...]
-    templates: tuple[StepTemplate, ...]
+    templates: tuple[StepTemplate, ...] = field(repr=False, compare=False)  # purify, combine, calibrate
 
 
 def parse_recipe(raw: Any, source: str, *, python: bool, must_exist: bool, problems: Problems | None = None) -> Parsed:
