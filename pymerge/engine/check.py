@@ -153,6 +153,8 @@ class Checker:
             elif name in tied:  # lm_head of a tied model lives under the embedding's name
                 found.append(model[tied[name]])
                 self.notes.append(f"{safe_name(name)}: tied in {label}, its {safe_name(tied[name])} is used")
+            elif self.reference[name].dtype not in FLOATS:  # a buffer is never merged, so nothing is lost
+                self.relax(f"buffer absent from {label}, copied from {self.reference_label}", name)
             elif (how := self.relaxations.get("missing")) is not None:
                 self.relax(f"absent from {label}, " + ("base used" if how == "base" else "copied"), name)
                 if how != "base":

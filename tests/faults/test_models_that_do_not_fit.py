@@ -159,6 +159,14 @@ def test_S28_integer_buffers_are_copied_and_must_agree(merge):
     assert torch.equal(merged["position_ids"], torch.arange(9)) and torch.equal(merged["mask"], base["mask"])
 
 
+def test_S28_a_buffer_that_a_model_does_not_store_is_copied(merge):
+    """Older checkpoints store position_ids, newer ones of the same model do not."""
+    base = {**BASE, "position_ids": torch.arange(9)}
+    merged, summary = merge(base, [tuned_from(BASE, 1), {**tuned_from(BASE, 2), "position_ids": torch.arange(9)}])
+    assert torch.equal(merged["position_ids"], torch.arange(9))
+    assert any("buffer" in note and "position_ids" in note for note in summary["notes"])
+
+
 def test_S28_unequal_integer_buffers(merge):
     base = {**BASE, "position_ids": torch.arange(9)}
     child = {**tuned_from(BASE, 1), "position_ids": torch.arange(9) + 1}
