@@ -11,6 +11,9 @@
 #include "emulator.h"
 
 namespace pymerge::emu {
+
+const void* accessing = nullptr;
+
 namespace {
 
 constexpr size_t kLine = 16;
@@ -33,15 +36,21 @@ struct Buffer {
   size_t bytes;
 };
 
-struct Memory {
+struct Library {
   std::vector<SharedArray> arrays;
-  std::vector<unsigned char> fresh;  // static shared memory as a block finds it
-  unsigned char* fixed = nullptr;    // the thread-local storage that holds the __shared__ arrays
-  size_t fixed_bytes = 0;
+  std::vector<unsigned char> fresh;  // its thread-local storage as a block finds it
+  std::vector<int> array_of;         // byte of that storage -> index of its array, -1: none
+  std::vector<Cell> cells;
+  unsigned char* begin = nullptr;
+};
+
+struct Memory {
+  std::map<const void*, Library> libraries;  // by the address where they are loaded
+  Library* library = nullptr;                // of the running kernel
   Pages dynamic_pages{kMostShared};
   unsigned char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
-  std::vector<Cell> fixed_cells, dynamic_cells;
+  std::vector<Cell> dynamic_cells;
   std::map<uintptr_t, Buffer> buffers;  // by the end of their last page
   uintptr_t lowest = UINTPTR_MAX, highest = 0;
   uint32_t barriers = 1, syncs[32] = {};
@@ -52,49 +61,91 @@ Memory& memory() {
   return *all;
 }
 
-thread_local unsigned char anchor = 0;  // makes the loader give this thread its storage
+struct Loaded {
+  uintptr_t code;
+  const void* base;
+  unsigned char* storage;  // thread-local, of this thread
+  size_t bytes;
+};
 
-int find_storage(dl_phdr_info* info, size_t, void*) {
-  const auto here = reinterpret_cast<uintptr_t>(&memory);
+int find_library(dl_phdr_info* info, size_t, void* data) {
+  Loaded& loaded = *static_cast<Loaded*>(data);
   bool ours = false;
   size_t bytes = 0;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const auto& header = info->dlpi_phdr[i];
     const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
-    if (header.p_type == PT_LOAD) ours |= begin <= here && here < begin + header.p_memsz;
+    if (header.p_type == PT_LOAD) ours |= begin <= loaded.code && loaded.code < begin + header.p_memsz;
     if (header.p_type == PT_TLS) bytes = header.p_memsz;
   }
   if (!ours) return 0;
-  memory().fixed = static_cast<unsigned char*>(info->dlpi_tls_data);
-  memory().fixed_bytes = bytes;
+  loaded.base = reinterpret_cast<const void*>(info->dlpi_addr);
+  loaded.storage = static_cast<unsigned char*>(info->dlpi_tls_data);
+  loaded.bytes = bytes;
   return 1;
 }
 
-void find_static_shared() {
-  Memory& m = memory();
-  *const_cast<volatile unsigned char*>(&anchor) = 0;
-  dl_iterate_phdr(find_storage, nullptr);
-  if (m.fresh.size() == m.fixed_bytes) return;
-  m.fresh.assign(m.fixed_bytes, kCanary);
-  for (const SharedArray& array : m.arrays) std::memset(m.fresh.data() + array.offset, kPoison, array.bytes);
-  m.fixed_cells.assign(m.fixed_bytes, Cell());
+Loaded loaded_at(const void* code) {
+  Loaded loaded = {reinterpret_cast<uintptr_t>(code), nullptr, nullptr, 0};
+  dl_iterate_phdr(find_library, &loaded);
+  return loaded;
 }
 
-const SharedArray* array_at(size_t offset) {
-  const SharedArray* last = nullptr;
-  for (const SharedArray& array : memory().arrays) {
-    if (array.offset <= offset && (last == nullptr || last->offset < array.offset)) last = &array;
+// What a block finds in the storage: poison in the arrays, canaries between them.
+void lay_out(Library& library, size_t bytes) {
+  if (library.fresh.size() == bytes) return;
+  library.fresh.assign(bytes, kCanary);
+  library.array_of.assign(bytes, -1);
+  library.cells.assign(bytes, Cell());
+  for (size_t i = 0; i < library.arrays.size(); ++i) {
+    const SharedArray& array = library.arrays[i];
+    std::fill_n(library.fresh.begin() + static_cast<ptrdiff_t>(array.offset), array.bytes, kPoison);
+    std::fill_n(library.array_of.begin() + static_cast<ptrdiff_t>(array.offset), array.bytes, static_cast<int>(i));
   }
-  return last;
+}
+
+bool in_storage(const unsigned char* p) {
+  const Library* library = memory().library;
+  return library != nullptr && p >= library->begin && p < library->begin + library->fresh.size();
+}
+
+bool in_dynamic(const unsigned char* p) {
+  return p >= memory().dynamic_pages.begin() && p < memory().dynamic_pages.end();
+}
+
+// The array at this place of the storage, or the last one before it.
+const SharedArray* array_near(size_t offset) {
+  const Library& library = *memory().library;
+  for (size_t i = offset + 1; i-- > 0;) {
+    if (library.array_of[i] >= 0) return &library.arrays[static_cast<size_t>(library.array_of[i])];
+  }
+  return nullptr;
+}
+
+std::string hex(const void* p) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%p", p);
+  return digits;
 }
 
 bool in_array(size_t offset, size_t bytes) {
-  const SharedArray* array = array_at(offset);
-  return array != nullptr && offset + bytes <= array->offset + array->bytes;
+  const std::vector<int>& array_of = memory().library->array_of;
+  if (offset + bytes > array_of.size() || array_of[offset] < 0) return false;
+  return array_of[offset] == array_of[offset + bytes - 1];
 }
 
 const char* word(Access access) {
   return access == Access::kRead ? "reads" : (access == Access::kWrite ? "writes" : "changes");
+}
+
+// Where in its library the access stands; the test that loaded it turns this into a line.
+std::string code() {
+  const auto base = reinterpret_cast<uintptr_t>(loaded_at(accessing).base);
+  return base == 0 ? "" : ", code " + hex(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(accessing) - base));
+}
+
+[[noreturn]] void refuse(const char* what, Access access, const void* p, size_t bytes) {
+  fail(std::string(what) + ": " + word(access) + " " + std::to_string(bytes) + " bytes at " + describe(p) + code());
 }
 
 bool conflict(const Use& before, const Use& now) {
@@ -128,7 +179,7 @@ void use_shared(std::vector<Cell>& cells, size_t offset, size_t bytes, Access ac
     const Use* other = use_byte(cells[i], now);
     if (other == nullptr) continue;
     fail("no barrier: " + std::string(word(access)) + " " + describe(p) + ", which thread " +
-         std::to_string(other->thread) + " " + word(other->access) + " too");
+         std::to_string(other->thread) + " " + word(other->access) + " too" + code());
   }
 }
 
@@ -141,12 +192,6 @@ const Buffer* buffer_at(const void* p) {
   return &next->second;
 }
 
-std::string hex(const void* p) {
-  char digits[32];
-  std::snprintf(digits, sizeof(digits), "%p", p);
-  return digits;
-}
-
 std::string place_in(const char* what, const void* p, const unsigned char* begin, size_t bytes) {
   const long long at = static_cast<const unsigned char*>(p) - begin;
   return "byte " + std::to_string(at) + " of " + what + " (" + std::to_string(bytes) + " bytes)";
@@ -154,8 +199,16 @@ std::string place_in(const char* what, const void* p, const unsigned char* begin
 
 }  // namespace
 
-void add_shared_array(size_t offset, size_t bytes, const char* name) {
-  memory().arrays.push_back({offset, bytes, name});
+void add_shared_array(const void* library, SharedArray array) {
+  memory().libraries[loaded_at(library).base].arrays.push_back(std::move(array));
+}
+
+void enter_library(const void* code) {
+  const Loaded loaded = loaded_at(code);
+  Library& library = memory().libraries[loaded.base];
+  lay_out(library, loaded.storage == nullptr ? 0 : loaded.bytes);
+  library.begin = loaded.storage;
+  memory().library = &library;
 }
 
 void* allocate(size_t bytes, size_t misplaced) {
@@ -181,9 +234,10 @@ void deallocate(void* p) {
 std::string describe(const void* p) {
   const Memory& m = memory();
   const auto* at = static_cast<const unsigned char*>(p);
-  if (at >= m.fixed && at < m.fixed + m.fixed_bytes) {
-    const SharedArray* array = array_at(static_cast<size_t>(at - m.fixed));
-    if (array != nullptr) return place_in(("shared " + array->name).c_str(), p, m.fixed + array->offset, array->bytes);
+  if (in_storage(at)) {
+    const unsigned char* begin = m.library->begin;
+    const SharedArray* array = array_near(static_cast<size_t>(at - begin));
+    if (array != nullptr) return place_in(("shared " + array->name).c_str(), p, begin + array->offset, array->bytes);
   }
   if (at >= m.dynamic_pages.begin() - Pages::kPage && at < m.dynamic_pages.end() + Pages::kPage) {
     return place_in("dynamic shared memory", p, m.dynamic, m.dynamic_bytes);
@@ -198,8 +252,8 @@ std::string describe(const void* p) {
 
 void begin_block(size_t shmem) {
   Memory& m = memory();
-  find_static_shared();
-  if (m.fixed_bytes > 0) std::memcpy(m.fixed, m.fresh.data(), m.fixed_bytes);
+  Library& library = *m.library;
+  if (!library.fresh.empty()) std::memcpy(library.begin, library.fresh.data(), library.fresh.size());
   const size_t padded = (shmem + kLine - 1) / kLine * kLine;
   m.dynamic = m.dynamic_pages.end() - padded;
   m.dynamic_bytes = shmem;
@@ -215,11 +269,13 @@ void order_warp(unsigned warp) { ++memory().syncs[warp]; }
 // Writes that no single access reported: the spaces between arrays must be as they were.
 void end_block() {
   const Memory& m = memory();
-  for (size_t i = 0; i < m.fixed_bytes; ++i) {
-    if (m.fresh[i] == kCanary && m.fixed[i] != kCanary) record("wrote outside of arrays: " + describe(m.fixed + i));
+  const Library& library = *m.library;
+  for (size_t i = 0; i < library.fresh.size(); ++i) {
+    if (library.array_of[i] >= 0 || library.begin[i] == kCanary) continue;
+    return record("out of bounds: wrote " + describe(library.begin + i));
   }
   for (const unsigned char* p = m.dynamic + m.dynamic_bytes; p < m.dynamic_pages.end(); ++p) {
-    if (*p != kCanary) record("wrote outside of arrays: " + describe(p));
+    if (*p != kCanary) return record("out of bounds: wrote " + describe(p));
   }
 }
 
@@ -227,7 +283,7 @@ void end_launch() {
   for (const auto& [end, buffer] : memory().buffers) {
     for (const unsigned char* p = buffer.pages->begin(); p < buffer.pages->end(); ++p) {
       if (p == buffer.begin) p += buffer.bytes;
-      if (p < buffer.pages->end() && *p != kCanary) return record("wrote outside of arrays: " + describe(p));
+      if (p < buffer.pages->end() && *p != kCanary) return record("out of bounds: wrote " + describe(p));
     }
   }
 }
@@ -235,18 +291,16 @@ void end_launch() {
 void touch(const void* p, size_t bytes, size_t alignment, Access access) {
   Memory& m = memory();
   const auto* at = static_cast<const unsigned char*>(p);
-  const bool fixed = at >= m.fixed && at < m.fixed + m.fixed_bytes;
-  const bool dynamic = at >= m.dynamic_pages.begin() && at < m.dynamic_pages.end();
+  const bool fixed = in_storage(at), dynamic = in_dynamic(at);
   const Buffer* buffer = fixed || dynamic ? nullptr : buffer_at(p);
   if (!fixed && !dynamic && buffer == nullptr) return;  // the kernel's own variables, its parameters
   bool inside = true;
-  if (fixed) inside = in_array(static_cast<size_t>(at - m.fixed), bytes);
+  if (fixed) inside = in_array(static_cast<size_t>(at - m.library->begin), bytes);
   if (dynamic) inside = at >= m.dynamic && at + bytes <= m.dynamic + m.dynamic_bytes;
   if (buffer != nullptr) inside = at >= buffer->begin && at + bytes <= buffer->begin + buffer->bytes;
-  const std::string what = std::string(word(access)) + " " + std::to_string(bytes) + " bytes at ";
-  if (!inside) fail("out of bounds: " + what + describe(p));
-  if (reinterpret_cast<uintptr_t>(p) % alignment != 0) fail("not aligned: " + what + describe(p));
-  if (fixed) use_shared(m.fixed_cells, static_cast<size_t>(at - m.fixed), bytes, access, p);
+  if (reinterpret_cast<uintptr_t>(p) % alignment != 0) refuse("not aligned", access, p, bytes);
+  if (!inside) refuse("out of bounds", access, p, bytes);
+  if (fixed) use_shared(m.library->cells, static_cast<size_t>(at - m.library->begin), bytes, access, p);
   if (dynamic) use_shared(m.dynamic_cells, static_cast<size_t>(at - m.dynamic), bytes, access, p);
 }
 
@@ -258,11 +312,9 @@ void check_aligned(const void* p, int alignment, const char* what, const Place& 
        std::to_string(alignment));
 }
 
-void check_shared(const void* p, int bytes, int alignment, const char* what, const Place& place) {
-  const Memory& m = memory();
+void check_shared(const void* p, int alignment, const char* what, const Place& place) {
   const auto* at = static_cast<const unsigned char*>(p);
-  const bool fixed = at >= m.fixed && at < m.fixed + m.fixed_bytes;
-  if (!fixed && (at < m.dynamic || at + bytes > m.dynamic + m.dynamic_bytes)) {
+  if (!in_storage(at) && !in_dynamic(at)) {
     fail(std::string(what) + " at " + text(place) + ": " + describe(p) + " is not in shared memory");
   }
   check_aligned(p, alignment, what, place);
@@ -279,6 +331,7 @@ void write_shared(void* to, const void* from, int bytes) {
 }
 
 void note_atomic(const void* p, int bytes) {
+  accessing = __builtin_return_address(0);
   touch(p, static_cast<size_t>(bytes), static_cast<size_t>(bytes), Access::kAtomic);
 }
 

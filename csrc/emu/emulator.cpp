@@ -8,6 +8,8 @@
 
 #include "access.h"
 
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
 namespace pymerge::emu {
 namespace {
 
@@ -296,6 +298,7 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shmem, void (*body)(v
     return record("no device takes grid " + triple(grid) + " of blocks " + triple(block));
   }
   if (shmem > kMostShared) return record("no device has " + std::to_string(shmem) + " bytes of shared memory");
+  enter_library(reinterpret_cast<const void*>(body));
   const FaultGuard guard;
   if (sigsetjmp(machine.abandoned, 1) == 0) run_blocks(grid, block, shmem);
   end_launch();
@@ -321,8 +324,8 @@ const char* emu_take_failure() {
   return taken.empty() ? nullptr : taken.c_str();
 }
 
-void emu_add_shared_array(size_t offset, size_t bytes, const char* name) {
-  pymerge::emu::add_shared_array(offset, bytes, name);
+void emu_add_shared_array(const void* library, size_t offset, size_t bytes, const char* name) {
+  pymerge::emu::add_shared_array(library, {offset, bytes, name});
 }
 void* emu_allocate(size_t bytes, size_t misplaced) { return pymerge::emu::allocate(bytes, misplaced); }
 void emu_deallocate(void* p) { pymerge::emu::deallocate(p); }
@@ -330,21 +333,22 @@ void emu_deallocate(void* p) { pymerge::emu::deallocate(p); }
 // What -fsanitize=thread makes the kernels call before each access.
 void __tsan_init() {}
 
-#define PYMERGE_ACCESS(bytes)                                                        \
-  void __tsan_read##bytes(void* p) { report(p, bytes, bytes, Access::kRead); }       \
-  void __tsan_write##bytes(void* p) { report(p, bytes, bytes, Access::kWrite); }     \
-  void __tsan_unaligned_read##bytes(void* p) { report(p, bytes, 1, Access::kRead); } \
-  void __tsan_unaligned_write##bytes(void* p) { report(p, bytes, 1, Access::kWrite); }
-
-static void report(void* p, size_t bytes, size_t alignment, Access access) {
-  if (machine.inside) pymerge::emu::touch(p, bytes, alignment, access);
-}
+#define PYMERGE_REPORT(p, bytes, alignment, access)        \
+  if (machine.inside) {                                    \
+    pymerge::emu::accessing = __builtin_return_address(0); \
+    pymerge::emu::touch(p, bytes, alignment, access);      \
+  }
+#define PYMERGE_ACCESS(bytes)                                                               \
+  void __tsan_read##bytes(void* p) { PYMERGE_REPORT(p, bytes, bytes, Access::kRead) }       \
+  void __tsan_write##bytes(void* p) { PYMERGE_REPORT(p, bytes, bytes, Access::kWrite) }     \
+  void __tsan_unaligned_read##bytes(void* p) { PYMERGE_REPORT(p, bytes, 1, Access::kRead) } \
+  void __tsan_unaligned_write##bytes(void* p) { PYMERGE_REPORT(p, bytes, 1, Access::kWrite) }
 
 PYMERGE_ACCESS(1)
 PYMERGE_ACCESS(2)
 PYMERGE_ACCESS(4)
 PYMERGE_ACCESS(8)
 PYMERGE_ACCESS(16)
-void __tsan_read_range(void* p, size_t bytes) { report(p, bytes, 1, Access::kRead); }
-void __tsan_write_range(void* p, size_t bytes) { report(p, bytes, 1, Access::kWrite); }
+void __tsan_read_range(void* p, size_t bytes) { PYMERGE_REPORT(p, bytes, 1, Access::kRead) }
+void __tsan_write_range(void* p, size_t bytes) { PYMERGE_REPORT(p, bytes, 1, Access::kWrite) }
 }

@@ -24,7 +24,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace pymerge::emu {
 
@@ -81,7 +81,7 @@ void wait_for_lanes(bool orders);
 void release(Exchange* exchange);
 
 // Accesses that the compiler does not report by itself.
-void check_shared(const void* p, int bytes, int alignment, const char* what, const Place& place);
+void check_shared(const void* p, int alignment, const char* what, const Place& place);
 void check_aligned(const void* p, int alignment, const char* what, const Place& place);
 void write_shared(void* to, const void* from, int bytes);  // from null: poison
 void note_atomic(const void* p, int bytes);
@@ -91,10 +91,31 @@ unsigned char* dynamic_shared();
 
 void run(const char* kernel, dim3 grid, dim3 block, size_t shmem, void (*body)(void*), void* data);
 
+// Every library of kernels has its own storage for __shared__ arrays, which the loader makes when it is first used.
+inline thread_local volatile unsigned char storage_anchor = 0;
+extern "C" __attribute__((weak)) void emu_kernels() { storage_anchor = 0; }
+
 template <typename Body>
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shmem, void*, Body body) {
+  emu_kernels();
   run(kernel, grid, block, shmem, [](void* data) { (*static_cast<Body*>(data))(); }, &body);
 }
+
+// Device memory for the workspaces of a test: ends at a page that nobody may touch; holds rubbish.
+void* allocate(size_t bytes, size_t misplaced);
+void deallocate(void* p);
+
+template <typename T>
+class Workspace {
+ public:
+  explicit Workspace(int64_t count) : data_(static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T), 0))) {}
+  Workspace(const Workspace&) = delete;
+  ~Workspace() { deallocate(data_); }
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
 
 // Shows `mine` to the lanes of the mask, and what they showed to this one.
 template <typename T>

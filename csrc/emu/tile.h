@@ -70,7 +70,7 @@ void mma(float* c, const uint32_t* a, const uint32_t* b, Place place = Place::cu
 template <int kMatrices, bool kTransposed>
 void load_matrix(uint32_t* out, const void* row, Place place = Place::current()) {
   const int lane = lane_id(), group = lane / 4, member = lane % 4;
-  if (lane < 8 * kMatrices) check_shared(row, 16, 16, "ldmatrix", place);
+  if (lane < 8 * kMatrices) check_shared(row, 16, "ldmatrix", place);
   const Collected<const uint16_t*> rows(kAllLanes, static_cast<const uint16_t*>(row), place);
   for (int j = 0; j < kMatrices; ++j) {
     const int one = 8 * j + (kTransposed ? 2 * member : group), other = kTransposed ? one + 1 : one;
@@ -81,7 +81,7 @@ void load_matrix(uint32_t* out, const void* row, Place place = Place::current())
 }
 
 inline void copy_async(void* shared, const void* global, int bytes, bool valid, Place place = Place::current()) {
-  check_shared(shared, bytes, bytes, "cp.async", place);
+  check_shared(shared, bytes, "cp.async", place);
   if (valid) check_aligned(global, bytes, "cp.async", place);
   write_shared(shared, nullptr, bytes);  // until the wait nobody may count on what is there
   self().copies.push_back({shared, valid ? global : nullptr, bytes, self().copy_groups});

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import tests.native.emulated as e
-from tests.native.emulated import EmulationError
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is needed to build the emulated kernels")
 OPERANDS = {"BF16": 0, "F16": 1, "TF32": 2}
@@ -60,3 +59,26 @@ def test_product_of_partial_tiles(library, operand, m, n, k):
     ours, exact, size = product(library, operand, m, n, k)
     steps = -(-k // 4)  # at most that many sums, each cut at 2^-23 of its largest addend, which size bounds
     assert (np.abs(ours - exact) <= size * steps * 2.0**-23).all()
+
+
+def test_a_stage_overwritten_while_others_read_it_is_caught(library):
+    with pytest.raises(e.EmulationError, match="no barrier: .* of dynamic shared memory"):
+        product(library, "BF16", 32, 16, 128, barrier=0)
+
+
+def test_a_copy_that_was_not_waited_for_has_not_arrived(library):
+    ours, _, _ = product(library, "BF16", 32, 16, 32, wait=0)
+    assert np.isnan(ours).all()
+
+
+def test_sums_are_cut_and_not_rounded(library):
+    """1 + 1.75 * 2^-24 rounds to 1 + 2^-23; cut, it is 1, and its negative -1."""
+    for sign in (1.0, -1.0):
+        a, b = e.filled(32 * 32, np.uint16), e.filled(32 * 16, np.uint16)
+        c = e.filled(32 * 16, np.float32)
+        parts = sign * np.float32([1.0, 1.5 * 2.0**-24, 0.25 * 2.0**-24])
+        a[:3] = (parts.view(np.uint32) >> 16).astype(np.uint16)
+        b[: 3 * 16 : 16] = 0x3F80  # column 0: ones
+        fields = ProductFields(a.ctypes.data, b.ctypes.data, c.ctypes.data, 32, 16, 32)
+        library.emulate_product(ctypes.byref(fields), OPERANDS["BF16"], 1, 1)
+        assert c[0] == sign and not c[1:].any()
