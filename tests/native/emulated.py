@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
+import shutil
 import subprocess
+import tempfile
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,11 +70,115 @@ class MergeFields(ctypes.Structure):
     ]
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    library = folder / "emulated_kernels.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off"]
-    subprocess.run(["g++", *flags, "-shared", "-fPIC", SOURCE, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
+EMULATOR = SOURCE.parents[2] / "csrc" / "emu"
+COMPILE = ["g++", "-std=c++20", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off", "-Wno-psabi"]
+LINK = ["g++", "-shared", "-Wl,-Bsymbolic"]
+REDZONE = 64  # bytes behind each __shared__ array that belong to none
+ORDERS = {"forward": 0, "reversed": 1, "shuffled": 2}
+
+
+class EmulationError(Exception):
+    """What the emulator found wrong with a kernel."""
+
+
+@functools.cache
+def emulator() -> ctypes.CDLL:
+    """The emulator, which all libraries of kernels share."""
+    folder = Path(tempfile.mkdtemp(prefix="pymerge-emulator-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = folder / "emulator.so"
+    subprocess.run([*COMPILE, "-O2", *LINK[1:], *EMULATOR.glob("*.cpp"), "-o", library], check=True)
+    native = ctypes.CDLL(str(library))
+    native.emu_take_failure.restype = ctypes.c_char_p
+    native.emu_allocate.restype = ctypes.c_void_p
+    return native
+
+
+class Library:
+    """A library of kernels; a call raises EmulationError with what the emulator found."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.native = ctypes.CDLL(str(path))
+        here = ctypes.cast(self.native.emu_kernels, ctypes.c_void_p)
+        for offset, size, name in shared_arrays(path):
+            emulator().emu_add_shared_array(here, ctypes.c_size_t(offset), ctypes.c_size_t(size), name.encode())
+
+    def set_order(self, order: str, seed: int = 0) -> None:
+        emulator().emu_set_order(ORDERS[order], ctypes.c_uint64(seed))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        function = getattr(self.native, name)
+
+        def call(*args: object) -> None:
+            function(*args)
+            failure = emulator().emu_take_failure()
+            if failure is not None:
+                raise EmulationError(self.with_line(failure.decode()))
+
+        return call
+
+    def with_line(self, message: str) -> str:
+        """The message with a line of source for the place in the library's code that it names."""
+        message, found, code = message.partition(", code ")
+        if not found:
+            return message
+        command = ["addr2line", "-e", self.path, hex(int(code, 16) - 1)]  # it is where the check returns to
+        line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("/")[-1]
+        return f"{message}, {line.split()[0]}"
+
+
+def with_redzones(assembly: str) -> str:
+    """Each thread-local array (csrc/emu makes __shared__ arrays such) followed by space that no symbol covers."""
+    section, lines = "", []
+    for line in assembly.splitlines():
+        word = line.split(maxsplit=1)[:1]
+        if word in ([".section"], [".text"], [".data"], [".bss"]):
+            section = line
+        lines.append(line)
+        if ".tbss" in section and word == [".zero"]:
+            lines.append(f"\t.zero\t{REDZONE}")
+    return "\n".join(lines) + "\n"
+
+
+def shared_arrays(library: Path) -> list[tuple[int, int, str]]:
+    """(offset, bytes, name) of the thread-local variables of functions."""
+    table = subprocess.run(["readelf", "-sW", "-C", library], check=True, capture_output=True, text=True).stdout
+    found = set()
+    for line in table.splitlines():
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[3] == "TLS" and "::" in fields[7] and "pymerge::emu::" not in fields[7]:
+            found.add((int(fields[1], 16), int(fields[2]), fields[7].rsplit("::", 1)[1]))
+    return sorted(found)
+
+
+def build(folder: Path, source: Path = SOURCE) -> Library:
+    """The kernels that `source` includes, with every access of theirs reported to the emulator."""
+    library, assembly = folder / f"{source.stem}.so", folder / f"{source.stem}.s"
+    checked = ["-O1", "-g1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+    checked += ["-fno-tree-sra"]  # vectors are loaded whole, so that their alignment is seen
+    compiling = subprocess.Popen([*COMPILE, *checked, "-S", source, "-o", assembly])
+    shared = emulator()._name  # built meanwhile, if it is not there
+    if compiling.wait() != 0:
+        raise subprocess.CalledProcessError(compiling.returncode, compiling.args)
+    assembly.write_text(with_redzones(assembly.read_text()))
+    subprocess.run([*LINK, assembly, shared, "-o", library], check=True)
+    return Library(library)
+
+
+def buffer(count: int, dtype: np.dtype | type, misplaced: int = 0) -> np.ndarray:
+    """Device memory, `misplaced` bytes behind a multiple of 16: a kernel that leaves it fails. Filled with rubbish."""
+    size = count * np.dtype(dtype).itemsize
+    place = emulator().emu_allocate(ctypes.c_size_t(size), ctypes.c_size_t(misplaced))
+    memory = (ctypes.c_char * max(size, 1)).from_address(place)
+    weakref.finalize(memory, emulator().emu_deallocate, ctypes.c_void_p(place))
+    return np.frombuffer(memory, dtype=dtype, count=count)
+
+
+def filled(count: int, dtype: np.dtype | type, value: float = 0) -> np.ndarray:
+    array = buffer(count, dtype)
+    array[:] = value
+    return array
 
 
 @dataclass(frozen=True)
@@ -88,11 +198,9 @@ class Stored:
 
 
 def store(x: np.ndarray, code: str, offset: int = 0) -> Stored:
-    """x in a dtype, `offset` entries behind a multiple of 64 bytes."""
+    """x in a dtype, in device memory, `offset` entries behind a multiple of 16 bytes."""
     item = np.dtype(ITEM[code])
-    memory = np.zeros(x.size + offset + 64 // item.itemsize, dtype=item)
-    start = (-memory.ctypes.data % 64) // item.itemsize + offset
-    array = memory[start : start + x.size]
+    array = buffer(x.size, item, offset * item.itemsize % 16)
     array[:] = (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) if code == "BF16" else x.astype(item)
     return Stored(array, code)
 
@@ -195,9 +303,9 @@ def host_kth(problem: Problem) -> Cut:
     return np.frombuffer(theta, dtype=np.float32), np.frombuffer(index, dtype=np.int64)
 
 
-def emulated_kth(library: ctypes.CDLL, problem: Problem, *, long_row: bool) -> Cut:
-    theta = np.full(len(problem.tuned) * problem.rows, -1.0, dtype=np.float32)
-    index = np.full(theta.size, -1, dtype=np.int64)
+def emulated_kth(library: Library, problem: Problem, *, long_row: bool) -> Cut:
+    theta = filled(len(problem.tuned) * problem.rows, np.float32, -1)
+    index = filled(theta.size, np.int64, -1)
     fields = problem.fields()
     library.emulate_kth(
         ctypes.byref(fields), int(long_row), ctypes.c_void_p(theta.ctypes.data), ctypes.c_void_p(index.ctypes.data)
@@ -205,8 +313,8 @@ def emulated_kth(library: ctypes.CDLL, problem: Problem, *, long_row: bool) -> C
     return theta, index
 
 
-def emulated_merge(library: ctypes.CDLL, problem: Problem, add: Stored | None, out: Stored) -> list[int]:
-    bad = np.zeros(len(problem.tuned) + 3, dtype=np.int64)
+def emulated_merge(library: Library, problem: Problem, add: Stored | None, out: Stored) -> list[int]:
+    bad = filled(len(problem.tuned) + 3, np.int64)
     fields, merge = problem.fields(), MergeFields(out=out.address, bad=bad.ctypes.data, out_dtype=CODES[out.code])
     if add is not None:
         merge.add, merge.add_dtype = add.address, CODES[add.code]

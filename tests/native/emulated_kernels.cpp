@@ -47,14 +47,12 @@ struct MergeFields {
   int32_t add_dtype, out_dtype, add_is_base, elect, norm;
   float scale, divisor, tie_sign;
 };
-
-void set_reversed(int reversed) { emu::reversed = reversed != 0; }
 }
 
 namespace {
 
 struct Call {
-  explicit Call(const Problem& p) : more(kInlineTasks + static_cast<size_t>(p.task_count)) {
+  explicit Call(const Problem& p) : more(p.task_count > kInlineTasks ? p.task_count - kInlineTasks : 0) {
     std::vector<Task> tasks;
     for (int t = 0; t < p.task_count; ++t) {
       const TaskFields& f = p.tasks[t];
@@ -71,7 +69,7 @@ struct Call {
     if (p.base != nullptr) read.push_back(args.base);
   }
   DeltaArgs args = {};
-  std::vector<Task> more;
+  emu::Workspace<Task> more;
   std::vector<Stored> read;
 };
 
@@ -99,7 +97,8 @@ void emulate_kth(const Problem* problem, int long_row, float* theta, int64_t* in
   args.delta = call.args, args.theta = theta, args.index = index;
   if (!long_row) return launch_kth_rows(args, nullptr);
   const KthSpace space = kth_space(problem->count, problem->task_count);
-  std::vector<uint64_t> memory(static_cast<size_t>(space.zeroed + space.state + space.equal) / 8 + 1);
+  emu::Workspace<unsigned char> memory(space.zeroed + space.state + space.equal);
+  std::memset(memory.data(), 0, static_cast<size_t>(space.zeroed));
   launch_kth_long(args, memory.data(), kMultiprocessors, nullptr);
 }
 
@@ -110,13 +109,13 @@ void emulate_histogram(const Problem* problem, int level, int64_t* hist) {
 
 void emulate_l1(const Problem* problem, double* norms) {
   Call call(*problem);
-  std::vector<double> parts(static_cast<size_t>(l1_parts(problem->count) * 2 * problem->task_count));
+  emu::Workspace<double> parts(l1_parts(problem->count) * 2 * problem->task_count);
   launch_l1({call.args, parts.data()}, norms, nullptr);
 }
 
 void emulate_gram(const Problem* problem, double* gram) {
   Call call(*problem);
-  std::vector<double> parts(static_cast<size_t>(gram_parts(problem->count) * gram_pairs(problem->task_count)));
+  emu::Workspace<double> parts(gram_parts(problem->count) * gram_pairs(problem->task_count));
   launch_gram({call.args, parts.data(), gram, 0}, nullptr);
 }
 
