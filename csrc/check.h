@@ -103,4 +103,36 @@ inline Norm check_norm(const char* op, const std::string& name, bool elect) {
   return Norm::kMax;
 }
 
+// Of projections: basis [m, r] or [T, m, r], base and tuned [m, n].
+struct ProjectionSizes {
+  int64_t tasks, m, n, r;
+};
+
+inline ProjectionSizes check_projection(const char* op, const Tensor& basis, const std::optional<Tensor>& base,
+                                        const std::vector<Tensor>& tuned, const std::string& precision) {
+  check_sources(op, base, tuned);
+  check_dtype(op, "basis", basis.scalar_type());
+  STD_TORCH_CHECK(tuned[0].dim() == 2, "pymerge::", op, ": tuned must be [m, n], got ", shape_text(tuned[0]));
+  const int64_t tasks = static_cast<int64_t>(tuned.size()), m = tuned[0].size(0), dims = basis.dim();
+  const bool fits = (dims == 2 && basis.size(0) == m) || (dims == 3 && basis.size(0) == tasks && basis.size(1) == m);
+  STD_TORCH_CHECK(fits, "pymerge::", op, ": basis must be [", m, ", r] or [", tasks, ", ", m, ", r], got ",
+                  shape_text(basis));
+  STD_TORCH_CHECK(basis.device() == tuned[0].device(), "pymerge::", op,
+                  ": basis and tuned[0] are on different devices");
+  STD_TORCH_CHECK(precision == "fp32" || precision == "bf16x3", "pymerge::", op,
+                  ": precision must be fp32 or bf16x3, got '", precision, "'");
+  return {tasks, m, tuned[0].size(1), basis.size(dims - 1)};
+}
+
+inline void check_reference(const char* op, const Tensor& reference, const Tensor& like, const ProjectionSizes& sizes) {
+  check_dtype(op, "reference", reference.scalar_type());
+  const int64_t dims = reference.dim(), r = sizes.r, n = sizes.n;
+  const bool fits = (dims == 2 || (dims == 3 && reference.size(0) == sizes.tasks)) && reference.size(dims - 2) == r &&
+                    reference.size(dims - 1) == n;
+  STD_TORCH_CHECK(fits, "pymerge::", op, ": reference must be [", r, ", ", n, "] or [", sizes.tasks, ", ", r, ", ", n,
+                  "], got ", shape_text(reference));
+  STD_TORCH_CHECK(reference.device() == like.device(), "pymerge::", op,
+                  ": reference and tuned[0] are on different devices");
+}
+
 }  // namespace pymerge

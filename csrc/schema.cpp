@@ -28,6 +28,12 @@ STABLE_TORCH_LIBRARY(pymerge, m) {
   m.def(
       "delta_signs(Tensor? base, Tensor[] tuned, float[] weights, float[]? rescales, float[]? keep, int[]? keys, "
       "int row_length, Tensor? top_theta, Tensor? top_index, Tensor? skip_theta, Tensor? skip_index) -> Tensor total");
+  // out float32 [T, r, n] = Q_t^T (tuned_t - base); basis Q [m, r] or [T, m, r], base and tuned_t [m, n]
+  m.def("project_delta(Tensor basis, Tensor? base, Tensor[] tuned, str precision) -> Tensor out");
+  // float64 [T, r] each, of the rows a of that product: <p, a> with the rows p of reference [r, n] or [T, r, n], <a, a>
+  m.def(
+      "projection_stats(Tensor basis, Tensor reference, Tensor? base, Tensor[] tuned, str precision) "
+      "-> (Tensor inner, Tensor square)");
   // y = x (float32) as dtype, nearest even; bad int64 []: non-finite entries of y
   m.def("finite_cast(Tensor x, ScalarType dtype) -> (Tensor y, Tensor bad)");
 }

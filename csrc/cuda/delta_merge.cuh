@@ -156,15 +156,6 @@ inline void launch_merge_range(const MergeArgs& args, int sms, Stream stream) {
   LAUNCH(kernel, grid, kThreads, shared, stream, args);
 }
 
-// The dtype of all of them where whole vectors can be fetched from each, else kAny.
-inline int common_dtype(const Stored* stored, int count) {
-  for (int i = 0; i < count; ++i) {
-    const bool whole = reinterpret_cast<uintptr_t>(stored[i].data) % 16 == 0 && stored[i].dtype != Dtype::kF64;
-    if (!whole || stored[i].dtype != stored[0].dtype) return kAny;
-  }
-  return static_cast<int>(stored[0].dtype);
-}
-
 // count > 0; bad is zero. `dtype`: common_dtype of all that is read.
 inline void launch_merge(MergeArgs args, int dtype, int sms, Stream stream) {
   const int64_t whole = dtype == kAny ? 0 : args.delta.count / kWidth;

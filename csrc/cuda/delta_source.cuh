@@ -147,4 +147,13 @@ inline void set_tasks(DeltaArgs& args, const Task* tasks, int count, Task* more,
   }
 }
 
+// The dtype of all of them where whole vectors can be fetched from each, else kAny.
+inline int common_dtype(const Stored* stored, int count) {
+  for (int i = 0; i < count; ++i) {
+    const bool whole = reinterpret_cast<uintptr_t>(stored[i].data) % 16 == 0 && stored[i].dtype != Dtype::kF64;
+    if (!whole || stored[i].dtype != stored[0].dtype) return kAny;
+  }
+  return static_cast<int>(stored[0].dtype);
+}
+
 }  // namespace pymerge::cuda
