@@ -18,14 +18,17 @@ struct Projection {
   int64_t m = 0, n = 0, r = 0;
 };
 
-constexpr int64_t kStripColumns = 256;  // of one strip: what a job works on
-constexpr int64_t kStripPad = 32;       // registers that overhang a strip write here
-constexpr int64_t kStripStride = kStripColumns + kStripPad;
-constexpr int64_t kSlabRows = 256;      // of W converted at a time; sums over slabs are added in their order
-constexpr int64_t kBasisColumns = 128;  // of Q packed at a time
+constexpr int64_t kStripColumns = 2048;  // of one strip at most: long rows, so that memory streams
+constexpr int64_t kStripPad = 32;        // registers that overhang a strip write here
+constexpr int64_t kSlabRows = 64;        // of W converted at a time; sums over slabs are added in their order
+constexpr int64_t kBasisColumns = 128;   // of Q packed at a time
+
+// Columns of a job: with many directions the strip of the product would leave the cache.
+inline int64_t strip_columns(int64_t r) { return r <= 256 ? kStripColumns : kStripColumns / 2; }
+inline int64_t strip_stride(int64_t r) { return strip_columns(r) + kStripPad; }
 
 struct ProjectionKernels {
-  // strip [r, kStripStride] = Q^T D for columns [begin, begin + width), width <= kStripColumns.
+  // strip [r, strip_stride(r)] = Q^T D for columns [begin, begin + width), width <= strip_columns(r).
   // scratch: strip_scratch() floats, 64-byte aligned, as is strip.
   void (*strip)(const Projection&, int64_t begin, int64_t width, float* scratch, float* strip);
   // sums[0] += <p, a>, sums[1] += <a, a> in float64, of n <= kStripColumns entries.
@@ -33,9 +36,9 @@ struct ProjectionKernels {
 };
 
 inline int64_t strip_scratch() {
-  return kSlabRows * (kStripStride + kBasisColumns) + 2 * (kSlabRows > kStripStride ? kSlabRows : kStripStride);
+  return kSlabRows * (kStripColumns + kStripPad + kBasisColumns) + 2 * (kStripColumns + kStripPad);
 }
-inline int64_t strip_size(int64_t r) { return (r + 7) / 8 * 8 * kStripStride; }  // whole register tiles
+inline int64_t strip_size(int64_t r) { return (r + 7) / 8 * 8 * strip_stride(r); }  // whole register tiles
 
 const ProjectionKernels& projection_kernels();
 

@@ -7,7 +7,7 @@
 #include "cpu_level.h"
 #include "projection.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors are passed between inlined functions only
+#pragma GCC diagnostic ignored "-Wpsabi"            // wide vectors are passed between inlined functions only
 #pragma GCC diagnostic ignored "-Wunused-function"  // convert.inl: stores, which projections leave to others
 
 namespace pymerge {

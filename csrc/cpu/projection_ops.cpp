@@ -31,45 +31,48 @@ class Call {
  public:
   Call(const char* op, const Tensor& basis, const OptTensor& base, const std::vector<Tensor>& tuned,
        const std::string& precision)
-      : sizes(check_projection(op, basis, base, tuned, precision)) {
+      : sizes(check_projection(op, basis, base, tuned, precision)),
+        columns(strip_columns(sizes.r)),
+        stride(strip_stride(sizes.r)) {
     const bool all_columns =
         std::all_of(tuned.begin(), tuned.end(), has_columns) && (!base || has_columns(*base)) && !has_rows(tuned[0]);
     const Matrix subtracted = base ? matrix(*base, all_columns) : Matrix{};
     for (int64_t t = 0; t < sizes.tasks; ++t) {
       const Tensor q = basis.dim() == 3 ? torch::stable::select(basis, 0, t) : basis;
-      const bool columns = !has_rows(q) && has_columns(q);
+      const bool by_column = !has_rows(q) && has_columns(q);
       const Matrix changed = matrix(tuned[static_cast<size_t>(t)], all_columns);
-      tasks_.push_back({matrix(q, columns), subtracted, changed, sizes.m, sizes.n, sizes.r});
+      tasks_.push_back({matrix(q, by_column), subtracted, changed, sizes.m, sizes.n, sizes.r});
     }
   }
   Call(const Call&) = delete;
 
   bool empty() const { return sizes.m * sizes.n * sizes.r == 0; }
-  int64_t strips() const { return (sizes.n + kStripColumns - 1) / kStripColumns; }
+  int64_t strips() const { return (sizes.n + columns - 1) / columns; }
   int64_t grain() const {
-    const int64_t work = sizes.m * sizes.r * std::min(sizes.n, kStripColumns);
+    const int64_t work = sizes.m * sizes.r * std::min(sizes.n, columns);
     return std::max<int64_t>(1, kJobWork / std::max<int64_t>(1, work));
   }
-  int64_t width(int64_t strip) const { return std::min(kStripColumns, sizes.n - strip * kStripColumns); }
+  int64_t width(int64_t strip) const { return std::min(columns, sizes.n - strip * columns); }
 
-  // Q_t^T D_t of one strip, [r, kStripStride], in memory of this thread that the next call takes again.
+  // Q_t^T D_t of one strip, [r, stride], in memory of this thread that the next call takes again.
   const float* project(int64_t task, int64_t strip) const {
     float* scratch = thread_scratch(strip_scratch() + strip_size(sizes.r));
     float* out = scratch + strip_scratch();
     const Projection& p = tasks_[static_cast<size_t>(task)];
-    projection_kernels().strip(p, strip * kStripColumns, width(strip), scratch, out);
+    projection_kernels().strip(p, strip * columns, width(strip), scratch, out);
     return out;
   }
 
-  Matrix matrix(const Tensor& x, bool columns) {
-    held_.push_back((columns ? has_columns(x) : has_rows(x)) ? x : torch::stable::contiguous(x));
+  Matrix matrix(const Tensor& x, bool by_column) {
+    held_.push_back((by_column ? has_columns(x) : has_rows(x)) ? x : torch::stable::contiguous(x));
     const Tensor& kept = held_.back();
     const Dtype dtype = check_dtype("projection", "dtype", kept.scalar_type());
-    if (columns) return {kept.const_data_ptr(), dtype, 1, kept.stride(1)};
+    if (by_column) return {kept.const_data_ptr(), dtype, 1, kept.stride(1)};
     return {kept.const_data_ptr(), dtype, kept.stride(0), 1};
   }
 
   const ProjectionSizes sizes;
+  const int64_t columns, stride;  // of a strip
 
  private:
   std::vector<Projection> tasks_;
@@ -90,9 +93,9 @@ Tensor project_delta(Tensor basis, OptTensor base, std::vector<Tensor> tuned, st
     for (int64_t job = begin; job < end; ++job) {
       const int64_t task = job / strips, strip = job % strips;
       const float* from = call.project(task, strip);
-      float* to = target + task * r * n + strip * kStripColumns;
+      float* to = target + task * r * n + strip * call.columns;
       const size_t bytes = static_cast<size_t>(call.width(strip)) * sizeof(float);
-      for (int64_t i = 0; i < r; ++i) std::memcpy(to + i * n, from + i * kStripStride, bytes);
+      for (int64_t i = 0; i < r; ++i) std::memcpy(to + i * n, from + i * call.stride, bytes);
     }
   });
   return out;
@@ -105,8 +108,8 @@ void sum_strips(const Call& call, const std::vector<Matrix>& reference, int64_t 
   for (int64_t strip = first; strip < last; ++strip) {
     const float* a = call.project(task, strip);
     for (int64_t i = 0; i < call.sizes.r; ++i) {
-      const Buffer row = Buffer{p.data, p.dtype}.at(i * p.row_stride + strip * kStripColumns);
-      projection_kernels().row_sums(row, a + i * kStripStride, call.width(strip), sums + 2 * i);
+      const Buffer row = Buffer{p.data, p.dtype}.at(i * p.row_stride + strip * call.columns);
+      projection_kernels().row_sums(row, a + i * call.stride, call.width(strip), sums + 2 * i);
     }
   }
 }

@@ -38,15 +38,15 @@ def project_delta(
 
     basis      Q, [m, r] for all tasks or [T, m, r], one each
     base       [m, n], subtracted from every tuned matrix; None: nothing is
-    tuned      T matrices [m, n]. All: bfloat16, float16, float32 or float64, in any mixture; transposed views are read in
-               place by the CPU
+    tuned      T matrices [m, n]. All: bfloat16, float16, float32 or float64, in any mixture; the CPU reads transposed
+               views in place
     precision  what CUDA may do: "fp32" multiplies in float32; "bf16x3" on tensor cores, both factors as two bfloat16
                terms, three products of four. The CPU multiplies in float32 either way.
     Returns    float32 [T, r, n]
-    Error      ||Y_t - exact|| / ||exact|| <= 1e-6 (fp32, m = 4096: 1e-7), 5e-6 (bf16x3), for the float32 values of the
-               inputs: float64 ones are rounded first. CPU: the same bits for every tiling, thread count and level that
-               has fused multiply-add.
-    Cost       2 T m n r flops; each tuned matrix read once, base once a task (from cache); memory beside the output: 0.4 MB
-               and 1 KB a direction, per thread (CPU).
+    Error      ||Y_t - exact|| / ||exact||, for the float32 values of the inputs (float64 ones are rounded first), at
+               m = 4096: 3e-7 on the CPU, at most 5e-6 on CUDA. CPU: the same bits for every tiling and thread count,
+               and for every CPU level that has fused multiply-add.
+    Cost       2 T m n r flops; each tuned matrix is read once, base once a task. Memory beside the output (CPU): 0.6 MB
+               and 4 to 8 KB a direction, per thread.
     Raises     RuntimeError (shapes, dtypes or devices do not fit; unknown precision)."""
     return torch.ops.pymerge.project_delta(basis, base, list(tuned), precision)
