@@ -18,10 +18,12 @@ struct Float {
   using Item = float;
   using Sum = float;
   using Lanes = __m512;
-  static constexpr int kLanes = 16, kRows = 8, kVectors = 3;
+  static constexpr int kLanes = 16, kRows = 8, kVectors = 3, kSegment = 256;
   static Lanes zero() { return _mm512_setzero_ps(); }
   static Lanes spread(float x) { return _mm512_set1_ps(x); }
   static Lanes load(const float* p) { return _mm512_loadu_ps(p); }
+  static Lanes load_sums(const float* p) { return _mm512_loadu_ps(p); }
+  static Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
   static void store(float* p, Lanes x) { _mm512_storeu_ps(p, x); }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm512_fmadd_ps(a, b, sum); }
 };
@@ -30,10 +32,12 @@ struct Double {
   using Item = double;
   using Sum = double;
   using Lanes = __m512d;
-  static constexpr int kLanes = 8, kRows = 8, kVectors = 3;
+  static constexpr int kLanes = 8, kRows = 8, kVectors = 3, kSegment = 256;
   static Lanes zero() { return _mm512_setzero_pd(); }
   static Lanes spread(double x) { return _mm512_set1_pd(x); }
   static Lanes load(const double* p) { return _mm512_loadu_pd(p); }
+  static Lanes load_sums(const double* p) { return _mm512_loadu_pd(p); }
+  static Lanes add(Lanes a, Lanes b) { return _mm512_add_pd(a, b); }
   static void store(double* p, Lanes x) { _mm512_storeu_pd(p, x); }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm512_fmadd_pd(a, b, sum); }
 };
@@ -43,10 +47,12 @@ struct Pairs {
   using Item = uint32_t;
   using Sum = float;
   using Lanes = __m512;
-  static constexpr int kLanes = 16, kRows = 8, kVectors = 3;
+  static constexpr int kLanes = 16, kRows = 8, kVectors = 3, kSegment = 128;
   static Lanes zero() { return _mm512_setzero_ps(); }
   static Lanes spread(uint32_t x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x))); }
   static Lanes load(const uint32_t* p) { return _mm512_loadu_ps(p); }
+  static Lanes load_sums(const float* p) { return _mm512_loadu_ps(p); }
+  static Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
   static void store(float* p, Lanes x) { _mm512_storeu_ps(p, x); }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
