@@ -87,25 +87,36 @@ inline void multiply_blocks(const uint32_t* left, const uint32_t* right, int64_t
   }
 }
 
+inline void add_blocks(const float* part, float* out, bool first) {
+  for (int64_t r = 0; r < kEdge; ++r) {
+    for (int64_t c = 0; c < kPairs; ++c)
+      out[r * kPairs + c] = (first ? 0.0f : out[r * kPairs + c]) + part[r * kPairs + c];
+  }
+}
+
+// Tiles on the diagonal take short segments (cov_tile.inl says why); the others only sums of mixed signs.
 template <bool split>
 void tile_of_blocks(const void* a, const void* b, int64_t i, int64_t j, int64_t depth, const CovTarget& target) {
-  alignas(64) float sums[kPairs * kPairs];
-  const int64_t form = depth * kPairs;
+  alignas(64) float sums[kPairs * kPairs], part[kEdge * kPairs];
+  const int64_t form = depth * kPairs, segment = i == j ? 8 * kEdge : depth;
   const uint32_t *pairs = static_cast<const uint32_t*>(b), *transposed = static_cast<const uint32_t*>(a) + form;
   for (int64_t block = 0; block < kBlocks; ++block) {
-    const uint32_t* left = transposed + block * kEdge * kEdge;
-    float* out = sums + block * kEdge * kPairs;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    if (split) {
-      multiply_blocks(left + 2 * form, pairs, depth);
-      multiply_blocks(left, pairs + 2 * form, depth);
+    for (int64_t k = 0; k < depth; k += segment) {
+      const uint32_t* left = transposed + (k * kBlocks + block * kEdge) * kEdge;
+      const int64_t length = depth - k < segment ? depth - k : segment;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      if (split) {
+        multiply_blocks(left + 2 * form, pairs + k * kPairs, length);
+        multiply_blocks(left, pairs + 2 * form + k * kPairs, length);
+      }
+      multiply_blocks(left, pairs + k * kPairs, length);
+      _tile_stored(0, part, kCovPanel);
+      _tile_stored(1, part + kEdge, kCovPanel);
+      _tile_stored(2, part + 2 * kEdge, kCovPanel);
+      add_blocks(part, sums + block * kEdge * kPairs, k == 0);
     }
-    multiply_blocks(left, pairs, depth);
-    _tile_stored(0, out, kCovPanel);
-    _tile_stored(1, out + kEdge, kCovPanel);
-    _tile_stored(2, out + 2 * kEdge, kCovPanel);
   }
   add_tile<float, kPairs>(sums, i, j, target);
 }
