@@ -125,8 +125,8 @@ template <class P>
 static __global__ void __launch_bounds__(kThreads) cov_kernel(const __grid_constant__ CovArgs args) {
   using Item = typename P::Item;
   using S = typename P::Sums;
-  __shared__ __align__(16) Item left[2][P::kStep * P::kPitch];
-  __shared__ __align__(16) Item right[2][P::kStep * P::kPitch];
+  alignas(16) __shared__ Item left[2][P::kStep * P::kPitch];
+  alignas(16) __shared__ Item right[2][P::kStep * P::kPitch];
   const TileAt at = tile_at(blockIdx.x);
   const int warp = threadIdx.x / kWarp;
   const int row = warp / 4 * kCovWarpRows, column = warp % 4 * kCovWarpColumns;
