@@ -18,7 +18,7 @@ struct Float {
   using Item = float;
   using Sum = float;
   using Lanes = __m512;
-  static constexpr int kLanes = 16, kRows = 8, kVectors = 3, kSegment = 256;
+  static constexpr int kLanes = 16, kRows = 8, kVectors = 3, kSegment = 128;
   static Lanes zero() { return _mm512_setzero_ps(); }
   static Lanes spread(float x) { return _mm512_set1_ps(x); }
   static Lanes load(const float* p) { return _mm512_loadu_ps(p); }
@@ -32,7 +32,7 @@ struct Double {
   using Item = double;
   using Sum = double;
   using Lanes = __m512d;
-  static constexpr int kLanes = 8, kRows = 8, kVectors = 3, kSegment = 256;
+  static constexpr int kLanes = 8, kRows = 8, kVectors = 3, kSegment = 128;
   static Lanes zero() { return _mm512_setzero_pd(); }
   static Lanes spread(double x) { return _mm512_set1_pd(x); }
   static Lanes load(const double* p) { return _mm512_loadu_pd(p); }

@@ -69,9 +69,10 @@ void pack(const CovSource& x, int64_t begin, int64_t count, int64_t panel, void*
 }
 
 // kRows x kColumns sums over one segment, put into out or added to it; a and b are panels, moved to the first row and
-// column of the block and to the segment.
+// column of the block and to the segment. Not inlined: its sums need nearly all vector registers.
 template <class L, bool first>
-inline void segment_sums(const typename L::Item* a, const typename L::Item* b, int64_t depth, typename L::Sum* out) {
+__attribute__((noinline)) void segment_sums(const typename L::Item* a, const typename L::Item* b, int64_t depth,
+                                            typename L::Sum* out) {
   constexpr int64_t width = kCovPanel / sizeof(typename L::Item);
   typename L::Lanes sums[L::kRows][L::kVectors];
 #pragma GCC unroll 8
@@ -100,18 +101,6 @@ inline void segment_sums(const typename L::Item* a, const typename L::Item* b, i
   }
 }
 
-// Segments are short because squares of bfloat16 numbers round down more often than up: those of odd significands end
-// in binary 001. One float sum of 1024 of them is off by 1.4e-6, four of 256 by a quarter of it.
-template <class L>
-inline void block_sums(const typename L::Item* a, const typename L::Item* b, int64_t depth, typename L::Sum* out) {
-  constexpr int64_t width = kCovPanel / sizeof(typename L::Item), segment = L::kSegment;
-  segment_sums<L, true>(a, b, depth < segment ? depth : segment, out);
-  for (int64_t k = segment; k < depth; k += segment) {
-    const int64_t left = depth - k;
-    segment_sums<L, false>(a + k * width, b + k * width, left < segment ? left : segment, out);
-  }
-}
-
 // cov[first_row + r][first_column + c] += alpha * sums[r][c] above and on the diagonal
 template <class Sum, class Total, int64_t width>
 void add_sums(const Sum* sums, int64_t first_row, int64_t first_column, const CovTarget& target) {
@@ -136,18 +125,32 @@ void add_tile(const Sum* sums, int64_t i, int64_t j, const CovTarget& target) {
   }
 }
 
+// The sums of one segment, block by block; those below the diagonal of the product are left out.
+template <class L, bool first>
+inline void add_segment(const typename L::Item* left, const typename L::Item* right, int64_t depth, bool diagonal,
+                        typename L::Sum* sums) {
+  constexpr int64_t width = kCovPanel / sizeof(typename L::Item), columns = L::kVectors * L::kLanes;
+  static_assert(width % columns == 0 && width % L::kRows == 0);
+  for (int64_t c = 0; c < width; c += columns) {
+    for (int64_t r = 0; r < width && !(diagonal && r >= c + columns); r += L::kRows) {
+      segment_sums<L, first>(left + r, right + c, depth, sums + r * width + c);
+    }
+  }
+}
+
+// A segment of the right panel stays in the first-level cache. Segments are short for another reason too: squares of
+// bfloat16 numbers round down more often than up (those of odd significands end in binary 001), so one float sum of
+// 1024 of them is off by 1.4e-6, sums of 256 by a quarter of it.
 template <class L>
 void tile(const void* a, const void* b, int64_t i, int64_t j, int64_t depth, const CovTarget& target) {
   using Item = typename L::Item;
-  constexpr int64_t width = kCovPanel / sizeof(Item), columns = L::kVectors * L::kLanes;
-  static_assert(width % columns == 0 && width % L::kRows == 0);
+  constexpr int64_t width = kCovPanel / sizeof(Item), segment = L::kSegment;
   alignas(64) typename L::Sum sums[width * width];
   const Item *left = static_cast<const Item*>(a), *right = static_cast<const Item*>(b);
-  for (int64_t c = 0; c < width; c += columns) {
-    for (int64_t r = 0; r < width; r += L::kRows) {
-      if (i == j && r >= c + columns) continue;  // below the diagonal
-      block_sums<L>(left + r, right + c, depth, sums + r * width + c);
-    }
+  add_segment<L, true>(left, right, depth < segment ? depth : segment, i == j, sums);
+  for (int64_t k = segment; k < depth; k += segment) {
+    const int64_t rest = depth - k;
+    add_segment<L, false>(left + k * width, right + k * width, rest < segment ? rest : segment, i == j, sums);
   }
   add_tile<typename L::Sum, width>(sums, i, j, target);
 }
