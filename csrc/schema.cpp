@@ -36,4 +36,9 @@ STABLE_TORCH_LIBRARY(pymerge, m) {
       "-> (Tensor inner, Tensor square)");
   // y = x (float32) as dtype, nearest even; bad int64 []: non-finite entries of y
   m.def("finite_cast(Tensor x, ScalarType dtype) -> (Tensor y, Tensor bad)");
+  // upper triangle of cov [(B,) n, n] += alpha * x^T x, x [(B,) N, n], or, small, cov [(B,) N, N] += alpha * x x^T
+  // mask bool [(B,) N]: rows of x that count; precision of the products: float32 | float64; the rest of cov stays
+  m.def(
+      "cov_accumulate(Tensor(a!) cov, Tensor x, float alpha=1.0, Tensor? mask=None, bool small=False, "
+      "str precision=\"float32\") -> ()");
 }

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pymerge.ops.delta import TensorSurvey, merge_by_rule
 
 OPERATORS = (
+    "assign",
+    "cov_accumulate",
     "delta_gram",
     "delta_histogram",
     "delta_kth",
@@ -29,8 +31,10 @@ OPERATORS = (
     "delta_merge",
     "delta_signs",
     "finite_cast",
+    "gram64",
     "project_delta",
     "projection_stats",
+    "sketch",
 )
 _HOME = {"TensorSurvey": "pymerge.ops.delta", "merge_by_rule": "pymerge.ops.delta"}
 
