@@ -103,4 +103,8 @@ inline Norm check_norm(const char* op, const std::string& name, bool elect) {
   return Norm::kMax;
 }
 
+inline void check_matrices(const char* op, const char* what, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, "pymerge::", op, ": ", what, " must be [..., m, n], got ", shape_text(x));
+}
+
 }  // namespace pymerge

@@ -30,4 +30,6 @@ STABLE_TORCH_LIBRARY(pymerge, m) {
       "int row_length, Tensor? top_theta, Tensor? top_index, Tensor? skip_theta, Tensor? skip_index) -> Tensor total");
   // y = x (float32) as dtype, nearest even; bad int64 []: non-finite entries of y
   m.def("finite_cast(Tensor x, ScalarType dtype) -> (Tensor y, Tensor bad)");
+  // float64 [..., n, n] = x^T x of each [m, n]
+  m.def("gram64(Tensor x) -> Tensor gram");
 }
