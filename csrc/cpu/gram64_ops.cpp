@@ -122,8 +122,8 @@ Tensor gram64(Tensor x) {
   const auto one = [&](int64_t index) {
     int64_t offset = 0, rest = index;
     for (int64_t d = dims - 3; d >= 0; rest /= x.size(d--)) offset += rest % x.size(d) * x.stride(d);
-    const GramInput input = {data + offset * item_size(dtype), dtype, depth, width, x.stride(dims - 2),
-                             x.stride(dims - 1)};
+    const GramInput input = {
+        data + offset * item_size(dtype), dtype, depth, width, x.stride(dims - 2), x.stride(dims - 1)};
     gram_of(kernels, input, out + index * width * width);
   };
   const bool whole = batch < 4 || width > 512;  // the threads share each matrix, or each takes matrices of its own
