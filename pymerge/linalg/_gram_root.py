@@ -13,6 +13,7 @@ EPS64 = 2.0**-52
 TARGET = 1e-7  # error that float32 results may have beyond their own rounding
 SLAB = 1 << 20  # entries that are widened to float64 at a time
 FLOAT32_SPREAD = 4.0  # up to which a float32 product with the root is within some 1e-6
+SAME_VALUE = 1e-3  # singular values on both sides of tol closer than this are not told apart
 # Below this share of the largest singular value the float64 Gram matrix holds rounding errors, not data.
 RESOLUTION = 4e-7
 
@@ -85,31 +86,39 @@ def gram_root(x: Tensor, tol: float) -> GramRoot:
     return GramRoot(sigma, vectors, (sigma > tol * top) & (top > 0))
 
 
-def refined(x: Tensor, root: GramRoot) -> tuple[Tensor, float]:
-    """The polar factor with one Newton step, and the largest entry of the defect that the step removed.
+def _step_weights(root: GramRoot) -> Tensor:
+    """W [..., n, n] of `refined`: what each entry of the defect contributes to the step."""
+    smallest = root.smallest[..., None, None]
+    row, row_kept = root.sigma[..., :, None], root.keep[..., :, None]
+    column, column_kept = root.sigma[..., None, :], root.keep[..., None, :]
+    inside = -row / torch.where(row_kept & column_kept, row + column, 1.0)
+    gap = (row.square() - column.square()).abs()
+    apart = gap > SAME_VALUE * torch.maximum(row, column).square()  # else the cut at tol is arbitrary anyway
+    across = torch.where(row_kept, row, smallest) * smallest / torch.where(apart, gap, 1.0)
+    weights = torch.where((row_kept ^ column_kept) & apart, across, 0.0)
+    return torch.where(row_kept & column_kept, inside, weights)
 
-    Z = X V / sigma has columns accurate to condition * eps, but they are orthonormal and aligned with X's singular
-    vectors to condition^2 * eps only. With F = Z^T Z - 1, first-order perturbation of the polar factor of
-    X = Z diag(sigma) V^T gives P = Z (1 - F o W) V^T, W_ij = sigma_i / (sigma_i + sigma_j); what is left is of the
-    order of F^2. Dropped columns, divided by the smallest kept value instead, turn the kept space:
-    W_ij = -smallest / sigma_i.
+
+def refined(x: Tensor, root: GramRoot) -> tuple[Tensor, float]:
+    """The polar factor with one Newton step, and the largest entry of the step.
+
+    Columns of Z = X V / sigma are accurate to condition * eps, but orthonormal and aligned with X's singular vectors to
+    condition^2 * eps only. With F = Z^T Z - 1, first-order perturbation of X = Z diag(sigma) V^T gives
+    P = Z (1 + F o W) V^T, W_ij = -sigma_i / (sigma_i + sigma_j); what is left is of the order of F^2. Dropped columns j
+    are divided by s, the smallest kept value, instead; they turn the kept spaces on both sides:
+    W_ij = sigma_i s / (sigma_i^2 - sigma_j^2) and W_ji = s^2 / (sigma_i^2 - sigma_j^2).
     """
-    smallest = root.smallest[..., None]
-    scale = torch.where(root.keep, root.inverse, 1.0 / smallest)
+    scale = torch.where(root.keep, root.inverse, 1.0 / root.smallest[..., None])
     z = wide_product(x, root.vectors * scale[..., None, :])
     gram = gram64(z) if z.dtype == torch.float64 else (z.mT @ z).double()
     one = torch.diag_embed(root.keep.double())
-    sigma, keep = root.sigma[..., :, None], root.keep[..., :, None]
-    both, turned = keep & keep.mT, keep & ~keep.mT
-    weight = torch.where(both, sigma / torch.where(both, sigma + sigma.mT, 1.0), 0.0)
-    weight = torch.where(turned, -smallest[..., None] / torch.where(keep, sigma, 1.0), weight)
-    defect = (gram - one) * weight  # [..., n, n]
-    size = float(defect.abs().amax()) if defect.numel() else 0.0
-    return z @ ((one - defect).to(z.dtype) @ root.vectors.mT.to(z.dtype)), size
+    step = (gram - one) * _step_weights(root)  # [..., n, n]
+    size = float(step.abs().amax()) if step.numel() else 0.0
+    return z @ ((one + step).to(z.dtype) @ root.vectors.mT.to(z.dtype)), size
 
 
 def polar_of_gram(x: Tensor, root: GramRoot) -> tuple[Tensor, float]:
-    """The polar factor [..., m, n] of x, and the size of the defect that was corrected (0: none was worth it)."""
+    """The polar factor [..., m, n] of x, and the size of the Newton step that it took (0: none was worth it)."""
     if x.dtype == torch.float64 or not root.is_plain:
         return refined(x, root)
     if root.spread <= FLOAT32_SPREAD:

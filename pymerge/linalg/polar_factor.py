@@ -13,7 +13,7 @@ from pymerge.linalg._gram_root import RESOLUTION, gram_root, polar_of_gram, wide
 from pymerge.linalg._polar_iterations import bounds, newton_schulz, qdwh
 
 DEFAULT_TOL = 1e-6
-LARGEST_DEFECT = 1e-3  # of the Newton step on the Gram factor, whose error is of the order of its square
+LARGEST_STEP = 1e-3  # Newton step of the Gram factor; its error is of the order of the square
 
 PolarMethod = Literal["auto", "gram", "newton_schulz", "qdwh", "svd"]
 METHODS = ("auto", "gram", "newton_schulz", "qdwh", "svd")
@@ -39,7 +39,7 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
              auto: on CUDA qdwh, elsewhere gram; svd where the Gram matrix cannot resolve tol or the condition.
     Returns  factor, rank, condition (iterations: an upper bound, at most n times too large) and the methods that ran
     Error    relative to |P|: 1e-6 for conditions up to 1e6 (float32 input, every method); float64 input: condition *
-             1e-15 by svd, (condition * 1e-8)^4 more by gram.
+             1e-15, and (condition * 6e-8)^4 more by gram.
     Cost     with m >= n: gram 3 to 5 m n^2 multiply-adds + eigh of [n, n]; svd 4 m n^2 + 22 n^3 or so. Matrices of a
              batch go one by one on the CPU (the same bits as alone) and together on CUDA.
     Raises   NonFinite (NaN or infinity, with the matrix' index); ValueError (shape, dtype, tol, method).
@@ -47,13 +47,12 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
     _check(a, tol, method)
     x = a if a.dtype == torch.float64 else a.float()
     batch = x.shape[:-2]
-    flat = x.reshape(-1, *x.shape[-2:])
-    scaled = _normalised(flat)
-    parts = [scaled] if a.device.type == "cuda" or flat.shape[0] == 1 else [one[None] for one in scaled]
-    done = [_of_shape(part, tol, method) for part in parts]
-    if not done or a.numel() == 0:
+    if a.numel() == 0:
         zeros = torch.zeros(batch, device=a.device)
         return Polar(torch.zeros_like(x), zeros.long(), zeros.double(), (method,) * math.prod(batch))
+    scaled = _normalised(x.reshape(-1, *x.shape[-2:]))
+    parts = [scaled] if a.is_cuda else [one[None] for one in scaled]
+    done = [_of_shape(part, tol, method) for part in parts]
     factor = done[0].factor if len(done) == 1 else torch.cat([one.factor for one in done])
     rank = torch.cat([one.rank for one in done]).reshape(batch)
     condition = torch.cat([one.condition for one in done]).reshape(batch)
@@ -76,7 +75,7 @@ def polar_product(a: Tensor, b: Tensor, tol: float = DEFAULT_TOL) -> Tensor:
     dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     (m, n), q = a.shape, b.shape[1]
     x, y = a.to(dtype), b.to(dtype)
-    if m >= n and 0 < q < m * n / (n + m / 2) and tol >= RESOLUTION and dtype == torch.float32:
+    if m >= n > 0 and 0 < q < m * n / (n + m / 2) and tol >= RESOLUTION and dtype == torch.float32:
         scaled = _normalised(x)
         root = gram_root(scaled, tol)
         if root.is_plain:
@@ -119,8 +118,6 @@ def _check(a: Tensor, tol: float, method: str) -> None:
 
 def _normalised(x: Tensor) -> Tensor:
     """x [..., m, n] times powers of two such that squares and inverses stay in range; the factor is the same."""
-    if x.numel() == 0:
-        return x
     top = x.abs().amax((-2, -1))
     finite = torch.isfinite(top)
     if not bool(finite.all()):
@@ -152,8 +149,8 @@ def _tall(x: Tensor, tol: float, method: str) -> Polar:
             rank = torch.full((count,), x.shape[-1], device=x.device)
             return Polar(run(x, found), rank, found.condition, (name,) * count)
     root = gram_root(x, tol)
-    factor, defect = polar_of_gram(x, root)
-    if method == "auto" and defect > LARGEST_DEFECT:
+    factor, step = polar_of_gram(x, root)
+    if method == "auto" and step > LARGEST_STEP:
         return _by_svd(x, tol)
     return Polar(factor, root.rank, root.condition, ("gram",) * count)
 

@@ -98,7 +98,8 @@ def condition_estimate(m: Tensor) -> Tensor:
 def capped_ridge(c: Tensor, start: float, max_condition: float) -> float:
     """The smallest ridge = start * 2^k, k >= 0, with (largest + ridge) / (smallest + ridge) <= max_condition.
 
-    Largest and smallest are eigenvalues of C. Deterministic, unlike doubling until an inverse looks right. C [n, n] is positive semidefinite up to rounding.
+    Largest and smallest are eigenvalues of C [n, n], positive semidefinite up to rounding. Deterministic, unlike
+    doubling until an inverse looks right.
     Cost     one Cholesky factorisation (n^3 / 3) a doubling: C + ridge - (largest + ridge) / max_condition has a factor
              exactly where the condition is met.
     Raises   ValueError (start <= 0, max_condition <= 1, C not square); NonFinite."""
