@@ -135,4 +135,8 @@ inline void check_reference(const char* op, const Tensor& reference, const Tenso
                   ": reference and tuned[0] are on different devices");
 }
 
+inline void check_matrices(const char* op, const char* what, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, "pymerge::", op, ": ", what, " must be [..., m, n], got ", shape_text(x));
+}
+
 }  // namespace pymerge

@@ -41,4 +41,6 @@ STABLE_TORCH_LIBRARY(pymerge, m) {
   m.def(
       "cov_accumulate(Tensor(a!) cov, Tensor x, float alpha=1.0, Tensor? mask=None, bool small=False, "
       "str precision=\"float32\") -> ()");
+  // float64 [..., n, n] = x^T x of each [m, n]
+  m.def("gram64(Tensor x) -> Tensor gram");
 }
