@@ -11,6 +11,7 @@
 
 #include "common/delta_math.h"
 #include "common/dtype.h"
+#include "common/sketch_math.h"
 
 namespace pymerge {
 
@@ -101,6 +102,24 @@ inline Norm check_norm(const char* op, const std::string& name, bool elect) {
   STD_TORCH_CHECK(name == "max", "pymerge::", op, ": norm must be none, weights, count or max, got '", name, "'");
   STD_TORCH_CHECK(elect, "pymerge::", op, ": norm 'max' needs elect: it takes the elected sign");
   return Norm::kMax;
+}
+
+struct SketchCall {
+  Dtype dtype;
+  ScalarType out_dtype;
+  bool gaussian;
+};
+
+inline SketchCall check_sketch(const Tensor& a, int64_t width, const std::string& kind) {
+  const Dtype dtype = check_dtype("sketch", "a", a.scalar_type());
+  STD_TORCH_CHECK(a.dim() >= 2, "pymerge::sketch: a must be [..., m, n], got ", shape_text(a));
+  STD_TORCH_CHECK(width >= 1 && width <= kSketchMaxWidth, "pymerge::sketch: width must be in 1..", kSketchMaxWidth,
+                  ", got ", width);
+  STD_TORCH_CHECK(kind == "gaussian" || kind == "sparse_sign",
+                  "pymerge::sketch: kind must be gaussian or sparse_sign, got '", kind, "'");
+  const int64_t n = a.size(a.dim() - 1);
+  STD_TORCH_CHECK(n < (int64_t{1} << 31), "pymerge::sketch: a must have fewer than 2^31 columns, got ", n);
+  return {dtype, dtype == Dtype::kF64 ? ScalarType::Double : ScalarType::Float, kind == "gaussian"};
 }
 
 }  // namespace pymerge

@@ -30,4 +30,7 @@ STABLE_TORCH_LIBRARY(pymerge, m) {
       "int row_length, Tensor? top_theta, Tensor? top_index, Tensor? skip_theta, Tensor? skip_index) -> Tensor total");
   // y = x (float32) as dtype, nearest even; bad int64 []: non-finite entries of y
   m.def("finite_cast(Tensor x, ScalarType dtype) -> (Tensor y, Tensor bad)");
+  // a [..., m, n] Omega [n, width] -> [..., m, width], float32 (float64 for float64); Omega of (seed, row, column),
+  // kind gaussian (variance 1) or sparse_sign (8 entries +-1/sqrt(8) a row)
+  m.def("sketch(Tensor a, int width, str kind, int seed) -> Tensor");
 }
