@@ -33,7 +33,7 @@ PYMERGE_HD Philox4 sparse_draws(uint64_t seed, int64_t row) {
 }
 
 PYMERGE_HD float as_float(uint32_t bits) {
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);
 #else
   return __builtin_bit_cast(float, bits);
@@ -41,7 +41,7 @@ PYMERGE_HD float as_float(uint32_t bits) {
 }
 
 PYMERGE_HD uint32_t as_bits(float x) {
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
   return __float_as_uint(x);
 #else
   return __builtin_bit_cast(uint32_t, x);
@@ -49,7 +49,7 @@ PYMERGE_HD uint32_t as_bits(float x) {
 }
 
 PYMERGE_HD float root(float x) {
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
   return __fsqrt_rn(x);
 #else
   return __builtin_sqrtf(x);

@@ -39,7 +39,7 @@ def _log_unit(x: Tensor) -> Tensor:
 def _normal_pair(size: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
     """Box-Muller of two 32-bit words (in int64)."""
     u = ((size >> 8) + 1).float() * 2.0**-24
-    radius = (-2.0 * _log_unit(u)).sqrt()
+    radius = (-2.0 * _log_unit(u)).double().sqrt().float()  # float32's sqrt is not the nearest number on every device
     t = (((turn & 0x3FFFFFFF) >> 6) - (1 << 23)).float()
     angle = t * torch.tensor(math.pi / 2, dtype=torch.float32, device=t.device).mul(2.0**-24)
     z = angle * angle
