@@ -1,18 +1,24 @@
 // The sketch's loops, compiled once per CPU level (sketch_ops.cpp): kLanes rows of A at a time, side by side in the
 // lanes of a vector, so that an entry of Omega is one vector addition. Plain loops of fixed length: the compiler's.
 
-// Entries of rows [0, count) and columns [0, width) of a block of A as x[column][plain, negated][row].
+// Entries of rows [0, count) and columns [0, width) of a block of A as x[column][plain, negated][row]. Row by row where
+// rows are contiguous: 16 rows a power of two apart would throw each other out of the cache.
 template <typename Stored, typename T>
-void load_block(const Stored* a, int64_t row_stride, int64_t column_stride, int64_t count, int64_t width, T* x) {
-  for (int64_t j = 0; j < width; ++j) {
-    T* to = x + j * 2 * kLanes;
-    const Stored* from = a + j * column_stride;
-    if (count == kLanes && row_stride == 1) {
-      for (int i = 0; i < kLanes; ++i) to[i] = widen(from[i]);
-    } else {
-      for (int64_t i = 0; i < kLanes; ++i) to[i] = i < count ? widen(from[i * row_stride]) : T{0};
+void load_block(const Stored* __restrict__ a, int64_t row_stride, int64_t column_stride, int64_t count, int64_t width,
+                T* __restrict__ x) {
+  if (count == kLanes && row_stride == 1) {
+    for (int64_t j = 0; j < width; ++j) {
+      for (int i = 0; i < kLanes; ++i) x[j * 2 * kLanes + i] = widen(a[j * column_stride + i]);
     }
-    for (int i = 0; i < kLanes; ++i) to[kLanes + i] = -to[i];
+  } else {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      for (int64_t j = 0; j < width; ++j) {
+        x[j * 2 * kLanes + i] = i < count ? widen(a[i * row_stride + j * column_stride]) : T{0};
+      }
+    }
+  }
+  for (int64_t j = 0; j < width; ++j) {
+    for (int i = 0; i < kLanes; ++i) x[(2 * j + 1) * kLanes + i] = -x[2 * j * kLanes + i];
   }
 }
 
@@ -27,8 +33,8 @@ void sparse_rows(const Source& source, const Stored* a, int64_t count, const Pic
     const uint32_t* pick = picks.at + begin * picks.segments;
     for (int64_t j = 0; j < n; ++j) {
       for (int s = 0; s < picks.segments; ++s, ++pick) {
-        const T* x = block + (2 * j + (*pick & 1u)) * kLanes;
-        T* sum = panel + int64_t{*pick >> 1} * kLanes;
+        const T* __restrict__ x = block + (2 * j + (*pick & 1u)) * kLanes;
+        T* __restrict__ sum = panel + int64_t{*pick >> 1} * kLanes;
         for (int i = 0; i < kLanes; ++i) sum[i] += x[i];
       }
     }

@@ -68,10 +68,11 @@ def singular_values(a: Tensor) -> Tensor:
     r = min(a.shape[-2:])
     found = []
     for i, x in enumerate(_flat(a)):
-        x, _, power = _scaled("a", x, i, a.shape[:-2])
         if r == 0:
             found.append(a.new_empty(0))
-        elif a.dtype == torch.float64:
+            continue
+        x, _, power = _scaled("a", x, i, a.shape[:-2])
+        if a.dtype == torch.float64:
             found.append(torch.linalg.svdvals(x) * power)
         else:
             values = _dense.eigenvalues(_dense.gram(x if x.shape[0] == r else x.mT))

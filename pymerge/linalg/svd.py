@@ -14,7 +14,6 @@ from pymerge.linalg.svd_info import SVD, SVDInfo
 
 MODES = ("exact", "fast")
 ROUTES = ("gram", "iteration", "full")
-POWER_STEPS = 2  # of the fast mode
 # Above these, iteration beats the Gram matrix plus range eigensolve (measured: benchmarks/bench_truncated_svd.py).
 GRAM_SIDE = 1024
 ITERATED_SHARE = 10  # iteration pays while rank <= side / 10
@@ -40,7 +39,7 @@ def truncated_svd(
              sine <= 0.1 (Wedin); info.residual, info.captured, info.excess.
     Cost     r = min(m, n), N = max(m, n), l = k + max(16, k/8). gram: r^2 N / 2 float64 multiply-adds, a range
              eigensolve (CPU; a full one on CUDA) and r N k; iteration: about 2 r N l for each of up to 8 degrees a round,
-             2-5 rounds; fast: 6 r N l.
+             3-7 rounds; fast: 5 r N l.
     Raises   NonFinite (NaN/Inf in a, with batch index); ValueError (rank outside 1..min(m, n), dtype, mode, tol, route).
     Source   arXiv 0909.4061, algorithms 4.4 and 5.1 (fast); Rayleigh-Ritz with a Chebyshev filter (iteration)."""
     _checks.check_matrices("a", a)
@@ -112,7 +111,7 @@ def _one(
     if norm == 0.0:
         found, route, reason = _factors.zero(wide, rank), "zero", "every entry is 0"
     elif mode == "fast":
-        found, route, reason = _iteration.power(wide, rank, norm, seed, POWER_STEPS), "fast", "asked for"
+        found, route, reason = _iteration.power(wide, rank, norm, seed), "fast", "asked for"
     else:
         found, route, reason = _exact(wide, rank, norm, seed, route)
     if tol is not None and found.excess > tol:
