@@ -11,6 +11,7 @@
 
 #include "common/delta_math.h"
 #include "common/dtype.h"
+#include "common/sketch_math.h"
 
 namespace pymerge {
 
@@ -137,6 +138,24 @@ inline void check_reference(const char* op, const Tensor& reference, const Tenso
 
 inline void check_matrices(const char* op, const char* what, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 2, "pymerge::", op, ": ", what, " must be [..., m, n], got ", shape_text(x));
+}
+
+struct SketchCall {
+  Dtype dtype;
+  ScalarType out_dtype;
+  bool gaussian;
+};
+
+inline SketchCall check_sketch(const Tensor& a, int64_t width, const std::string& kind) {
+  const Dtype dtype = check_dtype("sketch", "a", a.scalar_type());
+  STD_TORCH_CHECK(a.dim() >= 2, "pymerge::sketch: a must be [..., m, n], got ", shape_text(a));
+  STD_TORCH_CHECK(width >= 1 && width <= kSketchMaxWidth, "pymerge::sketch: width must be in 1..", kSketchMaxWidth,
+                  ", got ", width);
+  STD_TORCH_CHECK(kind == "gaussian" || kind == "sparse_sign",
+                  "pymerge::sketch: kind must be gaussian or sparse_sign, got '", kind, "'");
+  const int64_t n = a.size(a.dim() - 1);
+  STD_TORCH_CHECK(n < (int64_t{1} << 31), "pymerge::sketch: a must have fewer than 2^31 columns, got ", n);
+  return {dtype, dtype == Dtype::kF64 ? ScalarType::Double : ScalarType::Float, kind == "gaussian"};
 }
 
 }  // namespace pymerge

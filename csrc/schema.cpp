@@ -43,4 +43,7 @@ STABLE_TORCH_LIBRARY(pymerge, m) {
       "str precision=\"float32\") -> ()");
   // float64 [..., n, n] = x^T x of each [m, n]
   m.def("gram64(Tensor x) -> Tensor gram");
+  // a [..., m, n] Omega [n, width] -> [..., m, width], float32 (float64 for float64); Omega of (seed, row, column),
+  // kind gaussian (variance 1) or sparse_sign (8 entries +-1/sqrt(8) a row)
+  m.def("sketch(Tensor a, int width, str kind, int seed) -> Tensor");
 }

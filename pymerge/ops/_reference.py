@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LOW32 = 0xFFFFFFFF
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox4x32 (Salmon et al., SC 2011): multipliers
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # and key increments
+from pymerge.ops._random import philox4x32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +43,7 @@ def deltas(base: Tensor | None, tuned: Sequence[Tensor]) -> list[Tensor]:
 def _draws(key: int, index: Tensor, plane: int) -> Tensor:
     """16 random bits of each entry: Philox4x32-7 of (entry index >> 3), half-word (entry index & 7)."""
     group, half = index >> 3, index & 7
-    c = [group & _LOW32, group >> 32, torch.full_like(group, plane), torch.zeros_like(group)]
-    k0, k1 = key & _LOW32, (key >> 32) & _LOW32
-    for _ in range(7):
-        p0, p1 = c[0] * _M0, c[2] * _M1  # 64-bit products; the sign that int64 gives them is masked away
-        high0, high1 = (p0 >> 32) & _LOW32, (p1 >> 32) & _LOW32
-        c = [high1 ^ c[1] ^ k0, p1 & _LOW32, high0 ^ c[3] ^ k1, p0 & _LOW32]
-        k0, k1 = (k0 + _W0) & _LOW32, (k1 + _W1) & _LOW32
+    c = philox4x32(key, group, plane)
     word = torch.stack(c)[half >> 1, torch.arange(len(index), device=index.device)]
     return (word >> (16 * (half & 1))) & 0xFFFF
 

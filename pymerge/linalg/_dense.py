@@ -1,0 +1,113 @@
+"""Dense pieces: float64 Gram matrix, range eigensolver, orthonormal bases, the sign rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 2048  # columns that are widened to float64 at a time
+
+
+def wide_blocks(a: Tensor) -> list[tuple[int, int]]:
+    n = a.shape[1]
+    return [(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
+
+
+def gram(a: Tensor) -> Tensor:
+    """a a^T in float64 [r, r]; on the CPU only the lower triangle is computed, the upper one is unspecified."""
+    if a.device.type != "cpu":
+        wide = a.double()
+        return wide @ wide.mT
+    from scipy.linalg.blas import dsyrk
+
+    total = torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64).mT  # Fortran order: LAPACK works in place
+    for low, high in wide_blocks(a):
+        block = a[:, low:high].double().contiguous()
+        dsyrk(1.0, block.mT.numpy(), beta=1.0, c=total.numpy(), trans=1, lower=1, overwrite_c=1)
+    return total
+
+
+def range_eigh(g: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Eigenpairs low..high-1 (ascending order of all) of a symmetric float64 matrix given by its lower triangle; may
+    overwrite it. Values ascending [high - low], vectors [r, high - low]."""
+    if g.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(g)
+        return values[low:high], vectors[:, low:high]
+    from scipy.linalg import eigh
+
+    bounds = None if (low, high) == (0, g.shape[0]) else (low, high - 1)
+    values, vectors = eigh(
+        g.numpy(), lower=True, subset_by_index=bounds, overwrite_a=True, check_finite=False, driver="evr"
+    )
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def top_eigh(g: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest eigenpairs, descending, values clamped at 0."""
+    r = g.shape[0]
+    values, vectors = range_eigh(g, r - count, r)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def other_side(a: Tensor, left: Tensor) -> Tensor:
+    """a^T left in float64 [n, k], left float64 [r, k]."""
+    if a.device.type != "cpu":
+        return a.double().mT @ left
+    return torch.cat([a[:, low:high].double().mT @ left for low, high in wide_blocks(a)])
+
+
+def unit_columns(y: Tensor, s: Tensor) -> Tensor:
+    """The orthonormal factor of y = V diag(s) whose columns are orthogonal up to rounding; columns that are zero, or so
+    small that rounding has tilted them, are re-orthogonalised against the ones before (Householder, signs kept)."""
+    if float(s[-1]) > 1e-4 * float(s[0]):
+        return y / y.norm(dim=0)
+    q, upper = torch.linalg.qr(y / y.norm(dim=0).clamp(min=torch.finfo(y.dtype).tiny))
+    return q * torch.where(upper.diagonal() < 0, -1.0, 1.0)
+
+
+def orth(y: Tensor) -> Tensor:
+    """Orthonormal basis of the columns of y [r, l], up to a few eps: Householder QR on the CPU (faster there, whatever
+    the columns), Cholesky QR on other devices."""
+    return torch.linalg.qr(y).Q if y.device.type == "cpu" else cholesky_orth(y)
+
+
+def cholesky_orth(y: Tensor) -> Tensor:
+    """Cholesky QR of the columns scaled to one length (float64 Gram), repeated until the Gram matrix was close enough
+    to 1 for the last step to be exact: twice as a rule. Where Cholesky fails, once with a shift, then Householder."""
+    q = y / y.norm(dim=0).clamp(min=torch.finfo(y.dtype).tiny)
+    eye = torch.eye(q.shape[1], dtype=torch.float64, device=q.device)
+    for attempt in range(4):
+        wide = q.double()
+        g = wide.mT @ wide
+        close = bool((g - eye).abs().max() < 1e-4)  # a step leaves an error of the order of this one's square
+        factor, failed = torch.linalg.cholesky_ex(g)
+        if int(failed) and attempt == 0:
+            factor, failed = torch.linalg.cholesky_ex(g + 1e-6 * g.diagonal().max() * eye)
+        if int(failed):
+            break
+        q = torch.linalg.solve_triangular(factor.mT.to(q.dtype), q, upper=True, left=False)
+        if close:
+            return q
+    return torch.linalg.qr(y).Q
+
+
+def fix_signs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of u and v flipped together, so that the entry of largest magnitude of each column of u is positive."""
+    flip = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0).to(u.dtype)
+    return u * flip, v * flip
+
+
+def eigenvalues(g: Tensor) -> Tensor:
+    """All eigenvalues, ascending, of a symmetric float64 matrix given by its lower triangle."""
+    return torch.linalg.eigvalsh(g, UPLO="L")
+
+
+def largest_eigenvalue(g: Tensor, steps: int = 20) -> Tensor:
+    """A lower bound of the largest eigenvalue, close enough to judge a condition number by: power iteration from the
+    column of the largest diagonal entry, on the lower triangle."""
+    lower = g.tril()
+    full = lower + lower.mT - torch.diag(g.diagonal())
+    x = full[:, int(g.diagonal().argmax())]
+    for _ in range(steps):
+        x = full @ (x / x.norm())
+    return x.norm()
