@@ -30,4 +30,9 @@ STABLE_TORCH_LIBRARY(pymerge, m) {
       "int row_length, Tensor? top_theta, Tensor? top_index, Tensor? skip_theta, Tensor? skip_index) -> Tensor total");
   // y = x (float32) as dtype, nearest even; bad int64 []: non-finite entries of y
   m.def("finite_cast(Tensor x, ScalarType dtype) -> (Tensor y, Tensor bad)");
+  // score [B, n, m] bfloat16, float16 or float32: column of each row (-1: none) int64 [B, n], prices float64 [B, n] and
+  // [B, m], and float64 [B, 3]: primal, dual, gap. `prices` float64 [B, m] to start from, tolerance: gap a row
+  m.def(
+      "assign(Tensor score, bool maximize, Tensor? prices, float? tolerance) "
+      "-> (Tensor columns, Tensor row_prices, Tensor col_prices, Tensor value)");
 }
