@@ -1,167 +1,164 @@
-// Runs the kernels of ../cuda on the CPU, for tests: one block after another, every CUDA thread a fiber that gives way
-// at barriers and warp collectives. Single-threaded, so atomics are plain additions and every run is the same. Dynamic
-// shared memory is poisoned before each block; `emu::reversed` runs the threads in the opposite order, which changes
-// the result where a barrier is missing.
+// The device language for g++: keywords, launches, vector types, barriers, warp collectives, atomics, bit functions.
+// Only tests compile this; emulator.h says what is checked.
 #pragma once
 
-#include <ucontext.h>
-
+#include <algorithm>
 #include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <stdexcept>
-#include <vector>
+
+#include "emulator.h"
 
 #define __global__
 #define __device__
-#define __shared__ static
+#define __host__
+#define __shared__ static thread_local
 #define __forceinline__ inline
+#define __align__(n) alignas(n)
+#define __restrict__
+#define __constant__ static const
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define COLD
 #define LAUNCH(kernel, grid, block, shmem, stream, ...) \
-  pymerge::emu::launch((grid), (block), (shmem), (stream), [&] { (kernel)(__VA_ARGS__); })
-#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(pymerge::emu::shared.data())
+  pymerge::emu::launch(#kernel, (grid), (block), (shmem), (stream), [&] { (kernel)(__VA_ARGS__); })
+#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(pymerge::emu::dynamic_shared())
 
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-namespace pymerge::emu {
-
-constexpr unsigned kLanes = 32;
-constexpr size_t kStack = 64 << 10;
-
-enum class State { kReady, kBarrier, kWarp, kDone };
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
-  State state = State::kDone;
-  alignas(16) unsigned char lane[16];  // what this thread offers to its warp
+#define PYMERGE_VECTOR_TYPES(name, type)                           \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \
+  struct alignas(16) name##4 { type x, y, z, w; };                 \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+PYMERGE_VECTOR_TYPES(float, float)
+PYMERGE_VECTOR_TYPES(int, int)
+PYMERGE_VECTOR_TYPES(uint, unsigned)
+#undef PYMERGE_VECTOR_TYPES
+struct alignas(16) double2 {
+  double x, y;
 };
 
-inline bool reversed = false;
-inline std::vector<uint64_t> shared;
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
-inline unsigned running = 0;
-inline std::function<void()> body;
+using std::max;
+using std::min;
 
-inline void give_way(State state) {
-  Fiber& fiber = fibers[running];
-  fiber.state = state;
-  swapcontext(&fiber.context, &scheduler);
+#define PYMERGE_PLACE pymerge::emu::Place place = pymerge::emu::Place::current()
+
+inline void __syncthreads(PYMERGE_PLACE) { pymerge::emu::wait_at_barrier(false, place); }
+inline int __syncthreads_count(int predicate, PYMERGE_PLACE) {
+  return pymerge::emu::wait_at_barrier(predicate != 0, place);
+}
+inline int __syncthreads_or(int predicate, PYMERGE_PLACE) {
+  return pymerge::emu::wait_at_barrier(predicate != 0, place) > 0;
+}
+inline int __syncthreads_and(int predicate, PYMERGE_PLACE) {
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  return pymerge::emu::wait_at_barrier(predicate != 0, place) == static_cast<int>(threads);
 }
 
-inline void enter() {
-  body();
-  give_way(State::kDone);
+inline void __syncwarp(unsigned mask = pymerge::emu::kAllLanes, PYMERGE_PLACE) {
+  const pymerge::emu::Collected<int> all(mask, 0, place, true);
 }
 
-inline void start(Fiber& fiber) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, enter, 0);
-  fiber.state = State::kReady;
-}
-
-inline void run_ready(unsigned threads) {
-  for (unsigned i = 0; i < threads; ++i) {
-    running = reversed ? threads - 1 - i : i;
-    if (fibers[running].state != State::kReady) continue;
-    threadIdx = dim3(running);
-    swapcontext(&scheduler, &fibers[running].context);
-  }
-}
-
-inline bool all_in(unsigned begin, unsigned end, State state) {
-  for (unsigned i = begin; i < end; ++i) {
-    if (fibers[i].state != state) return false;
-  }
-  return true;
-}
-
-inline void release(unsigned begin, unsigned end) {
-  for (unsigned i = begin; i < end; ++i) fibers[i].state = State::kReady;
-}
-
-// Lets waiting threads go on; false once all are done. A barrier that some threads left out by returning is an error.
-inline bool advance(unsigned threads) {
-  bool moved = false;
-  for (unsigned warp = 0; warp < threads; warp += kLanes) {
-    if (!all_in(warp, warp + kLanes, State::kWarp)) continue;
-    release(warp, warp + kLanes);
-    moved = true;
-  }
-  if (moved) return true;
-  if (all_in(0, threads, State::kDone)) return false;
-  if (!all_in(0, threads, State::kBarrier)) throw std::logic_error("emulated block: threads wait at different places");
-  release(0, threads);
-  return true;
-}
-
-template <typename Body>
-void launch(dim3 grid, dim3 block, size_t shmem, void*, Body kernel) {
-  if (block.x % kLanes != 0) throw std::logic_error("emulated block: whole warps only");
-  body = kernel;
-  gridDim = grid;
-  blockDim = block;
-  if (fibers.size() < block.x) fibers = std::vector<Fiber>(block.x);
-  for (unsigned b = 0; b < grid.x * grid.y; ++b) {
-    blockIdx = dim3(b % grid.x, b / grid.x);
-    shared.assign(shmem / 8 + 1, UINT64_MAX);
-    for (unsigned i = 0; i < block.x; ++i) start(fibers[i]);
-    do run_ready(block.x);
-    while (advance(block.x));
-  }
-}
-
+// `lane` counts within groups of `width` lanes; outside of them a lane gets its own value.
 template <typename T>
-T from_lane(T x, unsigned lane, bool valid) {
-  std::memcpy(fibers[running].lane, &x, sizeof(T));
-  give_way(State::kWarp);
-  T other = x;
-  if (valid) std::memcpy(&other, fibers[running / kLanes * kLanes + lane].lane, sizeof(T));
-  give_way(State::kWarp);
-  return other;
+T emu_shuffle(unsigned mask, T x, int lane, int width, const pymerge::emu::Place& place) {
+  const pymerge::emu::Collected<T> all(mask, x, place);
+  return lane < 0 || lane >= width ? x : all.from(pymerge::emu::lane_id() / width * width + lane);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T x, int lane, int width = 32, PYMERGE_PLACE) {
+  return emu_shuffle(mask, x, lane & (width - 1), width, place);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T x, unsigned step, int width = 32, PYMERGE_PLACE) {
+  return emu_shuffle(mask, x, pymerge::emu::lane_id() % width + static_cast<int>(step), width, place);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T x, unsigned step, int width = 32, PYMERGE_PLACE) {
+  return emu_shuffle(mask, x, pymerge::emu::lane_id() % width - static_cast<int>(step), width, place);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32, PYMERGE_PLACE) {
+  return emu_shuffle(mask, x, (pymerge::emu::lane_id() % width) ^ bits, width, place);
 }
 
-}  // namespace pymerge::emu
-
-inline void __syncthreads() { pymerge::emu::give_way(pymerge::emu::State::kBarrier); }
-
+// Folds what the lanes of the mask offer, in the order of the lanes.
+template <typename T, typename Fold>
+T emu_fold(unsigned mask, T mine, T start, const pymerge::emu::Place& place, Fold fold) {
+  const pymerge::emu::Collected<T> all(mask, mine, place);
+  for (unsigned lane = 0; lane < pymerge::emu::kLanes; ++lane) {
+    if (mask >> lane & 1u) start = fold(start, all.from(static_cast<int>(lane)));
+  }
+  return start;
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, PYMERGE_PLACE) {
+  const unsigned mine = predicate != 0 ? 1u << pymerge::emu::lane_id() : 0u;
+  return emu_fold(mask, mine, 0u, place, [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __any_sync(unsigned mask, int predicate, PYMERGE_PLACE) {
+  return emu_fold(mask, int{predicate != 0}, 0, place, [](int a, int b) { return a | b; });
+}
+inline int __all_sync(unsigned mask, int predicate, PYMERGE_PLACE) {
+  return emu_fold(mask, int{predicate != 0}, 1, place, [](int a, int b) { return a & b; });
+}
 template <typename T>
-T __shfl_down_sync(unsigned, T x, unsigned step) {
-  const unsigned lane = threadIdx.x % pymerge::emu::kLanes + step;
-  return pymerge::emu::from_lane(x, lane, lane < pymerge::emu::kLanes);
+T __reduce_add_sync(unsigned mask, T x, PYMERGE_PLACE) {
+  return emu_fold(mask, x, T{0}, place, [](T a, T b) { return a + b; });
+}
+template <typename T>
+T __reduce_min_sync(unsigned mask, T x, PYMERGE_PLACE) {
+  return emu_fold(mask, x, x, place, [](T a, T b) { return b < a ? b : a; });
+}
+template <typename T>
+T __reduce_max_sync(unsigned mask, T x, PYMERGE_PLACE) {
+  return emu_fold(mask, x, x, place, [](T a, T b) { return a < b ? b : a; });
 }
 
-template <typename T>
-T __shfl_up_sync(unsigned, T x, unsigned step) {
-  const unsigned lane = threadIdx.x % pymerge::emu::kLanes;
-  return pymerge::emu::from_lane(x, lane - step, lane >= step);
-}
-
-template <typename T>
-T atomicAdd(T* p, T x) {
+// Threads give way at no other place than barriers and collectives, so plain code is atomic.
+template <typename T, typename Change>
+__attribute__((no_sanitize("thread"))) T emu_atomic(T* p, Change change) {
+  pymerge::emu::note_atomic(p, sizeof(T));
   const T old = *p;
-  *p = old + x;
+  *p = change(old);
   return old;
 }
+template <typename T>
+T atomicAdd(T* p, std::type_identity_t<T> x) {
+  return emu_atomic(p, [x](T old) { return static_cast<T>(old + x); });
+}
+template <typename T>
+T atomicMin(T* p, std::type_identity_t<T> x) {
+  return emu_atomic(p, [x](T old) { return x < old ? x : old; });
+}
+template <typename T>
+T atomicMax(T* p, std::type_identity_t<T> x) {
+  return emu_atomic(p, [x](T old) { return old < x ? x : old; });
+}
+template <typename T>
+T atomicOr(T* p, std::type_identity_t<T> x) {
+  return emu_atomic(p, [x](T old) { return old | x; });
+}
+template <typename T>
+T atomicExch(T* p, std::type_identity_t<T> x) {
+  return emu_atomic(p, [x](T) { return x; });
+}
+template <typename T>
+T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> x) {
+  return emu_atomic(p, [expected, x](T old) { return old == expected ? x : old; });
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
 
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
+inline long long __double_as_longlong(double x) { return __builtin_bit_cast(long long, x); }
+inline double __longlong_as_double(long long x) { return __builtin_bit_cast(double, x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,11 +65,77 @@ class MergeFields(ctypes.Structure):
     ]
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    library = folder / "emulated_kernels.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off"]
-    subprocess.run(["g++", *flags, "-shared", "-fPIC", SOURCE, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
+EMULATOR = sorted(SOURCE.parents[2].glob("csrc/emu/*.cpp"))
+REDZONE = 64  # bytes behind each __shared__ array that belong to none
+ORDERS = {"forward": 0, "reversed": 1, "shuffled": 2}
+
+
+class EmulationError(Exception):
+    """What the emulator found wrong with a kernel."""
+
+
+class Library:
+    """Kernels with the emulator; a call raises EmulationError with the emulator's message."""
+
+    def __init__(self, path: Path, shared: list[tuple[int, int, str]]) -> None:
+        self.native = ctypes.CDLL(str(path))
+        self.native.emu_take_failure.restype = ctypes.c_char_p
+        for offset, size, name in shared:
+            self.native.emu_add_shared_array(ctypes.c_size_t(offset), ctypes.c_size_t(size), name.encode())
+
+    def set_order(self, order: str, seed: int = 0) -> None:
+        self.native.emu_set_order(ORDERS[order], ctypes.c_uint64(seed))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        function = getattr(self.native, name)
+
+        def call(*args: object) -> None:
+            function(*args)
+            failure = self.native.emu_take_failure()
+            if failure is not None:
+                raise EmulationError(failure.decode())
+
+        return call
+
+
+def with_redzones(assembly: str) -> str:
+    """Each thread-local array (csrc/emu makes __shared__ arrays such) followed by space that no symbol covers."""
+    section, lines = "", []
+    for line in assembly.splitlines():
+        word = line.split(maxsplit=1)[:1]
+        if word in (["\t.section"], [".section"], [".text"], [".data"], [".bss"]):
+            section = line
+        lines.append(line)
+        if ".tbss" in section and word == [".zero"]:
+            lines.append(f"\t.zero\t{REDZONE}")
+    return "\n".join(lines) + "\n"
+
+
+def shared_arrays(library: Path) -> list[tuple[int, int, str]]:
+    """(offset, bytes, name) of the thread-local symbols of functions."""
+    table = subprocess.run(["readelf", "-sW", "-C", library], check=True, capture_output=True, text=True).stdout
+    found = set()
+    for line in table.splitlines():
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[3] == "TLS" and "::" in fields[7] and "pymerge::emu::" not in fields[7]:
+            found.add((int(fields[1], 16), int(fields[2]), fields[7].rsplit("::", 1)[1]))
+    return sorted(found)
+
+
+def build(folder: Path, source: Path = SOURCE) -> Library:
+    """The kernels that `source` includes, with every access of theirs reported to the emulator."""
+    library, assembly = folder / f"{source.stem}.so", folder / f"{source.stem}.s"
+    flags = ["g++", "-std=c++20", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off", "-Wno-psabi"]
+    checked = ["-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+    compiles = [[*flags, *checked, "-S", source, "-o", assembly]]
+    objects = [folder / f"{source.stem}.{unit.stem}.o" for unit in EMULATOR]
+    compiles += [[*flags, "-O2", "-c", unit, "-o", out] for unit, out in zip(EMULATOR, objects, strict=True)]
+    for process in [subprocess.Popen(command) for command in compiles]:
+        if process.wait() != 0:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+    assembly.write_text(with_redzones(assembly.read_text()))
+    subprocess.run([*flags, "-shared", "-Wl,-Bsymbolic", assembly, *objects, "-o", library], check=True)
+    return Library(library, shared_arrays(library))
 
 
 @dataclass(frozen=True)
@@ -195,7 +262,7 @@ def host_kth(problem: Problem) -> Cut:
     return np.frombuffer(theta, dtype=np.float32), np.frombuffer(index, dtype=np.int64)
 
 
-def emulated_kth(library: ctypes.CDLL, problem: Problem, *, long_row: bool) -> Cut:
+def emulated_kth(library: Library, problem: Problem, *, long_row: bool) -> Cut:
     theta = np.full(len(problem.tuned) * problem.rows, -1.0, dtype=np.float32)
     index = np.full(theta.size, -1, dtype=np.int64)
     fields = problem.fields()
@@ -205,7 +272,7 @@ def emulated_kth(library: ctypes.CDLL, problem: Problem, *, long_row: bool) -> C
     return theta, index
 
 
-def emulated_merge(library: ctypes.CDLL, problem: Problem, add: Stored | None, out: Stored) -> list[int]:
+def emulated_merge(library: Library, problem: Problem, add: Stored | None, out: Stored) -> list[int]:
     bad = np.zeros(len(problem.tuned) + 3, dtype=np.int64)
     fields, merge = problem.fields(), MergeFields(out=out.address, bad=bad.ctypes.data, out_dtype=CODES[out.code])
     if add is not None:

@@ -47,8 +47,6 @@ struct MergeFields {
   int32_t add_dtype, out_dtype, add_is_base, elect, norm;
   float scale, divisor, tie_sign;
 };
-
-void set_reversed(int reversed) { emu::reversed = reversed != 0; }
 }
 
 namespace {
