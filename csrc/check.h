@@ -158,4 +158,22 @@ inline SketchCall check_sketch(const Tensor& a, int64_t width, const std::string
   return {dtype, dtype == Dtype::kF64 ? ScalarType::Double : ScalarType::Float, kind == "gaussian"};
 }
 
+constexpr int64_t kAssignColumns = 1 << 20;  // of the longer side
+
+inline void check_assign(const Tensor& score, const std::optional<Tensor>& prices,
+                         const std::optional<double>& tolerance) {
+  const Dtype dtype = check_dtype("assign", "score", score.scalar_type());
+  STD_TORCH_CHECK(dtype != Dtype::kF64, "pymerge::assign: score must be bfloat16, float16 or float32, got Double");
+  STD_TORCH_CHECK(score.dim() == 3, "pymerge::assign: score must be [B, n, m], got ", shape_text(score));
+  STD_TORCH_CHECK(score.size(1) <= kAssignColumns && score.size(2) <= kAssignColumns, "pymerge::assign: at most ",
+                  kAssignColumns, " rows and columns, got ", shape_text(score));
+  STD_TORCH_CHECK(!tolerance || *tolerance >= 0.0, "pymerge::assign: tolerance must be at least 0, got ", *tolerance);
+  if (!prices) return;
+  STD_TORCH_CHECK(prices->scalar_type() == ScalarType::Double && prices->dim() == 2 &&
+                      prices->size(0) == score.size(0) && prices->size(1) == score.size(2),
+                  "pymerge::assign: prices must be float64 [", score.size(0), ", ", score.size(2), "], got ",
+                  torch::headeronly::toString(prices->scalar_type()), " ", shape_text(*prices));
+  STD_TORCH_CHECK(prices->device() == score.device(), "pymerge::assign: prices and score are on different devices");
+}
+
 }  // namespace pymerge

@@ -46,4 +46,9 @@ STABLE_TORCH_LIBRARY(pymerge, m) {
   // a [..., m, n] Omega [n, width] -> [..., m, width], float32 (float64 for float64); Omega of (seed, row, column),
   // kind gaussian (variance 1) or sparse_sign (8 entries +-1/sqrt(8) a row)
   m.def("sketch(Tensor a, int width, str kind, int seed) -> Tensor");
+  // score [B, n, m] bfloat16, float16 or float32: column of each row (-1: none) int64 [B, n], prices float64 [B, n] and
+  // [B, m], and float64 [B, 3]: primal, dual, gap. `prices` float64 [B, m] to start from, tolerance: gap a row
+  m.def(
+      "assign(Tensor score, bool maximize, Tensor? prices, float? tolerance) "
+      "-> (Tensor columns, Tensor row_prices, Tensor col_prices, Tensor value)");
 }

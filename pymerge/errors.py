@@ -71,7 +71,7 @@ class NumericError(MergeError):
     exit_code = 4
 
 
-class NonFinite(NumericError):
+class NonFinite(NumericError, ValueError):
     """NaN or Inf in an input or in a result."""
 
 
