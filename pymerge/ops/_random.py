@@ -1,4 +1,4 @@
-"""Philox4x32-10 in plain PyTorch (Salmon et al., SC 2011), as csrc/common/philox.h."""
+"""Philox4x32-7 in plain PyTorch (Salmon et al., SC 2011), as csrc/common/philox.h."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def philox4x32(key: int, group: Tensor, plane: int) -> list[Tensor]:
     """Four 32-bit words, in int64, of each counter `group` (int64)."""
     c = [group & _LOW32, group >> 32, torch.full_like(group, plane), torch.zeros_like(group)]
     k0, k1 = key & _LOW32, (key >> 32) & _LOW32
-    for _ in range(10):
+    for _ in range(7):
         p0, p1 = c[0] * _M0, c[2] * _M1  # 64-bit products; the sign that int64 gives them is masked away
         high0, high1 = (p0 >> 32) & _LOW32, (p1 >> 32) & _LOW32
         c = [high1 ^ c[1] ^ k0, p1 & _LOW32, high0 ^ c[3] ^ k1, p0 & _LOW32]

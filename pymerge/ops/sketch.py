@@ -96,7 +96,7 @@ def _(a, width, kind, seed):
 
 
 def sketch(a: Tensor, width: int, *, kind: str = "sparse_sign", seed: int = 0) -> Tensor:
-    """A Omega, Omega [n, width] random, a function of (seed, row, column) alone (Philox4x32-10), the same for each
+    """A Omega, Omega [n, width] random, a function of (seed, row, column) alone (Philox4x32-7), the same for each
     matrix of a batch.
 
     a        [..., m, n], bfloat16, float16, float32 or float64; any strides
