@@ -40,7 +40,8 @@ def extensions() -> list:
     built = [host, ops]
     if wants_cuda():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-        cuda = {"cxx": cpu["cxx"], "nvcc": ["-std=c++20", "-O3", "-fmad=false", "-DUSE_CUDA", *STABLE_ABI]}
+        nvcc = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI]
+        cuda = {"cxx": cpu["cxx"], "nvcc": nvcc}
         sources = sorted(glob("csrc/cuda/*.cu"))
         built.append(CUDAExtension("pymerge._ops_cuda", sources, extra_compile_args=cuda, py_limited_api=True))
     return built

@@ -1,42 +1,102 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA device, a CUDA build of torch and nvcc: builds pymerge with its CUDA operators in place, runs
-# the tests marked `device`, times the kernels. No network. Ends within 9 minutes.
-#   bash benchmarks/gpu_check.sh [--out DIR]      DIR (default benchmarks/results): cuda.json, cuda_tests.xml, logs
-# PYTHON is the interpreter (default python3). Exit code: 0 when all steps succeeded.
+# the tests marked `device`, compute-sanitizer (memcheck, racecheck) over small calls of every kernel, then times the
+# kernels against torch, cuBLAS, cuSOLVER and, where installed, CuPy. No network. Ends within 9 minutes.
+#   bash benchmarks/gpu_check.sh [--out DIR] [--help]
+# DIR (default benchmarks/results) gets cuda.json (elementwise kernels, tests), cuda_linalg.json (dense kernels),
+# cuda_check.json (what every step ended with), cuda_tests.xml and logs. PYTHON is the interpreter (default python3).
+# Exit code: 0 when build, tests and benchmarks succeeded and the sanitizer, where it can run, found nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=benchmarks/results
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) out="${2:?--out needs a folder}"; shift 2 ;;
-    *) echo "gpu_check: unknown argument $1" >&2; exit 2 ;;
+    --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    *) echo "gpu_check: unknown argument $1 (--help)" >&2; exit 2 ;;
   esac
 done
 PYTHON="${PYTHON:-python3}"
+LIMIT=525  # seconds of 540: what is killed needs a moment to end
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
+rm -f "$out"/cuda.json "$out"/cuda_{linalg,check}.json "$out"/cuda_tests.xml
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
 capability="$("$PYTHON" - <<'EOF'
 import torch
 
+if not torch.cuda.is_available():
+    raise SystemExit(f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no device")
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else ""))
 EOF
 )" || { echo "gpu_check: no CUDA device that torch can use" >&2; exit 1; }
 echo "gpu_check: compute capability $capability"
 
-begin=$SECONDS
-PYMERGE_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability" timeout 270 "$PYTHON" setup.py build_ext --inplace \
-  >"$out/cuda_build.log" 2>&1 || { tail -40 "$out/cuda_build.log"; echo "gpu_check: the build failed"; exit 1; }
-build=$((SECONDS - begin))
-echo "gpu_check: built in $build s"
-
 status=0
+steps=()  # "name": {"result": .., "seconds": ..}
+
+# step NAME SECONDS COMMAND..: runs it, at most so long and never beyond the limit; its output goes to DIR/cuda_NAME.log.
+step() {
+  local name="$1" most="$2" begin="$SECONDS" left=$((LIMIT - SECONDS)) code=0
+  shift 2
+  [ "$left" -lt "$most" ] && most="$left"
+  if [ "$most" -lt 10 ]; then
+    code=skipped
+  else
+    timeout -k 5 "$most" "$@" >"$out/cuda_$name.log" 2>&1 || code=$?
+  fi
+  case "$code" in
+    0) result=passed ;;
+    skipped) result="skipped: no time left" ;;
+    124 | 137) result="stopped after $most s" ;;
+    *) result="failed with $code" ;;
+  esac
+  took=$((SECONDS - begin))
+  echo "gpu_check: $name: $result, $took s"
+  [ "$result" = passed ]
+}
+note() { steps+=("\"$1\": {\"result\": \"$result\", \"seconds\": $took}"); }
+finish() {
+  (IFS=,; printf '{"seconds": %s, "steps": {%s}}\n' "$SECONDS" "${steps[*]}") >"$out/cuda_check.json"
+  echo "gpu_check: $SECONDS s, exit $1"
+  exit "$1"
+}
+
+export PYMERGE_CUDA=1 TORCH_CUDA_ARCH_LIST="$capability"
+step build 240 "$PYTHON" setup.py build_ext --inplace || { note build; tail -40 "$out/cuda_build.log"; finish 1; }
+note build
+build=$took
+
 mapfile -t tests < <(grep -rl --include='test_*.py' 'mark\.device' tests)  # others may need packages that are not here
-timeout 150 "$PYTHON" -m pytest -m device "${tests[@]}" -q -p no:cacheprovider --junitxml="$out/cuda_tests.xml" 2>&1 |
-  tee "$out/cuda_tests.log" | tail -40 || status=1
-timeout 100 "$PYTHON" benchmarks/bench_cuda.py --out "$out/cuda.json" --tests "$out/cuda_tests.xml" \
+step tests 120 "$PYTHON" -m pytest -m device "${tests[@]}" -q -p no:cacheprovider --junitxml="$out/cuda_tests.xml" || status=1
+note tests
+tail -30 "$out/cuda_tests.log"
+
+# A tool that does not start (missing, or not allowed on this machine) is written down and is no failure; what it finds is.
+sanitizer="$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer || true)"
+for tool in memcheck racecheck; do
+  if [ -z "$sanitizer" ]; then
+    result="not run: compute-sanitizer is not installed" took=0
+  elif ! step "$tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 99 \
+    "$PYTHON" benchmarks/device_calls.py --device cuda; then
+    if [ "$result" = "failed with 99" ]; then
+      status=1
+    else
+      result="refused or unfinished: $result"
+    fi
+    tail -30 "$out/cuda_$tool.log"
+  fi
+  echo "gpu_check: $tool: $result"
+  note "$tool"
+done
+
+step elementwise 80 "$PYTHON" benchmarks/bench_cuda.py --out "$out/cuda.json" --tests "$out/cuda_tests.xml" \
   --build-seconds "$build" || status=1
-echo "gpu_check: $SECONDS s, exit $status"
-exit $status
+note elementwise
+tail -30 "$out/cuda_elementwise.log"
+step linalg 120 "$PYTHON" benchmarks/bench_cuda_linalg.py --out "$out/cuda_linalg.json" || status=1
+note linalg
+tail -40 "$out/cuda_linalg.log"
+finish "$status"

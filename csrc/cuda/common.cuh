@@ -240,7 +240,8 @@ struct Scan {
   long long total;   // over the whole block
 };
 
-// scratch: one long long per warp.
+// scratch: one long long per warp. The first barrier is for two scans in a row on one scratch: today's callers have a
+// barrier of their own behind each scan, so they would be right without it.
 __device__ __forceinline__ Scan block_scan(long long x, long long* scratch) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   long long sum = x;

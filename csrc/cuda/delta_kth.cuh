@@ -147,9 +147,8 @@ static __global__ void __launch_bounds__(kPickThreads) locate_kernel(const __gri
     const int64_t chunk = tile + threadIdx.x;
     if (place_nth(chunk < chunks ? equal[chunk] : 0, nth, scratch, found, [&] { return chunk; })) break;
   }
-  const int64_t begin = found[0] * kEqualVectors;
+  const int64_t begin = found[0] * kEqualVectors;  // `found` is written again behind the barriers of block_scan
   nth = found[1];
-  __syncthreads();
   for (int64_t tile = begin; tile < all; tile += blockDim.x) {
     const int64_t v = tile + threadIdx.x;
     const uint32_t lanes = v < all ? equal_lanes(args.delta, task, theta, v) : 0;

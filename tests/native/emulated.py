@@ -107,14 +107,15 @@ class Library:
     def set_order(self, order: str, seed: int = 0) -> None:
         emulator().emu_set_order(ORDERS[order], ctypes.c_uint64(seed))
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Callable[..., int]:
         function = getattr(self.native, name)
 
-        def call(*args: object) -> None:
-            function(*args)
+        def call(*args: object) -> int:
+            result = function(*args)
             failure = emulator().emu_take_failure()
             if failure is not None:
                 raise EmulationError(self.with_line(failure.decode()))
+            return result
 
         return call
 

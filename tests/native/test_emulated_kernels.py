@@ -152,6 +152,16 @@ def test_histogram(library, prefix, scale):
     assert np.array_equal(ours, theirs)
 
 
+def test_histogram_of_more_chunks_than_blocks(library):
+    p = problem(250_003, ("BF16",))
+    ours = e.filled(1 << 16, np.int64)
+    theirs = np.zeros((1, 1 << 16), dtype=np.int64)
+    _C.delta_histogram(p.host_base, p.host_tuned, p.count, 0, None, None, None, theirs)
+    fields = p.fields()
+    library.emulate_histogram(ctypes.byref(fields), 0, ctypes.c_void_p(ours.ctypes.data))
+    assert np.array_equal(ours, theirs[0])
+
+
 def test_sums(library):
     p = problem(100_003, weights=(1.0, -0.5, 0.7), keep=(0.5, 0.9, 1.0), keys=KEYS[:3], rescales=(2.0, 1.1, 1.0))
     p = p.with_cut("top", (50_000, 20_000, 99_999))
