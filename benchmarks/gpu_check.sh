@@ -38,5 +38,6 @@ timeout 150 "$PYTHON" -m pytest -m device "${tests[@]}" -q -p no:cacheprovider -
   tee "$out/cuda_tests.log" | tail -40 || status=1
 timeout 100 "$PYTHON" benchmarks/bench_cuda.py --out "$out/cuda.json" --tests "$out/cuda_tests.xml" \
   --build-seconds "$build" || status=1
+timeout 20 "$PYTHON" benchmarks/bench_cov_accumulate.py --device cuda --out "$out/cov_accumulate.json" || status=1
 echo "gpu_check: $SECONDS s, exit $status"
 exit $status

@@ -19,7 +19,7 @@ def sample(shape, dtype, seed=0):
 
 
 def check(cov, start, x, *, alpha=1.0, mask=None, small=False, precision="float32"):
-    """A product of three tf32 terms misses 3 * 2^-22 of itself; tensor cores cut sums of 128 rows instead of rounding."""
+    """Three tf32 products miss 3 * 2^-22 of theirs; tensor cores cut sums of 128 rows instead of rounding them."""
     used = x.double() if mask is None else torch.where(mask.unsqueeze(-1), x.double(), 0.0)
     used = used.mT if small else used
     exact, size = used.mT @ used, used.abs().mT @ used.abs()
