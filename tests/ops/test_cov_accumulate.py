@@ -239,6 +239,7 @@ def test_fuzzed_arguments_raise_or_add():
 
 
 OTHER_LEVEL = """
+from pymerge import _C
 from tests.ops.test_cov_accumulate import *
 assert _C.cpu_level() == {level!r}, _C.cpu_level()
 for dtype in DTYPES:
