@@ -99,4 +99,6 @@ tail -30 "$out/cuda_elementwise.log"
 step linalg 120 "$PYTHON" benchmarks/bench_cuda_linalg.py --out "$out/cuda_linalg.json" || status=1
 note linalg
 tail -40 "$out/cuda_linalg.log"
+step covariance 30 "$PYTHON" benchmarks/bench_cov_accumulate.py --device cuda --out "$out/cov_accumulate.json" || status=1
+note covariance
 finish "$status"

@@ -49,12 +49,11 @@ std::vector<std::pair<int32_t, int32_t>> triangle(int64_t panels) {
 }
 
 Run make_run(const CovKernels& kernels, int64_t columns, int64_t rows) {
-  Run run{&kernels, {}, Tensor(), (columns + kernels.width - 1) / kernels.width};
-  run.tiles = triangle(run.panels);
-  const int64_t bytes = kernels.copies * cov_depth(kernels, std::min(rows, kCovRows)) * kCovPanel * run.panels + 64;
-  run.packed = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt,
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  return run;
+  const int64_t panels = (columns + kernels.width - 1) / kernels.width;
+  const int64_t bytes = kernels.copies * cov_depth(kernels, std::min(rows, kCovRows)) * kCovPanel * panels + 64;
+  Tensor packed = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  return {&kernels, triangle(panels), std::move(packed), panels};
 }
 
 // One matrix: rows kept [0, rows) in runs of kCovRows; each tile is one thread's, so threads do not change the bits.
@@ -93,13 +92,14 @@ void cov_accumulate(Tensor cov, Tensor x, double alpha, std::optional<Tensor> ma
   const CovShape shape = check_cov(cov, x, mask, small, precision);
   if (shape.batch == 0 || shape.size == 0 || shape.rows == 0 || shape.columns == 0) return;
   const Dtype dtype = check_dtype("cov_accumulate", "x", x.scalar_type());
-  const Tensor masks = mask ? torch::stable::contiguous(*mask) : Tensor();
+  std::optional<Tensor> masks;
+  if (mask) masks = torch::stable::contiguous(*mask);
   const int64_t reduced = small ? shape.columns : shape.rows, last = x.dim() - 1;
   const Run run = make_run(choose_cov_kernels(dtype, shape.wide), shape.size, reduced);
   const bool wide_totals = cov.scalar_type() == ScalarType::Double;
   const int64_t item = wide_totals ? 8 : 4;
   for (int64_t b = 0; b < shape.batch; ++b) {
-    const bool* kept = mask ? static_cast<const bool*>(masks.const_data_ptr()) + b * shape.rows : nullptr;
+    const bool* kept = masks ? static_cast<const bool*>(masks->const_data_ptr()) + b * shape.rows : nullptr;
     const std::vector<int64_t> rows = kept_rows(small ? nullptr : kept, reduced);
     CovSource source;
     source.data = static_cast<const char*>(x.const_data_ptr()) + (last == 2 ? b * x.stride(0) : 0) * item_size(dtype);

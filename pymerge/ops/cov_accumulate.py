@@ -52,7 +52,7 @@ def cov_accumulate(
     mask     bool, x's shape without the last dimension: rows to count; others are not read as numbers (NaN is safe)
     small    cov [N, N] += alpha * x x^T instead, for N < n (the same non-zero eigenvalues); masked rows give zeros
     precision  of products and of sums within 1024 rows: "float32", or "float64" where the tail of the spectrum matters
-             (condition of the moments above 1e3: PAVE); float64 x always takes float64
+             (PAVE at a condition of the moments above 1e4); float64 x always takes float64
     Error    float32: products are exact for bfloat16 and float16, sums relative to |x|^T |x| within (1024 + N / 1024)
              * 2^-24; where a CPU has AMX, float16 and float32 x enter as two bfloat16 terms: 2^-16 more.
              float64 cov: runs of 1024 rows (CUDA: 8192) are added in float64.

@@ -238,24 +238,24 @@ def test_fuzzed_arguments_raise_or_add():
     assert 100 < done < 600
 
 
-DIGEST = """
-import itertools, torch
+OTHER_LEVEL = """
 from pymerge import _C
 from tests.ops.test_cov_accumulate import *
 assert _C.cpu_level() == {level!r}, _C.cpu_level()
-for dtype, shape in itertools.product(DTYPES, SHAPES):
-    for small, precision in itertools.product((False, True), ("float32", "float64")):
-        test_against_float64(dtype, shape, small, precision)
+for dtype in DTYPES:
+    for shape in ((5, 7), (1100, 145)):
+        for precision in ("float32", "float64"):
+            test_against_float64(dtype, shape, False, precision)
     test_strides(dtype)
-    test_masked_rows_are_not_numbers(dtype, False)
+    test_masked_rows_are_not_numbers(dtype, True)
 test_error_of_long_bfloat16_sums()
 """
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_cpu_level(level):
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != _C.cpu_level()])
+def test_other_cpu_levels(level):
     environment = {**os.environ, "PYMERGE_CPU": level, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
     run = subprocess.run(
-        [sys.executable, "-c", DIGEST.format(level=level)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", OTHER_LEVEL.format(level=level)], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-2000:]
