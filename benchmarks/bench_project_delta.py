@@ -7,6 +7,7 @@ time, the leanest form in plain PyTorch. Memory: peak resident set above what wa
 from __future__ import annotations
 
 import argparse
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def peak_megabytes(run: Callable[[], object]) -> float:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
         return int(line.split()[1])
 
+    ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls gave back is not to be reused unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
     before = resident("VmRSS")
     run()

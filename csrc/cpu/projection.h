@@ -18,27 +18,21 @@ struct Projection {
   int64_t m = 0, n = 0, r = 0;
 };
 
-constexpr int64_t kStripColumns = 2048;  // of one strip at most: long rows, so that memory streams
-constexpr int64_t kStripPad = 32;        // registers that overhang a strip write here
-constexpr int64_t kSlabRows = 64;        // of W converted at a time; sums over slabs are added in their order
-constexpr int64_t kBasisColumns = 128;   // of Q packed at a time
+constexpr int64_t kStripColumns = 2048;               // of one job at most: long rows, so that memory streams
+constexpr int64_t kStripStride = kStripColumns + 32;  // registers that overhang a strip write to the pad
+constexpr int64_t kSlabRows = 64;     // of W converted at a time; sums over slabs are added in their order
+constexpr int64_t kDirections = 128;  // of one job at most: their strip of the product stays in the L2 cache
 
-// Columns of a job: with many directions the strip of the product would leave the cache.
-inline int64_t strip_columns(int64_t r) { return r <= 256 ? kStripColumns : kStripColumns / 2; }
-inline int64_t strip_stride(int64_t r) { return strip_columns(r) + kStripPad; }
+constexpr int64_t kStripSize = kDirections * kStripStride;
+constexpr int64_t kStripScratch = kSlabRows * (kStripStride + kDirections) + 2 * kStripStride;
 
 struct ProjectionKernels {
-  // strip [r, strip_stride(r)] = Q^T D for columns [begin, begin + width), width <= strip_columns(r).
-  // scratch: strip_scratch() floats, 64-byte aligned, as is strip.
+  // strip [r, kStripStride] = Q^T D for columns [begin, begin + width); r <= kDirections, width <= kStripColumns.
+  // scratch: kStripScratch floats, strip: kStripSize, both 64-byte aligned.
   void (*strip)(const Projection&, int64_t begin, int64_t width, float* scratch, float* strip);
   // sums[0] += <p, a>, sums[1] += <a, a> in float64, of n <= kStripColumns entries.
   void (*row_sums)(Buffer p, const float* a, int64_t n, double* sums);
 };
-
-inline int64_t strip_scratch() {
-  return kSlabRows * (kStripColumns + kStripPad + kBasisColumns) + 2 * (kStripColumns + kStripPad);
-}
-inline int64_t strip_size(int64_t r) { return (r + 7) / 8 * 8 * strip_stride(r); }  // whole register tiles
 
 const ProjectionKernels& projection_kernels();
 

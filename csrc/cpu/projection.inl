@@ -12,7 +12,7 @@ typedef double f64_at __attribute__((aligned(1), may_alias));
 #include "convert.inl"
 
 constexpr int64_t kTileColumns = kLanes * kTileLanes;
-static_assert(kTileColumns <= kStripPad && kBasisColumns % kTileRows == 0);
+static_assert(kTileColumns <= kStripStride - kStripColumns && kDirections % kTileRows == 0);
 
 // Rows [k0, k0 + depth) and columns [c0, c0 + width) of a matrix.
 struct Part {
@@ -44,7 +44,7 @@ void pack_row(Buffer x, Buffer y, int64_t n, int64_t step, float* line, float* o
   const bool direct = x.dtype == Dtype::kBF16 && y.dtype == Dtype::kBF16 && y.data != nullptr;
   const u16_at* xs = static_cast<const u16_at*>(x.data);
   const u16_at* ys = static_cast<const u16_at*>(y.data);
-  if (!direct) subtract(x, y, n, line + kStripColumns + kStripPad, line);
+  if (!direct) subtract(x, y, n, line + kStripStride, line);
   for (int64_t i = 0; i < n; i += kPanel, out += step) {
     const int64_t count = n - i < kPanel ? n - i : kPanel;
     if (direct && count == kPanel) {
@@ -71,8 +71,8 @@ void pack(const Matrix& x, const Matrix& y, const Part& part, float* line, float
   }
   for (int64_t c = 0; c < part.width; ++c) {
     float* to = out + c / kPanel * step + c % kPanel;
-    subtract(buffer_at(x, part.k0, part.c0 + c), buffer_at(y, part.k0, part.c0 + c), part.depth,
-             line + kStripColumns + kStripPad, line);
+    subtract(buffer_at(x, part.k0, part.c0 + c), buffer_at(y, part.k0, part.c0 + c), part.depth, line + kStripStride,
+             line);
     for (int64_t k = 0; k < part.depth; ++k) to[k * kPanel] = line[k];
   }
   for (int64_t c = part.width; c % kPanel != 0; ++c) {
@@ -83,7 +83,7 @@ void pack(const Matrix& x, const Matrix& y, const Part& part, float* line, float
 
 // c [kTileRows, kTileColumns] (+)= a^T b, for panels a [depth][kTileRows] and b [depth][kTileColumns]. The loops over
 // the tile unroll, so that its sums stay in registers.
-void multiply_tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride, bool first) {
+void multiply_tile(int64_t depth, const float* a, const float* b, float* c, bool first) {
   Lanes sum[kTileRows][kTileLanes] = {};
   for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kTileColumns) {
     Lanes line[kTileLanes];
@@ -98,25 +98,21 @@ void multiply_tile(int64_t depth, const float* a, const float* b, float* c, int6
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i) {
-    Lanes* out = reinterpret_cast<Lanes*>(c + i * stride);
+    Lanes* out = reinterpret_cast<Lanes*>(c + i * kStripStride);
 #pragma GCC unroll 8
     for (int v = 0; v < kTileLanes; ++v) out[v] = first ? sum[i][v] : out[v] + sum[i][v];
   }
 }
 
 void project_strip(const Projection& p, int64_t begin, int64_t width, float* scratch, float* strip) {
-  float *d = scratch, *q = d + kSlabRows * (kStripColumns + kStripPad), *line = q + kSlabRows * kBasisColumns;
-  const int64_t stride = strip_stride(p.r);
+  float *d = scratch, *q = d + kSlabRows * kStripStride, *line = q + kSlabRows * kDirections;
   for (int64_t k0 = 0; k0 < p.m; k0 += kSlabRows) {
     const int64_t depth = p.m - k0 < kSlabRows ? p.m - k0 : kSlabRows;
     pack<kTileColumns>(p.tuned, p.base, {k0, depth, begin, width}, line, d);
-    for (int64_t r0 = 0; r0 < p.r; r0 += kBasisColumns) {
-      const int64_t rows = p.r - r0 < kBasisColumns ? p.r - r0 : kBasisColumns;
-      pack<kTileRows>(p.basis, {}, {k0, depth, r0, rows}, line, q);
-      for (int64_t c = 0; c < width; c += kTileColumns) {
-        for (int64_t i = 0; i < rows; i += kTileRows) {
-          multiply_tile(depth, q + i * depth, d + c * depth, strip + (r0 + i) * stride + c, stride, k0 == 0);
-        }
+    pack<kTileRows>(p.basis, {}, {k0, depth, 0, p.r}, line, q);
+    for (int64_t c = 0; c < width; c += kTileColumns) {
+      for (int64_t i = 0; i < p.r; i += kTileRows) {
+        multiply_tile(depth, q + i * depth, d + c * depth, strip + i * kStripStride + c, k0 == 0);
       }
     }
   }

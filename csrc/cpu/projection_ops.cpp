@@ -31,9 +31,7 @@ class Call {
  public:
   Call(const char* op, const Tensor& basis, const OptTensor& base, const std::vector<Tensor>& tuned,
        const std::string& precision)
-      : sizes(check_projection(op, basis, base, tuned, precision)),
-        columns(strip_columns(sizes.r)),
-        stride(strip_stride(sizes.r)) {
+      : sizes(check_projection(op, basis, base, tuned, precision)) {
     const bool all_columns =
         std::all_of(tuned.begin(), tuned.end(), has_columns) && (!base || has_columns(*base)) && !has_rows(tuned[0]);
     const Matrix subtracted = base ? matrix(*base, all_columns) : Matrix{};
@@ -47,19 +45,28 @@ class Call {
   Call(const Call&) = delete;
 
   bool empty() const { return sizes.m * sizes.n * sizes.r == 0; }
-  int64_t strips() const { return (sizes.n + columns - 1) / columns; }
+  int64_t strips() const { return (sizes.n + kStripColumns - 1) / kStripColumns; }
+  int64_t width(int64_t strip) const { return std::min(kStripColumns, sizes.n - strip * kStripColumns); }
+  // Chunks of directions, as equal as whole register tiles allow.
+  int64_t chunks() const { return (sizes.r + kDirections - 1) / kDirections; }
+  int64_t chunk_begin(int64_t chunk) const {
+    const int64_t each = ((sizes.r + chunks() - 1) / chunks() + 7) / 8 * 8;
+    return std::min(sizes.r, chunk * each);
+  }
   int64_t grain() const {
-    const int64_t work = sizes.m * sizes.r * std::min(sizes.n, columns);
+    const int64_t work = sizes.m * std::min(sizes.r, kDirections) * std::min(sizes.n, kStripColumns);
     return std::max<int64_t>(1, kJobWork / std::max<int64_t>(1, work));
   }
-  int64_t width(int64_t strip) const { return std::min(columns, sizes.n - strip * columns); }
 
-  // Q_t^T D_t of one strip, [r, stride], in memory of this thread that the next call takes again.
-  const float* project(int64_t task, int64_t strip) const {
-    float* scratch = thread_scratch(strip_scratch() + strip_size(sizes.r));
-    float* out = scratch + strip_scratch();
-    const Projection& p = tasks_[static_cast<size_t>(task)];
-    projection_kernels().strip(p, strip * columns, width(strip), scratch, out);
+  // Q_t^T D_t of a chunk and a strip, [directions, kStripStride], in memory of this thread that the next call reuses.
+  const float* project(int64_t task, int64_t chunk, int64_t strip) const {
+    float* scratch = thread_scratch(kStripScratch + kStripSize);
+    float* out = scratch + kStripScratch;
+    Projection p = tasks_[static_cast<size_t>(task)];
+    const Buffer q = Buffer{p.basis.data, p.basis.dtype}.at(chunk_begin(chunk) * p.basis.column_stride);
+    p.basis.data = q.data;
+    p.r = chunk_begin(chunk + 1) - chunk_begin(chunk);
+    projection_kernels().strip(p, strip * kStripColumns, width(strip), scratch, out);
     return out;
   }
 
@@ -72,7 +79,6 @@ class Call {
   }
 
   const ProjectionSizes sizes;
-  const int64_t columns, stride;  // of a strip
 
  private:
   std::vector<Projection> tasks_;
@@ -88,28 +94,29 @@ Tensor project_delta(Tensor basis, OptTensor base, std::vector<Tensor> tuned, st
     return out;
   }
   auto* target = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t strips = call.strips();
-  parallel_for(0, tasks * strips, call.grain(), [&, n = n, r = r](int64_t begin, int64_t end) {
+  const int64_t strips = call.strips(), chunks = call.chunks();
+  parallel_for(0, tasks * strips * chunks, call.grain(), [&, n = n, r = r](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
-      const int64_t task = job / strips, strip = job % strips;
-      const float* from = call.project(task, strip);
-      float* to = target + task * r * n + strip * call.columns;
+      const int64_t task = job / (strips * chunks), strip = job / chunks % strips, chunk = job % chunks;
+      const float* from = call.project(task, chunk, strip);
+      float* to = target + task * r * n + strip * kStripColumns;
       const size_t bytes = static_cast<size_t>(call.width(strip)) * sizeof(float);
-      for (int64_t i = 0; i < r; ++i) std::memcpy(to + i * n, from + i * call.stride, bytes);
+      for (int64_t i = call.chunk_begin(chunk); i < call.chunk_begin(chunk + 1); ++i, from += kStripStride) {
+        std::memcpy(to + i * n, from, bytes);
+      }
     }
   });
   return out;
 }
 
-// Sums of the strips [first, last) of one task: [r][2].
-void sum_strips(const Call& call, const std::vector<Matrix>& reference, int64_t task, int64_t first, int64_t last,
+// Sums of a chunk over strips [first, last) of one task, into sums [r][2].
+void sum_strips(const Call& call, const Matrix& p, int64_t task, int64_t chunk, int64_t first, int64_t last,
                 double* sums) {
-  const Matrix& p = reference[reference.size() == 1 ? 0 : static_cast<size_t>(task)];
   for (int64_t strip = first; strip < last; ++strip) {
-    const float* a = call.project(task, strip);
-    for (int64_t i = 0; i < call.sizes.r; ++i) {
-      const Buffer row = Buffer{p.data, p.dtype}.at(i * p.row_stride + strip * call.columns);
-      projection_kernels().row_sums(row, a + i * call.stride, call.width(strip), sums + 2 * i);
+    const float* a = call.project(task, chunk, strip);
+    for (int64_t i = call.chunk_begin(chunk); i < call.chunk_begin(chunk + 1); ++i, a += kStripStride) {
+      const Buffer row = Buffer{p.data, p.dtype}.at(i * p.row_stride + strip * kStripColumns);
+      projection_kernels().row_sums(row, a, call.width(strip), sums + 2 * i);
     }
   }
 }
@@ -127,13 +134,14 @@ std::tuple<Tensor, Tensor> projection_stats(Tensor basis, Tensor reference, OptT
   for (int64_t t = 0; t < (reference.dim() == 3 ? tasks : 1); ++t) {
     rows.push_back(call.matrix(reference.dim() == 3 ? torch::stable::select(reference, 0, t) : reference, false));
   }
-  const int64_t groups = std::min(kGroups, strips);
+  const int64_t groups = std::min(kGroups, strips), chunks = call.chunks();
   std::vector<double> sums(static_cast<size_t>(tasks * groups * r * 2));
-  parallel_for(0, tasks * groups, call.grain(), [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks * groups * chunks, call.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
-      const int64_t task = job / groups, group = job % groups;
-      double* out = sums.data() + job * r * 2;
-      sum_strips(call, rows, task, group * strips / groups, (group + 1) * strips / groups, out);
+      const int64_t task = job / (groups * chunks), group = job / chunks % groups;
+      const Matrix& p = rows[rows.size() == 1 ? 0 : static_cast<size_t>(task)];
+      sum_strips(call, p, task, job % chunks, group * strips / groups, (group + 1) * strips / groups,
+                 sums.data() + job / chunks * r * 2);
     }
   });
   auto* inners = static_cast<double*>(inner.mutable_data_ptr());

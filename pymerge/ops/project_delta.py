@@ -46,7 +46,7 @@ def project_delta(
     Error      ||Y_t - exact|| / ||exact||, for the float32 values of the inputs (float64 ones are rounded first), at
                m = 4096: 3e-7 on the CPU, at most 5e-6 on CUDA. CPU: the same bits for every tiling and thread count,
                and for every CPU level that has fused multiply-add.
-    Cost       2 T m n r flops; each tuned matrix is read once, base once a task. Memory beside the output (CPU): 0.6 MB
-               and 4 to 8 KB a direction, per thread.
+    Cost       2 T m n r flops; each tuned matrix is read once, base once a task. Memory beside the output (CPU): 1.6 MB
+               a thread.
     Raises     RuntimeError (shapes, dtypes or devices do not fit; unknown precision)."""
     return torch.ops.pymerge.project_delta(basis, base, list(tuned), precision)

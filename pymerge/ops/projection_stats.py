@@ -44,7 +44,6 @@ def projection_stats(
     Returns    two float64 [T, r]: inner products, squared norms
     Error      that of the rows of `project_delta`, at most 2 e ||p_i|| ||a_ti|| and 2 e ||a_ti||^2 for rows right to e;
                the sums are float64, in an order that does not depend on threads.
-    Cost       2 T m n r flops; memory 0.6 MB and 4 to 8 KB a direction per thread and 256 T bytes a direction
-               (CPU); T r n / 8 bytes (CUDA).
+    Cost       2 T m n r flops; memory 1.6 MB a thread and at most 256 T r bytes (CPU), T r n / 8 bytes (CUDA).
     Raises     RuntimeError (shapes, dtypes or devices do not fit; unknown precision)."""
     return torch.ops.pymerge.projection_stats(basis, reference, base, list(tuned), precision)

@@ -1,4 +1,4 @@
-"""project_delta and projection_stats: float64 truth, layouts, CPU levels, threads, memory, arguments that do not fit."""
+"""project_delta and projection_stats: float64 truth, layouts, CPU levels, threads, memory, bad arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.ops.cases import DTYPES
 
 OPS = torch.ops.pymerge
 UNIT = 2.0**-24  # half the spacing of float32 at 1
-# m, n, r: empty, one, odd, more than a slab, more than a strip, more directions than are packed at once, narrow strips
+# m, n, r: empty, one, odd, more than a slab, more than a strip, more directions than one job takes
 SHAPES = [
     *((0, 5, 3), (5, 0, 3), (5, 3, 0), (1, 1, 1), (3, 5, 2), (65, 33, 9), (130, 2070, 7), (64, 96, 128)),
     *((70, 130, 131), (33, 1050, 260)),
