@@ -17,7 +17,7 @@ from pymerge.linalg._gram_root import wide_product
 from pymerge.ops.gram64 import gram64
 
 SMALLEST = 512  # below this, eigenvectors cost no more
-LARGEST_CONDITION = 2e4
+LARGEST_CONDITION = 2e5
 FLOAT32_GRAM_CONDITION = 4.0  # up to which a float32 Gram matrix is right to some 1e-7
 LAST_ERROR, FIRST_CONDITION = 6e-7, 3.0
 ACCEPTED = 1e-6  # estimated relative error of the factor

@@ -37,7 +37,7 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
     tol      relative to the largest singular value, in [0, 1)
     method   gram: eigenvectors of the float64 Gram matrix of the smaller side and one Newton step; resolves tol down to
              4e-7. newton_schulz, qdwh: iterations for matrices of full rank, others go to gram. svd: float64 SVD.
-             auto: on CUDA qdwh; elsewhere, for float32 matrices of 512 and more and conditions up to 2e4, Zolotarev's
+             auto: on CUDA qdwh; elsewhere, for float32 matrices of 512 and more and conditions up to 2e5, Zolotarev's
              rational functions of the Gram matrix ("rational"), checked on random vectors; else gram; svd where the
              Gram matrix cannot resolve tol or the condition.
     Returns  factor, rank, condition (iterations: an upper bound, at most n times too large; rational: an estimate) and

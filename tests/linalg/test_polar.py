@@ -201,7 +201,7 @@ def test_zolotarev_functions_stay_in_their_range(low, poles):
 
 
 @pytest.mark.parametrize("shape", [(500, 90), (90, 90), (130, 90)], ids=str)
-@pytest.mark.parametrize("condition", [1.0, 3.5, 30.0, 1e3, 1.5e4])
+@pytest.mark.parametrize("condition", [1.0, 3.5, 30.0, 1e3, 1.5e4, 1.5e5])
 def test_rational(shape, condition):
     for values in (geometric(90, condition), torch.where(torch.arange(90) < 89, 1.0, 1 / condition).double()):
         x = with_values(*shape, values).float()
@@ -211,7 +211,7 @@ def test_rational(shape, condition):
 
 
 def test_rational_declines_what_is_not_for_it():
-    assert rational(with_values(90, 60, geometric(60, 1e5)).float(), 1e-6) is None
+    assert rational(with_values(90, 60, geometric(60, 1e6)).float(), 1e-6) is None
     assert rational(with_values(90, 60, geometric(60, 1e3)).float(), 1e-3) is None  # tol may drop some
     for m in (90, 200):
         assert rational(with_values(m, 60, geometric(30, 3.0)).float(), 1e-6) is None
