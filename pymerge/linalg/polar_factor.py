@@ -11,6 +11,7 @@ from torch import Tensor
 from pymerge.errors import NonFinite
 from pymerge.linalg._gram_root import RESOLUTION, gram_root, polar_of_gram, wide_product
 from pymerge.linalg._polar_iterations import bounds, newton_schulz, qdwh
+from pymerge.linalg._polar_rational import SMALLEST, rational
 
 DEFAULT_TOL = 1e-6
 LARGEST_STEP = 1e-3  # Newton step of the Gram factor; its error is of the order of the square
@@ -36,12 +37,16 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
     tol      relative to the largest singular value, in [0, 1)
     method   gram: eigenvectors of the float64 Gram matrix of the smaller side and one Newton step; resolves tol down to
              4e-7. newton_schulz, qdwh: iterations for matrices of full rank, others go to gram. svd: float64 SVD.
-             auto: on CUDA qdwh, elsewhere gram; svd where the Gram matrix cannot resolve tol or the condition.
-    Returns  factor, rank, condition (iterations: an upper bound, at most n times too large) and the methods that ran
-    Error    relative to |P|: 1e-6 for conditions up to 1e6 (float32 input, every method); float64 input: condition *
+             auto: on CUDA qdwh; elsewhere, for float32 matrices of 512 and more and conditions up to 2e5, Zolotarev's
+             rational functions of the Gram matrix ("rational"), checked on random vectors; else gram; svd where the
+             Gram matrix cannot resolve tol or the condition.
+    Returns  factor, rank, condition (iterations: an upper bound, at most n times too large; rational: an estimate) and
+             the methods that ran
+    Error    relative to |P|: 2e-6 for conditions up to 1e6 (float32 input, every method); float64 input: condition *
              1e-15, and (condition * 6e-8)^4 more by gram.
-    Cost     with m >= n: gram 3 to 5 m n^2 multiply-adds + eigh of [n, n]; svd 4 m n^2 + 22 n^3 or so. Matrices of a
-             batch go one by one on the CPU (the same bits as alone) and together on CUDA.
+    Cost     with m >= n: gram 3 to 5 m n^2 multiply-adds + eigh of [n, n]; rational 2 m n^2 + 4 n^3 where the condition
+             is below 4, else 5 m n^2 + 6 n^3; svd 4 m n^2 + 22 n^3 or so. Matrices of a batch go one by one on the CPU
+             (the same bits as alone) and together on CUDA.
     Raises   NonFinite (NaN or infinity, with the matrix' index); ValueError (shape, dtype, tol, method).
     Source   Higham, Functions of Matrices, chapter 8; the Newton step is first-order perturbation theory."""
     _check(a, tol, method)
@@ -148,6 +153,11 @@ def _tall(x: Tensor, tol: float, method: str) -> Polar:
             run, name = (newton_schulz, "newton_schulz") if method == "newton_schulz" else (qdwh, "qdwh")
             rank = torch.full((count,), x.shape[-1], device=x.device)
             return Polar(run(x, found), rank, found.condition, (name,) * count)
+    if method == "auto" and count == 1 and x.dtype == torch.float32 and x.shape[-1] >= SMALLEST:
+        found = rational(x[0], tol)
+        if found is not None:
+            rank = torch.full((1,), x.shape[-1], device=x.device)
+            return Polar(found[0][None], rank, torch.full((1,), found[1], dtype=torch.float64), ("rational",))
     root = gram_root(x, tol)
     factor, step = polar_of_gram(x, root)
     if method == "auto" and step > LARGEST_STEP:

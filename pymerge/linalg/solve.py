@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def condition_estimate(m: Tensor) -> Tensor:
              float64; 1 for n = 0
     Cost     n^3 / 3 + 64 n^2 multiply-adds in float64."""
     _check_matrix("condition_estimate", m)
-    flat = m.double().reshape(-1, *m.shape[-2:])
+    flat = m.double().reshape(math.prod(m.shape[:-2]), *m.shape[-2:])
     factor, failed = torch.linalg.cholesky_ex(flat)
     found = _condition(flat, _valid(factor, failed))
     return torch.where(failed == 0, found, torch.inf).reshape(m.shape[:-2])
@@ -137,8 +138,8 @@ def _solve_rows(op: str, m: Tensor, b: Tensor, precision: Precision) -> Solved:
         raise ValueError(f"{op}: precision must be auto, float32 or float64, got {precision!r}")
     batch, n = m.shape[:-2], m.shape[-1]
     out = b.dtype if b.dtype == torch.float64 else torch.float32
-    flat_m, flat_b = m.reshape(-1, n, n), b.to(out).reshape(-1, *b.shape[-2:])
-    count = flat_m.shape[0]
+    count = math.prod(batch)
+    flat_m, flat_b = m.reshape(count, n, n), b.to(out).reshape(count, *b.shape[-2:])
     if not bool(torch.isfinite(flat_m).all()) or not bool(torch.isfinite(flat_b).all()):
         raise NonFinite(f"{op}: a matrix or a right-hand side has NaN or infinite entries")
     x = torch.empty_like(flat_b, memory_format=torch.contiguous_format)

@@ -9,6 +9,7 @@ import torch
 
 from pymerge.errors import NonFinite
 from pymerge.linalg import mean_singular_value, polar, polar_product
+from pymerge.linalg._polar_rational import LAST_ERROR, rational, zolotarev
 from tests.linalg.spectra import concatenated_bases, distance, geometric, orthonormal, true_polar, with_values
 
 
@@ -185,6 +186,46 @@ def test_product(shapes, condition):
     assert (polar_product(rank_deficient, b, 1e-5).double() - true_polar(rank_deficient, 1e-5) @ b.double()).norm() <= (
         32 * EPS32 * b.double().norm()
     )
+
+
+@pytest.mark.parametrize("low", [0.9, 0.3, 1e-2, 3e-5])
+@pytest.mark.parametrize("poles", [1, 2, 3, 5])
+def test_zolotarev_functions_stay_in_their_range(low, poles):
+    f = zolotarev(low, poles)
+    x = torch.logspace(math.log10(low), 0, 10_001, dtype=torch.float64)
+    values = x * f.scale * (1 + sum(w / (x * x + s) for w, s in zip(f.weights, f.shifts, strict=True)))
+    assert values.max() <= 1 + 1e-6 and values.min() >= f.low - 1e-6
+    # the error of the best odd function of this degree; Gauss' approximation of the elliptic nome
+    best = 4 * math.exp(-(2 * poles + 1) * math.pi**2 / (2 * math.log(4 / low)))
+    assert 1 - f.low <= 2.2 * best + 1e-12
+
+
+@pytest.mark.parametrize("shape", [(500, 90), (90, 90), (130, 90)], ids=str)
+@pytest.mark.parametrize("condition", [1.0, 3.5, 30.0, 1e3, 1.5e4, 1.5e5])
+def test_rational(shape, condition):
+    for values in (geometric(90, condition), torch.where(torch.arange(90) < 89, 1.0, 1 / condition).double()):
+        x = with_values(*shape, values).float()
+        found = rational(x, 1e-6)
+        assert found is not None and 0.5 * condition <= found[1] <= 1.01 * condition + 1e-2
+        assert distance(found[0], true_polar(x)) <= LAST_ERROR + 16 * EPS32
+
+
+def test_rational_declines_what_is_not_for_it():
+    assert rational(with_values(90, 60, geometric(60, 1e6)).float(), 1e-6) is None
+    assert rational(with_values(90, 60, geometric(60, 1e3)).float(), 1e-3) is None  # tol may drop some
+    for m in (90, 200):
+        assert rational(with_values(m, 60, geometric(30, 3.0)).float(), 1e-6) is None
+        assert rational(torch.zeros(m, 60), 1e-6) is None
+
+
+def test_auto_runs_it_for_large_matrices():
+    for x in (concatenated_bases(560, 8), with_values(1100, 520, geometric(520, 3.0)).float().mT):
+        found = polar(x)
+        assert found.methods == ("rational",) and distance(found.factor, true_polar(x)) <= LAST_ERROR + 16 * EPS32
+    low = with_values(530, 520, geometric(300, 10.0)).float()
+    found = polar(low)
+    assert found.methods == ("gram",) and found.rank == 300
+    assert distance(found.factor, true_polar(low, 1e-6)) <= 16 * EPS32
 
 
 def test_mean_singular_value():

@@ -75,8 +75,9 @@ def test_solve_ridge(shape, ridge, dtype):
     z = with_values(*shape, geometric(min(shape), 30.0)).to(dtype)
     g, u, w = randn(6, shape[0]).to(dtype), torch.ones(shape[1], dtype=dtype), randn(shape[0], seed=2).to(dtype) / 30
     wide = z.double()
-    m = wide.T @ wide + ridge * torch.eye(shape[1], dtype=torch.float64)
-    true = g.double() @ wide @ torch.linalg.inv(m)
+    left, s, right = torch.linalg.svd(wide, full_matrices=False)
+    mapped = (left * (s / (s * s + ridge))) @ right  # Z (Z^T Z + ridge)^-1, accurate for any ridge
+    true = g.double() @ mapped
     found = solve_ridge(g, z, ridge)
     small = min(shape)
     assert float(found.condition) <= (1 + ridge) / (1 / 900 * (small > 1) + ridge) * 1.01 + 1
@@ -85,9 +86,13 @@ def test_solve_ridge(shape, ridge, dtype):
     bound = 8 * math.sqrt(max(shape)) * float(found.condition) * max(precision, EPS[dtype] * (shape[0] > shape[1]))
     assert distance(found.x, true) <= bound + 8 * EPS[dtype] * float(found.condition)
     corrected = solve_ridge(g, z, ridge, rank_one=(u, w))
-    full = m + u.double()[:, None] * (w.double() @ wide)
-    growth = float(torch.linalg.cond(full)) / float(torch.linalg.cond(m)) + 1
-    truth = g.double() @ wide @ torch.linalg.inv(full)
+    row = w.double() @ mapped
+    divisor = 1 + row @ u.double()
+    truth = true - (true @ u.double())[:, None] * row / divisor
+    part = float((true @ u.double()).norm() * row.norm() / divisor.abs())
+    growth = (
+        (float(true.norm()) + part) / float(truth.norm()) * (1 + float(row.norm() * u.double().norm() / divisor.abs()))
+    )
     assert distance(corrected.x, truth) <= 4 * growth * (bound + 8 * EPS[dtype] * float(found.condition))
 
 

@@ -186,6 +186,17 @@ def test_finite_cast(shape, dtype):
     bits_equal(both(OPS.finite_cast, x, dtype))
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (5, 1), (300, 70), (4000, 129), (3, 257, 64), (2, 2, 40, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
+def test_gram64(shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for one in (x, x.mT, x[..., ::2]):
+        (cpu, cuda), *_ = both(OPS.gram64, one)
+        size = OPS.gram64(one.abs())
+        assert ((cuda - cpu).abs() <= max(one.shape[-2], 1) * 2.0**-52 * size).all()
+        assert torch.equal(cuda, cuda.mT)
+
+
 def test_the_same_bits_each_time():
     base, tuned = (on("cuda", x) for x in tensors((3_000_000,), [BF16] * 2))
     calls = [lambda: OPS.delta_l1(base, tuned, **NO_MASK, **NO_CUTS), lambda: OPS.delta_gram(base, tuned)]
