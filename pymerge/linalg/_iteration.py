@@ -79,26 +79,41 @@ def excess(ritz: Ritz, rank: int, norm: float) -> float:
 
 
 def _degree(first: float, last: float) -> int:
-    """Largest degree whose Chebyshev polynomial spreads the values at x = first >= last >= 1 by no more than SPREAD."""
+    """Largest degree whose Chebyshev polynomial spreads the values at x = first >= last >= 1 by no more than SPREAD;
+    1 (M itself, which grows less than any of these) where there is none."""
     grow, hold = math.acosh(max(first, 1.0)), math.acosh(max(last, 1.0))
-    degrees = [d for d in range(2, MAX_DEGREE + 1) if d * grow < 700 and math.cosh(d * grow) <= SPREAD * math.cosh(d * hold)]
-    return degrees[-1] if degrees else 2
+
+    def allowed(d: int) -> bool:
+        return d * grow < 700 and math.cosh(d * grow) <= SPREAD * math.cosh(d * hold)
+
+    return max((d for d in range(2, MAX_DEGREE + 1) if allowed(d)), default=1)
+
+
+def _chebyshev(a: Tensor, q: Tensor, image: Tensor, center: float, degree: int, apart: Tensor | None = None) -> Tensor:
+    """T_degree(M / center - 1) q, given image = M q; what `apart` spans is taken out on the way."""
+    old, new = q, image / center - q
+    for _ in range(2, degree + 1):
+        if apart is not None:
+            new = new - apart @ (apart.mT @ new)
+        old, new = new, (a @ (a.mT @ new) / center - new) * 2 - old
+    return new if apart is None else new - apart @ (apart.mT @ new)
 
 
 def filtered(a: Tensor, ritz: Ritz, rank: int) -> Tensor:
     """The next basis [r, l]."""
-    theta = ritz.theta
+    theta, q, image = ritz.theta, ritz.q, ritz.image
     center = max(float(theta[-1]), float(theta[0]) * torch.finfo(a.dtype).eps) / 2
+    x = theta / center - 1
     above = int((theta > 8 * center).sum())
-    wanted = theta[above:rank] / center - 1
-    degree = _degree(float(wanted[0]), float(wanted[-1])) if wanted.numel() else 2
-    top, old = ritz.q[:, :above], ritz.q[:, above:]
-    new = ritz.image[:, above:] / center - old
-    for _ in range(2, degree + 1):
-        new = new - top @ (top.mT @ new)
-        applied = a @ (a.mT @ new)
-        old, new = new, (applied / center - new) * 2 - old
-    return _dense.orth(torch.cat([ritz.image[:, :above], new - top @ (top.mT @ new)], dim=1))
+    top = image[:, :above]
+    if above:
+        degree = _degree(float(x[0]), float(x[above - 1]))
+        top = top if degree == 1 else _chebyshev(a, q[:, :above], top, center, degree)
+    if above == len(theta):
+        return _dense.orth(top)
+    degree = max(2, _degree(float(x[above]), float(x[max(above, rank - 1)])))
+    rest = _chebyshev(a, q[:, above:], image[:, above:], center, degree, q[:, :above] if above else None)
+    return _dense.orth(torch.cat([top, rest], dim=1))
 
 
 def start(a: Tensor, width: int, seed: int) -> Tensor:

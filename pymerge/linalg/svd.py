@@ -87,10 +87,20 @@ def _exact(wide: Tensor, rank: int, norm: float, seed: int, asked: str | None) -
     return _gram_or_full(wide, rank, norm, reason)
 
 
+def _frobenius(a: Tensor) -> float:
+    """In float64, a few rows at a time: several times as fast as vector_norm(dtype=float64)."""
+    rows = a if a.stride(-1) == 1 else a.mT
+    total = 0.0
+    for block in rows.split(max(1, (1 << 16) // max(1, rows.shape[1]))):
+        wide = block.double().reshape(-1)
+        total += float(wide @ wide)
+    return math.sqrt(total)
+
+
 def scaled(a: Tensor) -> tuple[Tensor, float, float]:
     """(a over a power of two, its Frobenius norm, that power): squares of what comes back neither vanish nor
     overflow. The norm is NaN or infinite where a has such entries."""
-    norm = float(torch.linalg.vector_norm(a, dtype=torch.float64))
+    norm = _frobenius(a)
     if 2.0**-20 < norm < 2.0**20:
         return a, norm, 1.0
     largest = float(a.abs().max())  # squares of tiny entries vanish: the norm does not tell zero from these
@@ -98,7 +108,7 @@ def scaled(a: Tensor) -> tuple[Tensor, float, float]:
         return a, largest, 1.0
     power = 2.0 ** (math.frexp(largest)[1] - 1)
     small = (a.double() / power).to(a.dtype)
-    return small, float(torch.linalg.vector_norm(small, dtype=torch.float64)), power
+    return small, _frobenius(small), power
 
 
 def _one(
