@@ -23,9 +23,7 @@ void load_block(const Stored* __restrict__ a, int64_t row_stride, int64_t column
 }
 
 // sum += x. Vectors by name: of a plain loop the compiler makes sixteen scalar additions.
-void add_lanes(const float* x, float* sum) {
-  *reinterpret_cast<Floats*>(sum) += *reinterpret_cast<const Floats*>(x);
-}
+void add_lanes(const float* x, float* sum) { *reinterpret_cast<Floats*>(sum) += *reinterpret_cast<const Floats*>(x); }
 
 void add_lanes(const double* x, double* sum) {
   for (int half = 0; half < 2; ++half) {
@@ -33,8 +31,8 @@ void add_lanes(const double* x, double* sum) {
   }
 }
 
-// y [count, width] = rows of A times the sparse Omega: sums over the columns of A in ascending order, scaled at the end.
-// panel: width * kLanes, block: kColumns * 2 * kLanes entries.
+// y [count, width] = rows of A times the sparse Omega: sums over the columns of A in ascending order, scaled at the
+// end. panel: width * kLanes, block: kColumns * 2 * kLanes entries.
 template <typename Stored, typename T>
 void sparse_rows(const Source& source, const Stored* a, int64_t count, const Picks& picks, T* panel, T* block, T* y) {
   for (int64_t i = 0; i < picks.width * kLanes; ++i) panel[i] = T{0};
@@ -56,7 +54,7 @@ void sparse_rows(const Source& source, const Stored* a, int64_t count, const Pic
 
 // Rows [begin, end) of the Gaussian Omega.
 __attribute__((optimize("no-math-errno"))) void gaussian_rows(uint64_t seed, int64_t begin, int64_t end, int64_t width,
-                                                               float* omega) {
+                                                              float* omega) {
   for (int64_t row = begin; row < end; ++row) {
     float* to = omega + row * width;
     const int64_t whole = width / 4;

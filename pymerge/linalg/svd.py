@@ -38,9 +38,10 @@ def truncated_svd(
     Error    info.certified_rank: leading directions, left and right, whose angle to the true ones is proven to have a
              sine <= 0.1 (Wedin); info.residual, info.captured, info.excess.
     Cost     r = min(m, n), N = max(m, n), l = k + max(16, k/8). gram: r^2 N / 2 float64 multiply-adds, a range
-             eigensolve (CPU; a full one on CUDA) and r N k; iteration: about 2 r N l for each of up to 8 degrees a round,
-             3-7 rounds; fast: 5 r N l.
-    Raises   NonFinite (NaN/Inf in a, with batch index); ValueError (rank outside 1..min(m, n), dtype, mode, tol, route).
+             eigensolve (CPU; a full one on CUDA) and r N k; iteration: about 2 r N l for each of up to 8 degrees a
+             round, 3-5 rounds; fast: 7 r N l.
+    Raises   NonFinite (NaN/Inf in a, with batch index); ValueError (rank outside 1..min(m, n), dtype, mode, tol,
+             route).
     Source   arXiv 0909.4061, algorithms 4.4 and 5.1 (fast); Rayleigh-Ritz with a Chebyshev filter (iteration)."""
     _checks.check_matrices("a", a)
     _checks.check_count("rank", rank, a.shape)
@@ -52,9 +53,7 @@ def truncated_svd(
         if mode != "exact":
             raise ValueError(f"route={route!r} goes with mode='exact', got mode={mode!r}")
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
-    found = [
-        _one(x, rank, mode, tol, seed, route, (i, batch)) for i, x in enumerate(a.reshape(math.prod(batch), m, n))
-    ]
+    found = [_one(x, rank, mode, tol, seed, route, (i, batch)) for i, x in enumerate(a.reshape(math.prod(batch), m, n))]
     return _collect(a, rank, found)
 
 

@@ -21,7 +21,16 @@ except ImportError as error:
 if TYPE_CHECKING:
     from pymerge.ops.delta import TensorSurvey, merge_by_rule
 
-OPERATORS = ("delta_gram", "delta_histogram", "delta_kth", "delta_l1", "delta_merge", "delta_signs", "finite_cast", "sketch")
+OPERATORS = (
+    "delta_gram",
+    "delta_histogram",
+    "delta_kth",
+    "delta_l1",
+    "delta_merge",
+    "delta_signs",
+    "finite_cast",
+    "sketch",
+)
 _HOME = {"TensorSurvey": "pymerge.ops.delta", "merge_by_rule": "pymerge.ops.delta"}
 
 __all__ = ["OPERATORS", "TensorSurvey", "merge_by_rule", "native_devices"]

@@ -47,7 +47,9 @@ def test_sparse_against_float64():
 
 
 def test_omega_has_the_bits_of_the_reference():
-    assert torch.equal(sketch(torch.eye(300), 65, kind="gaussian", seed=3), gaussian_matrix(300, 65, 3, torch.device("cpu")))
+    assert torch.equal(
+        sketch(torch.eye(300), 65, kind="gaussian", seed=3), gaussian_matrix(300, 65, 3, torch.device("cpu"))
+    )
 
 
 def test_gaussian_moments():
