@@ -20,7 +20,7 @@ def gram(a: Tensor) -> Tensor:
         return wide @ wide.mT
     from scipy.linalg import get_blas_funcs
 
-    syrk = get_blas_funcs("syrk", dtype="float64")
+    (syrk,) = get_blas_funcs(("syrk",), dtype="float64")
     total = torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64).mT  # Fortran order: LAPACK works in place
     for low, high in wide_blocks(a):
         block = a[:, low:high].double().contiguous()

@@ -2,8 +2,8 @@
 power iteration of the fast mode.
 
 M = a a^T is applied as two products. A Chebyshev polynomial of M that is small on [0, theta_l] and grows beyond takes
-the place of the power (Saad, Numerical Methods for Large Eigenvalue Problems, 7.4), with two guards against the growth of
-rounding errors: values above 4 theta_l are iterated apart, and the degree is capped where the filter would spread the
+the place of the power (Saad, Numerical Methods for Large Eigenvalue Problems, 7.4), with two guards against the growth
+of rounding errors: values above 4 theta_l are iterated apart, and the degree is capped where the filter would spread the
 wanted directions over more than SPREAD.
 """
 
