@@ -3,8 +3,8 @@ power iteration of the fast mode.
 
 M = a a^T is applied as two products. A Chebyshev polynomial of M that is small on [0, theta_l] and grows beyond takes
 the place of the power (Saad, Numerical Methods for Large Eigenvalue Problems, 7.4), with two guards against the growth
-of rounding errors: values above 4 theta_l are iterated apart, and the degree is capped where the filter would spread the
-wanted directions over more than SPREAD.
+of rounding errors: values above 4 theta_l are filtered apart, by a degree of their own, and the degrees are capped
+where the filter would spread a group's directions over more than SPREAD.
 """
 
 from __future__ import annotations
