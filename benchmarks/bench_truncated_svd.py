@@ -1,7 +1,7 @@
-"""truncated_svd against torch.linalg.svd, svd_lowrank, torch.linalg.eigh of the float32 Gram matrix's float64 form.
+"""truncated_svd against torch.linalg.svd, svd_lowrank, torch.linalg.eigh of the float64 Gram matrix.
 
 python benchmarks/bench_truncated_svd.py [--only 768x3072] [--spectrum heavy] [--rounds 3]
-One thread, CPU seconds, candidates interleaved. overlap: ||U^T U_true||^2 / k; excess: residual^2 over the best, less 1.
+One thread, CPU seconds, candidates interleaved. overlap: ||U^T U_true||^2 / k; excess: residual^2 over the best - 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CASES = ((768, 3072, 96), (768, 768, 96), (2048, 2048, 256), (2048, 2048, 64), (
 
 
 def by_eigh(a: torch.Tensor, k: int):
-    """What a careful user writes: float64 Gram matrix of the smaller side, all eigenpairs, the other side by a product."""
+    """What a careful user writes: float64 Gram matrix, all eigenpairs, the other side by a product."""
     wide = a.double()
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
     u, s = vectors[:, -k:].flip(1), values[-k:].flip(0).sqrt()
@@ -70,7 +70,8 @@ def main() -> None:
             line += f"  1 - overlap {1 - overlap(left, u):8.1e}  excess {excess:8.1e}"
             if hasattr(results[name], "info"):
                 info = results[name].info
-                line += f"  certified {int(info.certified_rank)} rounds {int(info.rounds)} {info.routes[0]}: {info.reasons[0]}"
+                line += f"  certified {int(info.certified_rank)} rounds {int(info.rounds)}"
+                line += f" {info.routes[0]}: {info.reasons[0]}"
             print(line, flush=True)
 
 

@@ -32,13 +32,18 @@ def spectrum(name: str, r: int) -> Tensor:
     return 1 - i / (2 * r)
 
 
-def known_matrix(m: int, n: int, name: str = "heavy", seed: int = 0, k: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def known_matrix(
+    m: int, n: int, name: str = "heavy", seed: int = 0, k: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a float32 [m, n] and its true U [m, k], s [min(m, n)], V [n, k] in float64."""
     s = spectrum(name, min(m, n))
     square = torch.zeros(m, n, dtype=torch.float64)
     square.diagonal().copy_(s)
     a = rotate(rotate(square, 2 * seed).mT.contiguous(), 2 * seed + 1).mT
-    u, v = rotate(torch.eye(m, k, dtype=torch.float64), 2 * seed), rotate(torch.eye(n, k, dtype=torch.float64), 2 * seed + 1)
+    u, v = (
+        rotate(torch.eye(m, k, dtype=torch.float64), 2 * seed),
+        rotate(torch.eye(n, k, dtype=torch.float64), 2 * seed + 1),
+    )
     return a.float().contiguous(), u, s, v
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
-    from pymerge import methods, ops
+    from pymerge import linalg, methods, ops
     from pymerge.checkpoint import Checkpoint, open_checkpoint
     from pymerge.engine.api import Recipe, merge
     from pymerge.engine.local import plan_merge
@@ -25,6 +25,7 @@ __all__ = [
     "Options",
     "Recipe",
     "__version__",
+    "linalg",
     "merge",
     "methods",
     "open_checkpoint",
@@ -46,7 +47,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("methods", "ops"):
+    if name in ("linalg", "methods", "ops"):
         return importlib.import_module(f"pymerge.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'pymerge' has no attribute {name!r}")

@@ -1,5 +1,5 @@
-// The random matrix Omega [n, width] of a sketch A Omega: every entry is a function of (seed, row, column) alone, made of
-// integer arithmetic and of float32 additions, multiplications and square roots that all backends round alike.
+// The random matrix Omega [n, width] of a sketch A Omega: every entry is a function of (seed, row, column) alone, made
+// of integer arithmetic and of float32 additions, multiplications and square roots that all backends round alike.
 #pragma once
 
 #include "philox.h"
@@ -16,7 +16,8 @@ PYMERGE_HD int sketch_segments(int64_t width) {
 
 PYMERGE_HD int64_t segment_begin(int segment, int segments, int64_t width) { return segment * width / segments; }
 
-// Where row `row` of a sparse Omega has its entry of `segment`, and its sign (OSNAP, block form: Nelson and Nguyen 2013).
+// Where row `row` of a sparse Omega has its entry of `segment`, and its sign (OSNAP, block form: Nelson and Nguyen
+// 2013).
 struct SparseEntry {
   int32_t column;
   bool negative;

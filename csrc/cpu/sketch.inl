@@ -1,5 +1,5 @@
 // The sketch's loops, compiled once per CPU level (sketch_ops.cpp): kLanes rows of A at a time, side by side in the
-// lanes of a vector, so that an entry of Omega is one vector addition. Plain loops of fixed length: the compiler's.
+// lanes of a vector, so that an entry of Omega is one vector addition.
 
 // Entries of rows [0, count) and columns [0, width) of a block of A as x[column][plain, negated][row]. Row by row where
 // rows are contiguous: 16 rows a power of two apart would throw each other out of the cache.
@@ -22,8 +22,17 @@ void load_block(const Stored* __restrict__ a, int64_t row_stride, int64_t column
   }
 }
 
-// y [count, width] = rows of A times the sparse Omega: sums over the columns of A in ascending order, scaled at the end.
-// panel: width * kLanes, block: kColumns * 2 * kLanes entries.
+// sum += x. Vectors by name: of a plain loop the compiler makes sixteen scalar additions.
+void add_lanes(const float* x, float* sum) { *reinterpret_cast<Floats*>(sum) += *reinterpret_cast<const Floats*>(x); }
+
+void add_lanes(const double* x, double* sum) {
+  for (int half = 0; half < 2; ++half) {
+    reinterpret_cast<Doubles*>(sum)[half] += reinterpret_cast<const Doubles*>(x)[half];
+  }
+}
+
+// y [count, width] = rows of A times the sparse Omega: sums over the columns of A in ascending order, scaled at the
+// end. panel: width * kLanes, block: kColumns * 2 * kLanes entries.
 template <typename Stored, typename T>
 void sparse_rows(const Source& source, const Stored* a, int64_t count, const Picks& picks, T* panel, T* block, T* y) {
   for (int64_t i = 0; i < picks.width * kLanes; ++i) panel[i] = T{0};
@@ -33,9 +42,7 @@ void sparse_rows(const Source& source, const Stored* a, int64_t count, const Pic
     const uint32_t* pick = picks.at + begin * picks.segments;
     for (int64_t j = 0; j < n; ++j) {
       for (int s = 0; s < picks.segments; ++s, ++pick) {
-        const T* __restrict__ x = block + (2 * j + (*pick & 1u)) * kLanes;
-        T* __restrict__ sum = panel + int64_t{*pick >> 1} * kLanes;
-        for (int i = 0; i < kLanes; ++i) sum[i] += x[i];
+        add_lanes(block + (2 * j + (*pick & 1u)) * kLanes, panel + int64_t{*pick >> 1} * kLanes);
       }
     }
   }
@@ -47,7 +54,7 @@ void sparse_rows(const Source& source, const Stored* a, int64_t count, const Pic
 
 // Rows [begin, end) of the Gaussian Omega.
 __attribute__((optimize("no-math-errno"))) void gaussian_rows(uint64_t seed, int64_t begin, int64_t end, int64_t width,
-                                                               float* omega) {
+                                                              float* omega) {
   for (int64_t row = begin; row < end; ++row) {
     float* to = omega + row * width;
     const int64_t whole = width / 4;

@@ -17,6 +17,9 @@ constexpr int kLanes = 16;        // rows of A that are worked on together
 constexpr int64_t kColumns = 64;  // columns of A that are widened at a time
 constexpr int64_t kRowGrain = 256;
 
+typedef float Floats __attribute__((vector_size(64), may_alias));
+typedef double Doubles __attribute__((vector_size(64), may_alias));
+
 struct Half {
   uint16_t bits;
 };
@@ -83,6 +86,19 @@ Tensor new_tensor(std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::empty(sizes, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
+// Scratch on whole cache lines: a vector that lies across two of them costs several times as much.
+class Lines {
+ public:
+  explicit Lines(size_t bytes) : memory_(bytes + 64) {}
+  template <typename T>
+  T* as() {
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::vector<unsigned char> memory_;
+};
+
 std::vector<uint32_t> sparse_picks(uint64_t seed, int64_t rows, int64_t width) {
   const int segments = sketch_segments(width);
   std::vector<uint32_t> picks(static_cast<size_t>(rows * segments));
@@ -121,11 +137,11 @@ void sparse_sketch(const Tensor& a, int64_t width, uint64_t seed, T* y) {
   const Source source{n, a.stride(a.dim() - 2), a.stride(a.dim() - 1)};
   const auto* data = static_cast<const Stored*>(a.const_data_ptr());
   parallel_for(0, static_cast<int64_t>(offsets.size()) * tiles, kRowGrain / kLanes, [&](int64_t begin, int64_t end) {
-    std::vector<T> panel(static_cast<size_t>(width * kLanes)), block(kColumns * 2 * kLanes);
+    Lines panel(static_cast<size_t>(width) * kLanes * sizeof(T)), block(kColumns * 2 * kLanes * sizeof(T));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t item = i / tiles, row = i % tiles * kLanes, count = std::min<int64_t>(kLanes, m - row);
       sparse_rows(source, data + offsets[static_cast<size_t>(item)] + row * source.row_stride, count, picks,
-                  panel.data(), block.data(), y + (item * m + row) * width);
+                  panel.as<T>(), block.as<T>(), y + (item * m + row) * width);
     }
   });
 }

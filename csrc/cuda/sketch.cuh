@@ -11,9 +11,9 @@
 
 namespace pymerge::cuda {
 
-constexpr int kSketchRows = kWarp;   // rows of A of a block
-constexpr int kSketchColumns = 32;   // columns of A in shared memory
-constexpr int kPanelBytes = 32768;   // of sums of a block
+constexpr int kSketchRows = kWarp;  // rows of A of a block
+constexpr int kSketchColumns = 32;  // columns of A in shared memory
+constexpr int kPanelBytes = 32768;  // of sums of a block
 
 template <typename T>
 constexpr int kSegmentColumns = kPanelBytes / (kSketchNonzeros * kSketchRows * static_cast<int>(sizeof(T)));

@@ -37,4 +37,6 @@ def check_finite(what: str, norm: float, a: Tensor, index: int, batch: torch.Siz
         return
     where = list(torch.unravel_index(torch.tensor(index), batch)) if batch else []
     place = f" in matrix {[int(i) for i in where]} of the batch {list(batch)}" if batch else ""
-    raise NonFinite(f"{what} has {bad} NaN or infinite entries of {a.numel()}{place}: find out which tensor they are in")
+    raise NonFinite(
+        f"{what} has {bad} NaN or infinite entries of {a.numel()}{place}: find out which tensor they are in"
+    )

@@ -18,12 +18,13 @@ def gram(a: Tensor) -> Tensor:
     if a.device.type != "cpu":
         wide = a.double()
         return wide @ wide.mT
-    from scipy.linalg.blas import dsyrk
+    from scipy.linalg import get_blas_funcs
 
+    (syrk,) = get_blas_funcs(("syrk",), dtype="float64")
     total = torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64).mT  # Fortran order: LAPACK works in place
     for low, high in wide_blocks(a):
         block = a[:, low:high].double().contiguous()
-        dsyrk(1.0, block.mT.numpy(), beta=1.0, c=total.numpy(), trans=1, lower=1, overwrite_c=1)
+        syrk(1.0, block.mT.numpy(), beta=1.0, c=total.numpy(), trans=1, lower=1, overwrite_c=1)
     return total
 
 

@@ -130,7 +130,9 @@ def covariance_subspace(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor
     _checks.check_count("rank", rank, d.shape)
     batch, (m, n) = d.shape[:-2], d.shape[-2:]
     if c.shape != (*batch, n, n) or c.device != d.device:
-        raise ValueError(f"c must be {[*batch, n, n]} on {d.device} for d {list(d.shape)}, got {list(c.shape)} on {c.device}")
+        raise ValueError(
+            f"c must be {[*batch, n, n]} on {d.device} for d {list(d.shape)}, got {list(c.shape)} on {c.device}"
+        )
     bases, values = [], []
     for i, (x, y) in enumerate(zip(_flat(d), _flat(c), strict=True)):
         x, norm, power = _scaled("d", x, i, batch)

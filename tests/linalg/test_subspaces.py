@@ -115,7 +115,12 @@ def test_covariance_batch_zero_and_scale():
 
 def test_batches_have_the_bits_of_single_calls():
     a = torch.randn(2, 2, 9, 7, generator=torch.Generator().manual_seed(0))
-    for run in (lambda x: subspace(x, 3), lambda x: subspace(x, 3, side="right"), singular_values, lambda x: tail_subspace(x, 2)):
+    for run in (
+        lambda x: subspace(x, 3),
+        lambda x: subspace(x, 3, side="right"),
+        singular_values,
+        lambda x: tail_subspace(x, 2),
+    ):
         whole = run(a)
         assert all(torch.equal(whole[i, j], run(a[i, j])) for i in range(2) for j in range(2))
         assert run(a[:0]).shape == (0, *whole.shape[1:])

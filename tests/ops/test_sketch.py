@@ -47,7 +47,9 @@ def test_sparse_against_float64():
 
 
 def test_omega_has_the_bits_of_the_reference():
-    assert torch.equal(sketch(torch.eye(300), 65, kind="gaussian", seed=3), gaussian_matrix(300, 65, 3, torch.device("cpu")))
+    assert torch.equal(
+        sketch(torch.eye(300), 65, kind="gaussian", seed=3), gaussian_matrix(300, 65, 3, torch.device("cpu"))
+    )
 
 
 def test_gaussian_moments():
@@ -128,3 +130,19 @@ def test_malformed_calls_raise():
         except (RuntimeError, TypeError, ValueError, OverflowError, AttributeError):
             continue
         assert y.shape == (*a.shape[:-1], width) and kind in KINDS
+
+
+@pytest.mark.device
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, width", SHAPES, ids=str)
+def test_cuda(shape, width, dtype):
+    """The bits of the CPU; the Gaussian product within its bound."""
+    a = random_matrix(*shape).to(dtype)
+    assert torch.equal(sketch(a.cuda(), width, seed=3).cpu(), sketch(a, width, seed=3))
+    eye = torch.eye(20)
+    omega = sketch(eye.cuda(), width, kind="gaussian", seed=3).cpu()
+    assert torch.equal(omega, sketch(eye, width, kind="gaussian", seed=3))
+    y, expected = (sketch(x, width, kind="gaussian", seed=3).cpu().double() for x in (a.cuda(), a))
+    bound = 12.0 * torch.finfo(sketch(a, width).dtype).eps * shape[-1] * a.double().abs().sum(-1, keepdim=True)
+    assert ((y - expected).abs() <= bound).all()
