@@ -54,13 +54,18 @@ inline __attribute__((always_inline)) vd lesser(vd a, vd b) {
 
 // The least value of the lanes and the lowest index that has it.
 inline __attribute__((always_inline)) void reduce(vd value, vl index, double* least, int64_t* at) {
+#if PYMERGE_WIDE == 8
+  const double v = _mm512_reduce_min_pd(value);
+  *at = _mm512_mask_reduce_min_epi64(_mm512_cmp_pd_mask(value, _mm512_set1_pd(v), _CMP_EQ_OQ), (__m512i)index);
+#else
   double v = value[0];
   for (int i = 1; i < PYMERGE_WIDE; ++i) v = value[i] < v ? value[i] : v;
   const vl among = value == v ? index : INT64_MAX - (vl){};
   int64_t k = among[0];
   for (int i = 1; i < PYMERGE_WIDE; ++i) k = among[i] < k ? among[i] : k;
-  *least = v;
   *at = k;
+#endif
+  *least = v;
 }
 
 uint32_t column_minima(const float* row, int64_t columns, float sign, float* low) {
@@ -102,11 +107,8 @@ RowBest row_best(const float* row, int64_t padded_columns, float sign, const dou
   reduce(best, at, &found.value, &found.index);
   reduce(free_best, free_at, &free_value, &found.free_index);
   if (free_value != found.value) found.free_index = -1;
-  found.second = kInfinity;
-  for (int i = 0; i < PYMERGE_WIDE; ++i) {
-    const double x = at[i] == found.index ? second[i] : best[i];
-    found.second = x < found.second ? x : found.second;
-  }
+  int64_t ignored = 0;  // of the best value's own lane, the second best counts
+  reduce(at == found.index ? second : best, lane, &found.second, &ignored);
   return found;
 }
 

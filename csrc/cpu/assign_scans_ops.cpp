@@ -7,7 +7,8 @@
 #include "assign.h"
 #include "cpu_level.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors are passed between inlined functions only
+#pragma GCC diagnostic ignored "-Wpsabi"          // wide vectors are passed between inlined functions only
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics
 
 #define PYMERGE_LEVEL baseline
 #define PYMERGE_WIDE 2

@@ -5,7 +5,8 @@
 namespace pymerge {
 namespace {
 
-constexpr int64_t kListsFrom = 512;  // columns from which lists of candidates come first
+constexpr int64_t kListsFrom = 1536;  // columns from which lists of candidates pay (measured: 1024 not, 2048 twice)
+constexpr size_t kFew = 4;            // free rows for which they do not
 constexpr int kListRounds = 6, kRounds = 12;
 constexpr double kEps = 0x1p-52;
 
@@ -106,7 +107,7 @@ bool Solver::settle_dummies(double tolerance) {
 
 void Solver::repair(std::vector<int32_t> free, int round) {
   const bool square = state_.rows == state_.columns;
-  if (square && state_.columns >= kListsFrom && round < kListRounds && free.size() > 4) {
+  if (square && state_.columns >= kListsFrom && round < kListRounds && free.size() > kFew) {
     if (lists_ == nullptr) lists_ = std::make_unique<AssignLists>(state_);
     return lists_->solve(std::move(free));
   }

@@ -8,10 +8,7 @@ namespace {
 
 constexpr int kSmall = 1024;          // columns up to which one block a problem is all there is to do
 constexpr double kExactStart = 1e-7;  // epsilon, of the largest score, whose prices exact paths start from
-
-struct Results {
-  Tensor match, row_prices, col_prices, value;
-};
+constexpr int kRounds = 64;           // of an auction for one look of the host
 
 Tensor bytes_like(const Tensor& like, int64_t bytes) { return new_tensor(like, {(bytes + 7) / 8}, ScalarType::Long); }
 
@@ -47,8 +44,8 @@ void auction(AssignArgs args, std::optional<double> tolerance, const Tensor& lik
     return value;
   };
   const int sms = multiprocessors(like);
-  const double last = tolerance ? *tolerance : kExactStart;
-  const bool done = run_auction(bids, args.started, last, !tolerance, sms, stream, read);
+  const AuctionPlan plan = {args.started != 0, tolerance ? *tolerance : kExactStart, !tolerance, sms, kRounds};
+  const bool done = run_auction(bids, plan, stream, read);
   if (done && tolerance) return launch_auction_match(bids, args.match, sms, stream);
   args.started = 1;
   paths(args, 1, like, stream);

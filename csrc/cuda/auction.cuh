@@ -10,7 +10,6 @@
 
 namespace pymerge::cuda {
 
-constexpr int kAuctionRounds = 64;  // between two looks of the host at how many rows are free; even
 constexpr double kAuctionStep = 5.0, kAuctionFinest = 0x1p-46;
 
 struct AuctionArgs {
@@ -82,8 +81,9 @@ struct TopTwo {
 
 __device__ __forceinline__ TopTwo merged(const TopTwo& a, const TopTwo& b) {
   const bool b_first = comes_before(b.first, a.first);
-  const TopTwo &winner = b_first ? b : a, &loser = b_first ? a : b;
-  return {winner.first, loser.first.value < winner.second ? loser.first.value : winner.second};
+  const double loser = b_first ? a.first.value : b.first.value, second = b_first ? b.second : a.second;
+  return {{b_first ? b.first.value : a.first.value, b_first ? b.first.key : a.first.key},
+          loser < second ? loser : second};
 }
 
 __device__ __forceinline__ TopTwo best_two(const AuctionArgs& args, int i, TopTwo* slots) {
@@ -167,25 +167,33 @@ static __global__ void __launch_bounds__(kThreads)
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.n; i += stride) match[i] = args.column_of[i];
 }
 
-// Prices (and the matching) such that no row could gain more than `last` with another column; `relative`: times the
-// largest |score|. read(p) waits for the device and returns what is at p. False: a score or price is not finite.
+struct AuctionPlan {
+  bool started;   // prices hold values to start from
+  double last;    // what a row may gain by another column in the end
+  bool relative;  // `last` is in units of the largest |score|
+  int sms;
+  int rounds;  // between two looks at how many rows are free; even
+};
+
+// Prices and a matching. read(p) waits for the device and returns what is at p. False: a score or price is not finite.
 template <typename Read>
-bool run_auction(AuctionArgs args, bool started, double last, bool relative, int sms, Stream stream, Read read) {
+bool run_auction(AuctionArgs args, const AuctionPlan& plan, Stream stream, Read read) {
+  const int sms = plan.sms;
   LAUNCH(auction_range_kernel, sms * 4, kThreads, 0, stream, args);
   const unsigned bits = read(args.largest);
   if (bits >= kInfinityBits) return false;
   float largest = 1.0f;
   if (bits != 0) std::memcpy(&largest, &bits, sizeof(largest));
-  const double wanted = relative ? last * largest : last, finest = kAuctionFinest * largest;
-  last = wanted > finest ? wanted : finest;
-  double epsilon = static_cast<double>(largest) * (started ? 1e-3 : 0.5);
+  const double wanted = plan.relative ? plan.last * largest : plan.last, finest = kAuctionFinest * largest;
+  const double last = wanted > finest ? wanted : finest;
+  double epsilon = static_cast<double>(largest) * (plan.started ? 1e-3 : 0.5);
   const unsigned few = grid_size(args.n, kThreads, sms, 4), many = static_cast<unsigned>(sms * 8);
   while (true) {
     args.epsilon = epsilon > last ? epsilon : last;
     args.round = 0;
     LAUNCH(auction_open_kernel, few, kThreads, 0, stream, args);
     do {
-      for (int k = 0; k < kAuctionRounds; ++k, ++args.round) {
+      for (int k = 0; k < plan.rounds; ++k, ++args.round) {
         LAUNCH(auction_bid_kernel, many, kThreads, 0, stream, args);
         LAUNCH(auction_award_kernel, few, kThreads, 0, stream, args);
         LAUNCH(auction_take_kernel, few, kThreads, 0, stream, args);

@@ -30,7 +30,7 @@ void emulate_assign(const AssignFields* f) {
     std::vector<uint64_t> space(static_cast<size_t>(auction_bytes(f->columns)) / 8 + 1);
     const AuctionArgs bids = auction_args(args, space.data());
     const auto read = [](const unsigned* p) { return *p; };
-    const bool done = run_auction(bids, args.started != 0, f->tolerance, false, 1, nullptr, read);
+    const bool done = run_auction(bids, {args.started != 0, f->tolerance, false, 1, 2}, nullptr, read);
     paths = !done || f->exact != 0;
     if (!paths) launch_auction_match(bids, f->match, 1, nullptr);
     args.started = 1;

