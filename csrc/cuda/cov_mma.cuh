@@ -10,15 +10,11 @@ namespace pymerge::cuda {
 // Calls `use` with the values that all lanes pass; every lane of the warp calls it.
 template <typename T, typename Use>
 inline void with_warp(const T& mine, Use use) {
-  const T* pointer = &mine;
-  std::memcpy(emu::fibers[emu::running].lane, &pointer, sizeof(pointer));
-  emu::give_way(emu::State::kWarp);
+  const emu::Collected<const T*> all(emu::kAllLanes, &mine, emu::Place::current());
   const T* lanes[kWarp];
-  for (int i = 0; i < kWarp; ++i) {
-    std::memcpy(&lanes[i], emu::fibers[emu::running / kWarp * kWarp + i].lane, sizeof(pointer));
-  }
+  for (int i = 0; i < kWarp; ++i) lanes[i] = all.from(i);
   use(lanes);
-  emu::give_way(emu::State::kWarp);
+  __syncwarp();  // `mine` lives until all have looked
 }
 
 // tf32 as the tensor cores read it: the low 13 bits do not count.

@@ -15,11 +15,10 @@ struct CovFields {
   const bool* columns_kept;
   int64_t rows, columns, row_stride, column_stride, cov_stride;
   double alpha;
-  int32_t dtype, wide_totals, wide_products, multiprocessors, reversed;
+  int32_t dtype, wide_totals, wide_products, multiprocessors;
 };
 
 int64_t emulate_cov(const CovFields* f) {
-  emu::reversed = f->reversed != 0;
   CovArgs args = {};
   args.x = {f->x, static_cast<Dtype>(f->dtype)};
   args.row_stride = f->row_stride, args.column_stride = f->column_stride, args.columns = f->columns;

@@ -8,8 +8,6 @@ using namespace pymerge::cuda;
 
 extern "C" {
 
-void set_reversed(int reversed) { emu::reversed = reversed != 0; }
-
 void emulate_gram64(const void* x, int32_t dtype, int64_t batch, int64_t depth, int64_t width, int32_t transposed,
                     int32_t splits, double* gram) {
   Gram64Args args = {};

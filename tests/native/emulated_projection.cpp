@@ -19,8 +19,6 @@ struct ProjectFields {
   int32_t tasks, dtype, split, aligned;
 };
 
-void set_reversed(int reversed) { emu::reversed = reversed != 0; }
-
 void emulate_projection(const ProjectFields* f) {
   std::vector<Task> tasks(static_cast<size_t>(f->tasks)), more(tasks.size() + kInlineTasks);
   for (int t = 0; t < f->tasks; ++t) tasks[static_cast<size_t>(t)].tuned = {f->tuned[t], static_cast<Dtype>(f->dtype)};

@@ -6,8 +6,6 @@ using namespace pymerge::cuda;
 
 extern "C" {
 
-void set_reversed(int reversed) { emu::reversed = reversed != 0; }
-
 void sparse_float(const void* a, int32_t dtype, float* y, int64_t rows, int64_t columns, int64_t width, uint64_t seed) {
   launch_sparse_sketch(SketchArgs<float>{{a, static_cast<Dtype>(dtype)}, y, rows, columns, width, seed}, nullptr);
 }

@@ -2,13 +2,15 @@
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+import tests.native.emulated as e
+
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is needed to build the emulated kernels")
+SOURCE = Path(__file__).parent / "emulated_cov.cpp"
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CODES = {BF16: 0, F16: 1, F32: 2, F64: 3}
 
@@ -18,17 +20,13 @@ class CovFields(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "cov", "rows_kept", "columns_kept")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride", "cov_stride")),
         ("alpha", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("dtype", "wide_totals", "wide_products", "multiprocessors", "reversed")),
+        *((name, ctypes.c_int32) for name in ("dtype", "wide_totals", "wide_products", "multiprocessors")),
     ]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    built = tmp_path_factory.mktemp("emulated") / "emulated_cov.so"
-    source = Path(__file__).parent / "emulated_cov.cpp"
-    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-w", str(source), "-o", str(built)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(built))
+    return e.build(tmp_path_factory.mktemp("emulated"), SOURCE)
 
 
 def accumulate(library, x, *, mask=None, small=False, wide=False, totals=F32, sms=1, backward=False):
@@ -51,8 +49,8 @@ def accumulate(library, x, *, mask=None, small=False, wide=False, totals=F32, sm
         wide_totals=int(totals == F64),
         wide_products=int(wide),
         multiprocessors=sms,
-        reversed=int(backward),
     )
+    library.set_order("reversed" if backward else "forward")
     parts = library.emulate_cov(ctypes.byref(fields))
     assert (cov[:, columns:] == 3).all(), "entries beyond the row were written"
     return cov[:, :columns], parts

@@ -2,27 +2,28 @@
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tests.native.emulated as e
 from tests.native.emulated import CODES, store
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is needed to build the emulated kernels")
+SOURCE = Path(__file__).parent / "emulated_gram64.cpp"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["forward", "reversed"])
-def library(request, tmp_path_factory):
-    """Both orders of the threads of a block: a missing barrier shows as a difference."""
-    built = tmp_path_factory.mktemp("emulated") / "emulated_gram64.so"
-    source = Path(__file__).parent / "emulated_gram64.cpp"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off"]
-    subprocess.run(["g++", *flags, "-shared", "-fPIC", source, "-o", built], check=True)
-    loaded = ctypes.CDLL(str(built))
-    loaded.set_reversed(int(request.param))
-    return loaded
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return e.build(tmp_path_factory.mktemp("emulated"), SOURCE)
+
+
+@pytest.fixture(params=e.ORDERS)
+def library(request, built):
+    """Every order of the threads of a block gives the same bits."""
+    built.set_order(request.param, seed=1)
+    return built
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (1, 40, 64), (2, 33, 70), (1, 300, 129)], ids=str)
