@@ -123,6 +123,7 @@ def test_fuzzed_calls_raise_or_are_right():
             got = torch.ops.pymerge.gram64(x)
         except (RuntimeError, TypeError, AttributeError):  # None reaches the reference
             continue
+        got = got.to_dense() if got.is_sparse else got  # sparse tensors have no kernel and take the reference
         assert isinstance(x, torch.Tensor) and (got == x.shape[-2]).all()
         made += 1
     assert made > 100
