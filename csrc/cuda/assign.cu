@@ -78,8 +78,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign(Tensor score, bool maximize, s
          value = new_zeros(score, {batch, 3}, ScalarType::Double);
   Tensor few_prices = new_zeros(score, {batch, few}, ScalarType::Double);
   Tensor many_prices = new_zeros(score, {batch, many}, ScalarType::Double);
-  if (tall) torch::stable::fill_(match, -1);
   Tensor found = tall ? new_tensor(score, {batch, few}, ScalarType::Long) : match;
+  if (batch * rows > 0 && few == 0) {
+    const auto bytes = static_cast<size_t>(batch * rows) * sizeof(int64_t);
+    STD_CUDA_CHECK(cudaMemsetAsync(match.mutable_data_ptr(), 0xFF, bytes, current_stream(score)));
+  }
   if (batch * few > 0) {
     const Stream stream = current_stream(score);
     AssignArgs args = {};
@@ -92,6 +95,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign(Tensor score, bool maximize, s
     const unsigned grid = grid_size(batch * many, kThreads, multiprocessors(score), 8);
     if (args.started && maximize) LAUNCH(assign_sign_kernel, grid, kThreads, 0, stream, args.prices, batch * many);
     solve(args, static_cast<int>(batch), tolerance, score);
+    if (tall) {  // all bits 1: -1
+      const auto bytes = static_cast<size_t>(batch * rows) * sizeof(int64_t);
+      STD_CUDA_CHECK(cudaMemsetAsync(match.mutable_data_ptr(), 0xFF, bytes, stream));
+    }
     if (tall) LAUNCH(assign_turn_kernel, grid, kThreads, 0, stream, args, batch * few, data_of<int64_t>(match));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
