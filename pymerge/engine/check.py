@@ -192,9 +192,7 @@ class Checker:
 
     def common_count(self, name: str, reference: AnyTensor, found: Sequence[AnyTensor]) -> int | None:
         """Entries to merge: all of them, or the rows common to all where the recipe allows that."""
-        count = 1
-        for size in reference.shape:
-            count *= size
+        count = reference.numel
         wrong = [
             (label, t.shape) for (label, _, _), t in zip(self.others, found, strict=True) if t.shape != reference.shape
         ]

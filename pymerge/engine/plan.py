@@ -7,9 +7,10 @@ sweeps over it in tiles otherwise.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn
 
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, plan_layout
@@ -181,9 +182,7 @@ class Planner:
         return [item for entry in entries for item in self.items_of(entry)]
 
     def items_of(self, entry: Entry) -> list[Item]:
-        total = 1
-        for size in entry.shape:
-            total *= size
+        total = math.prod(entry.shape)
         items = []
         if entry.merged:
             items.append(self.merge_item(entry))
@@ -197,7 +196,7 @@ class Planner:
         assert steps is not None
         if not element_wise(steps) or self.options.device != "cpu":
             return Item(entry=entry, mode="generic", first=0, count=entry.count, tile=entry.count)
-        shape = (entry.count // max(1, total_of(entry.shape[1:])), *entry.shape[1:]) if entry.shape else ()
+        shape = (entry.count // max(1, math.prod(entry.shape[1:])), *entry.shape[1:]) if entry.shape else ()
         info = TensorInfo(name=entry.name, shape=shape, tasks=len(entry.tuned), seed=self.recipe.seed)
         assert isinstance(steps.combine, ElementWiseCombine)
         rule = chain_rule(steps.purify, steps.combine, info)
@@ -206,7 +205,7 @@ class Planner:
             return self.tiled(item)
         if rule.needs_survey:
             held = item.block_bytes(item.count) <= self.arena_bytes // 2
-            item = replace_item(item, mode="held" if held else "swept")
+            item = replace(item, mode="held" if held else "swept")
         return self.tiled(item)
 
     def tiled(self, item: Item) -> Item:
@@ -220,18 +219,7 @@ class Planner:
             tile = max(1, tile // row) * row
         if item.block_bytes(min(tile, item.count)) > self.arena_bytes // 2:
             self.refuse(2 * item.block_bytes(min(tile, item.count)) + SLACK, item.entry.name)
-        return replace_item(item, tile=max(1, tile))
-
-
-def total_of(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def replace_item(item: Item, **changes: object) -> Item:
-    return Item(**{**item.__dict__, **changes})
+        return replace(item, tile=max(1, tile))
 
 
 def make_plan(
@@ -251,7 +239,7 @@ def make_plan(
             groups.setdefault(id(steps), (steps, []))[1].append(item)
     numbers = {key: number for number, key in enumerate(groups)}
     items = [
-        replace_item(item, survey_scope=numbers[id(item.entry.steps)])
+        replace(item, survey_scope=numbers[id(item.entry.steps)])
         if id(item.entry.steps) in numbers and item.rule
         else item
         for item in items
