@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pymerge.errors import RecipeError
-from pymerge.methods.param import REQUIRED, STYLES, UNUSED, Param, Style, complete, param, params_of
+from pymerge.methods.param import REQUIRED, STYLES, UNUSED, Auto, Param, Style, complete, param, params_of
 from pymerge.ops.delta_rule import DeltaRule
 
 if TYPE_CHECKING:
@@ -22,11 +22,14 @@ __all__ = [
     "REQUIRED",
     "STYLES",
     "UNUSED",
+    "Auto",
     "Calibrate",
     "Combine",
     "ElementWiseCombine",
     "ElementWisePurify",
+    "MatrixCombine",
     "Method",
+    "Notes",
     "Param",
     "PerModel",
     "Purify",
@@ -57,18 +60,41 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+@dataclass
+class Notes:
+    """What the steps of one tensor tell the summary and each other.
+
+    facts    numbers and short words for merge.json ("gamma": 0.2, "branch": "homogeneous"); lists of numbers are fine
+    combine  name of the combine step
+    basis    set by a combine step whose update has equal singular values: gives the singular directions that it was
+             built from, U [m, k] and V [n, k], so that a calibrate step need not recompute what is not defined
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    combine: str = ""
+    basis: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskGroup:
-    """One parameter of all models.
+    """One parameter of all models, or some of its rows.
 
     base   what is subtracted from each tuned tensor; None where the method has no base or where tuned are task
            vectors already
     tuned  T tensors as stored (any floating dtype; may differ), same shape
+    first  index of the first entry within the parameter (info.shape is the whole parameter's)
     """
 
     info: TensorInfo
     base: Tensor | None
     tuned: tuple[Tensor, ...]
+    first: int = 0
+    notes: Notes = field(default_factory=Notes, compare=False)
+
+    def delta(self, task: int) -> Tensor:
+        """The task vector of one task, float32, a new tensor."""
+        tuned = self.tuned[task]
+        return tuned.float() - self.base.float() if self.base is not None else tuned.float().clone()
 
 
 def register(name: str) -> Callable[[M], M]:
@@ -97,6 +123,10 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()  # statistics that must exist before the merge starts, e.g. ("covariance",)
     ignored: ClassVar[Mapping[str, str]] = {}  # names that mergekit accepts without effect here, with the reason
     element_wise: ClassVar[bool] = False
+    spectral: ClassVar[bool] = False  # acts on weight matrices only; other tensors go past it
+    # What a step that is no DeltaRule must see at once: the tensor, whole rows (slices of the first dimension), or any
+    # range of entries.
+    unit: ClassVar[Literal["tensor", "rows", "entries"]] = "tensor"
 
     def __post_init__(self) -> None:
         known = params_of(type(self))
@@ -110,6 +140,12 @@ class Method:
     def conflicts(self) -> list[str]:
         """Problems between hyperparameters that are each within their range."""
         return []
+
+    def workspace(self, info: TensorInfo) -> int:
+        """Bytes that the step takes beside its inputs and its result, for a tensor (or a part of one) of info's shape.
+
+        The default: the task vectors and two more tensors in float32."""
+        return 4 * info.numel * (info.tasks + 2)
 
 
 class Purify(Method):
@@ -134,6 +170,20 @@ class Combine(Method):
     def combine(self, group: TaskGroup) -> Tensor:
         """Merged update, float32: what is added to the base, or the merged weight where base_role is not "required"."""
         raise NotImplementedError
+
+
+class MatrixCombine(Combine):
+    """A combine step for the weight matrices [out, in] of linear layers (`methods.matrices` says which tensors are).
+
+    All other tensors get the mean of the task vectors times `scale` where the method has that field, the sum, or stay
+    at the base, by the recipe's `spectral: {rest: ...}` or by `rest`.
+    """
+
+    spectral = True
+
+    @property
+    def rest(self) -> Literal["mean", "sum", "base"]:
+        return "mean"
 
 
 class Calibrate(Method):

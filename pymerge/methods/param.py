@@ -13,6 +13,19 @@ STYLES: Final = ("authors", "mergekit", "mergekit-0.1.4")
 REQUIRED: Final = None  # a default: the value must be given
 UNUSED: Final = "(unused)"  # a default: the hyperparameter has no meaning in that style, giving it is an error
 _SAME: Final = "(same)"
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A default that the method works out from the tensor, the tasks or its other values; the field holds None."""
+
+    says: str
+    kind: type = float
+
+    def __str__(self) -> str:
+        return self.says
+
+
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -93,7 +106,8 @@ def param(
     """A dataclass field that holds a hyperparameter. A value that is not given becomes the default of the method's
     style.
 
-    default    in the authors' style (REQUIRED: must be given; UNUSED: must not be given in this style)
+    default    in the authors' style (REQUIRED: must be given; UNUSED: must not be given in this style; Auto: the method
+               works it out)
     mergekit   in the styles mergekit and mergekit-0.1.4, where it differs
     per_model  the field holds one value for all tasks or a tuple with one entry a task
     """
@@ -101,7 +115,7 @@ def param(
     example = next((v for v in (default, other) if v is not REQUIRED and v is not UNUSED), 0.0)
     known = Param(
         doc=doc,
-        kind=type(example),
+        kind=example.kind if isinstance(example, Auto) else type(example),
         authors=default,
         mergekit=other,
         low=low,
@@ -134,7 +148,7 @@ def complete(known: Mapping[str, Param], given: Mapping[str, Any]) -> tuple[dict
         if value is None and default is REQUIRED:
             problems.append(f"{name}: must be given ({p.range}; {p.doc})")
         elif value is None:
-            values[name] = None if default is UNUSED else default
+            values[name] = None if default is UNUSED or isinstance(default, Auto) else default
         elif default is UNUSED:
             problems.append(f"{name}: has no meaning in style {style}, leave it out ({p.doc})")
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pymerge.methods.base import UNUSED, Calibrate, Combine, Method, Purify, Style
-from pymerge.methods.param import params_of
+from pymerge.methods.param import Auto, params_of
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.settings import Lookup, Setting
 
@@ -80,8 +80,8 @@ class StepTemplate:
                 if one is None:
                     where = f"{self.labels[i]}: {field_name}" if several else field_name
                     problems.add(where, f"must be given ({known[field_name].range}); no filter fits this tensor")
-            unused = (value[0] if several and value else value) == UNUSED
-            arguments[field_name] = None if unused else value
+            first = value[0] if several and value else value
+            arguments[field_name] = None if first == UNUSED or isinstance(first, Auto) else value
         problems.raise_if_any()
         return arguments
 
