@@ -91,7 +91,7 @@ def read_golden(path: Path) -> Golden:
         base=under("base/"),
         tasks=[under(f"task{t}/") for t in range(count)],
         merged=under("merged/"),
-        precision=by_tensor(metadata["fp32_fp64_rel_diff"]),
+        precision=by_tensor(metadata.get("fp32_fp64_rel_diff", "")),
         masks=[under(f"masks/task{t}/") for t in range(count)] if "masks" in {k.split("/")[0] for k in tensors} else [],
     )
 
