@@ -215,6 +215,9 @@ def observe(
         list[str] | None, typer.Option(help="Name patterns of modules; default: all linear ones.")
     ] = None,
     float64: Annotated[bool, typer.Option("--float64", help="Sums in float64.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read weights module by module: for models that do not fit in memory.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Run MODEL over a few samples and keep what its linear layers see, for methods that need statistics."""
@@ -222,9 +225,12 @@ def observe(
         from pymerge.statistics import observe as run
         from pymerge.statistics.samples import batches_of
 
-        batches = batches_of(model, data, samples=samples, length=length, batch_size=batch_size, field=field)
-        found = run(model, batches, targets=targets or (), dtype="float64" if float64 else "float32")
-        found.save(out)
+        at_once = samples if stream else batch_size
+        batches = batches_of(model, data, samples=samples, length=length, batch_size=at_once, field=field)
+        dtype = "float64" if float64 else "float32"
+        found = run(model, batches, targets=targets or (), dtype=dtype, stream_to=out if stream else None)
+        if not stream:
+            found.save(out)
         rows = max(found.rows.values())
         holders = len(set(found.header.modules.values()))
         print(f"{out}: {len(found.modules)} layers, {holders} distinct inputs, {rows} rows")
