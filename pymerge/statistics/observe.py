@@ -46,9 +46,9 @@ def observe(
              tensors, or tuples of positional arguments
     targets, exclude  name patterns of modules; default: every Linear, Conv1D and fused attention but the heads
     dtype    of the sums: float64 where a spectrum's tail matters (PAVE on ill-conditioned inputs)
-    stream_to  file to write: the weights of a folder are read module by module as it runs, and the moments of each layer
-             go to this file at once; the samples must be one batch. For models that do not fit in memory.
-    Returns  Statistics, modules named as in the checkpoint: save(path), or hand them to `pymerge.merge(..., statistics=[...])`
+    stream_to  file to write: the weights of a folder are read module by module as it runs, the moments of each layer go
+             to this file at once; the samples must be one batch. For models that do not fit in memory.
+    Returns  Statistics, modules named as in the checkpoint; `save(path)` writes them
     Raises   InputError (no batch, no such layer); NonFinite (an input with NaN, named by its layer)
     Cost     one forward pass a batch, and N n^2 / 2 multiply-adds for each distinct input of width n, which takes n^2
              numbers of memory (or N n, if that is less)."""
