@@ -49,10 +49,12 @@ def all_directions(update: Tensor) -> Directions:
         q = _dense.top_eigh(_dense.gram(update), m)[1].float()
         return Directions(q, q.mT @ update, True)
     v = _dense.top_eigh(_dense.gram(update.mT), n)[1]  # [n, n]
-    q = update.new_empty(m, n)
+    q, square = update.new_empty(m, n), v.new_zeros(n)
     for rows, out in zip(update.split(_dense.CHUNK), q.split(_dense.CHUNK), strict=True):
-        out.copy_(rows.double() @ v)
-    s = q.norm(dim=0)
+        y = rows.double() @ v
+        square += y.square().sum(0)
+        out.copy_(y)
+    s = square.sqrt().float()
     return Directions(q.div_(s.clamp(min=torch.finfo(s.dtype).tiny)), (v.float() * s).mT, True)
 
 
