@@ -20,6 +20,7 @@ _ABSOLUTE = 1e-12  # squared response; lyymuwu/SVC merge_func.py, coef_cal_multi
 _RELATIVE = (
     30.0  # times sqrt(max(m, n)) float32 roundings of the task: below it a response is rounding noise (measured)
 )
+_ROWS = 256  # widened to float64 at a time
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -50,7 +51,7 @@ def all_directions(update: Tensor) -> Directions:
         return Directions(q, q.mT @ update, True)
     v = _dense.top_eigh(_dense.gram(update.mT), n)[1]  # [n, n]
     q, square = update.new_empty(m, n), v.new_zeros(n)
-    for rows, out in zip(update.split(_dense.CHUNK), q.split(_dense.CHUNK), strict=True):
+    for rows, out in zip(update.split(_ROWS), q.split(_ROWS), strict=True):
         y = rows.double() @ v
         square += y.square().sum(0)
         out.copy_(y)

@@ -28,7 +28,7 @@ COMBINE = (
 
 def test_list_names_methods_by_step() -> None:
     assert methods.list("combine") == COMBINE
-    assert methods.list("purify") == ("dare", "trim") and methods.list("calibrate") == ()
+    assert methods.list("purify") == ("dare", "trim") and methods.list("calibrate") == ("svc",)
     assert methods.list() == ("dare", "trim", *COMBINE)
 
 
