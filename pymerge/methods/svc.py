@@ -75,7 +75,8 @@ class SVC(Calibrate):
     def workspace(self, info: TensorInfo) -> int:
         m, n = info.shape
         k = min(m, n)
-        return 24 * k * k + 4 * k * (m + n)  # three float64 matrices of the eigensolve; directions and responses
+        widened = 16 * k * min(max(m, n), 2048)  # to float64 and contiguous, by the Gram matrix
+        return widened + 24 * k * k + 4 * k * (m + n)  # Gram matrix, eigenvectors; directions and responses
 
     def calibrate(self, update: Tensor, group: TaskGroup) -> Tensor:
         from pymerge.methods._svc_directions import Divisors, calibration
@@ -117,10 +118,10 @@ class SVC(Calibrate):
 def _is_zero(update: Tensor, name: str) -> bool:
     if update.numel() == 0:
         return True
-    largest = float(update.abs().max())
-    if not math.isfinite(largest):
+    low, high = (float(x) for x in update.aminmax())
+    if not math.isfinite(low) or not math.isfinite(high):
         raise NonFinite(f"svc: {name}: the update to calibrate has NaN or infinite entries: look at the steps before")
-    return largest == 0.0
+    return low == high == 0.0
 
 
 def _spread(eta: Tensor, alpha: float) -> dict[str, Any]:
