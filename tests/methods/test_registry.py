@@ -29,7 +29,7 @@ COMBINE = (
 def test_list_names_methods_by_step() -> None:
     assert methods.list("combine") == COMBINE
     assert methods.list("purify") == ("dare", "trim") and methods.list("calibrate") == ("svc",)
-    assert methods.list() == ("dare", "trim", *COMBINE)
+    assert methods.list() == ("dare", "trim", *COMBINE, "svc")
 
 
 def test_describe() -> None:
