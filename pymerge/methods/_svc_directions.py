@@ -17,9 +17,7 @@ Floor = Literal["relative", "absolute"]
 Rule = Literal["clip_then_mean", "mean_then_clip"]
 
 _ABSOLUTE = 1e-12  # squared response; lyymuwu/SVC merge_func.py, coef_cal_multi_ranks
-_RELATIVE = (
-    30.0  # times sqrt(max(m, n)) float32 roundings of the task: below it a response is rounding noise (measured)
-)
+_RELATIVE = 30.0  # times sqrt(max(m, n)) float32 roundings of a task's norm: responses below are noise (measured)
 _ROWS = 256  # widened to float64 at a time
 _EPS = torch.finfo(torch.float32).eps
 
@@ -41,7 +39,8 @@ class Directions:
 
 
 def all_directions(update: Tensor) -> Directions:
-    """All min(m, n) left singular directions, from the float64 Gram matrix of the smaller side.
+    """All min(m, n) left singular directions, from the float64 Gram matrix of the smaller side: faster than LAPACK's
+    float32 SVD (square 1.2-1.8 times, 4:1 2-3 times, benchmarks/bench_svc.py --parts) and right to float32 rounding.
 
     m > n: the right ones V are computed, then q_r = D v_r / s_r and p_r = s_r v_r. The product is taken in float64: its
     rounding is divided by s_r. Where D v_r = 0, q_r is 0 as well."""

@@ -73,6 +73,8 @@ class SVC(Calibrate):
         return problems
 
     def workspace(self, info: TensorInfo) -> int:
+        if len(info.shape) != 2:
+            return 0  # such tensors are not calibrated
         m, n = info.shape
         k = min(m, n)
         widened = 16 * k * min(max(m, n), 2048)  # to float64 and contiguous, by the Gram matrix
