@@ -75,6 +75,13 @@ def candidates(m: int, n: int, tasks: int, args: argparse.Namespace) -> dict[str
     return runs
 
 
+def first_run(runs: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Results, and peak memory of each in MB."""
+    results: dict[str, Tensor] = {}
+    memory = {name: peak_megabytes(lambda x=name: results.update({x: runs[x]()})) for name in runs}
+    return results, memory
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, nargs="+", default=[8])
@@ -88,14 +95,13 @@ def main() -> None:
         total: dict[str, float] = {}
         for m, n, count in LARGE if args.large else BLOCK:
             runs = candidates(m, n, tasks, args)
-            memory = {name: peak_megabytes(run) for name, run in runs.items()}
-            results = {name: run() for name, run in runs.items() if not name.startswith(" ")}
+            results, memory = first_run(runs)
             seconds = best_seconds(runs, args.rounds)
             for name, took in seconds.items():
                 total[name] = total.get(name, 0.0) + count * took
                 line = f"{m}x{n} T={tasks} {name:14s} {took * 1e3:9.1f} ms {took / seconds['svc']:6.2f} of svc"
                 line += f" {memory[name]:7.1f} MB"
-                if name in results and "float64" in results:
+                if "float64" in results and not name.startswith(" "):
                     error = (results[name] - results["float64"]).norm() / results["float64"].norm()
                     line += f"  error {float(error):.1e}"
                 print(line, flush=True)
