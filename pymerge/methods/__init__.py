@@ -14,6 +14,7 @@ from pymerge.methods import (
     dare_ties,
     linear,
     slerp,
+    svc,
     task_arithmetic,
     ties,
     trim,
@@ -35,6 +36,7 @@ _BUILT_IN = (
     breadcrumbs_ties,
     dare,
     trim,
+    svc,
 )  # importing a module registers its method
 
 
