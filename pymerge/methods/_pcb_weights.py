@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pymerge.methods._order_statistics import Found, OrderStatistics
 from pymerge.methods.base import Combine, TaskGroup, TensorInfo
-from pymerge.methods.surveyed import BLOCK
 
 CLIPPED = 1e-4  # share of the entries that are clipped at either end
 
@@ -73,6 +72,7 @@ class PcbMerge(Combine):
     scores: Found
     scale: float
 
+    name = "pcb"
     unit = "entries"
 
     def combine(self, group: TaskGroup) -> Tensor:
@@ -90,9 +90,3 @@ class PcbMerge(Combine):
 
     def workspace(self, info: TensorInfo) -> int:
         return 32 * info.numel
-
-
-def workspace(info: TensorInfo) -> int:
-    """Of a whole tensor or block, which is looked at BLOCK entries at a time."""
-    looked_at = TensorInfo(name=info.name, shape=(min(BLOCK, info.numel),), tasks=info.tasks)
-    return first_question(1, 1).workspace(looked_at)

@@ -38,8 +38,8 @@ class Fisher(SurveyedCombine):
         return ["weight: one of the weights must be above 0"] if zero else []
 
     @property
-    def asks(self) -> bool:
-        return self.normalize
+    def rounds(self) -> int:
+        return int(self.normalize)
 
     def survey(self, group: TaskGroup) -> list[array[float]]:
         """Of each task, the sums of F_t^2 over blocks of SUM_BLOCK entries."""
@@ -65,6 +65,7 @@ class FisherMerge(Combine):
     method: Fisher
     norms: tuple[float, ...] | None
 
+    name = "fisher"
     unit = "entries"
     base_role = "none"
 

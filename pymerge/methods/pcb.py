@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pymerge.methods.base import Combine, TensorInfo, param, register
-from pymerge.methods.surveyed import SurveyedCombine
+from pymerge.methods.surveyed import BLOCK, SurveyedCombine
 
 if TYPE_CHECKING:
     from pymerge.methods.base import TaskGroup
@@ -39,6 +39,10 @@ class Pcb(SurveyedCombine):
     def survey_scope(self) -> Literal["tensor", "model"]:
         return "model" if self.scope == "global" else "tensor"
 
+    @property
+    def rounds(self) -> int:
+        return 4  # two digits of the magnitudes' borders, two of the scores'
+
     def survey(self, group: TaskGroup) -> Any:
         return self._first().survey(group)
 
@@ -49,9 +53,8 @@ class Pcb(SurveyedCombine):
         return self._first().decide(answer)
 
     def workspace(self, info: TensorInfo) -> int:
-        from pymerge.methods._pcb_weights import workspace
-
-        return workspace(info)
+        entries = min(BLOCK, info.numel) if self.scope == "tensor" else info.numel
+        return self._first().workspace(replace(info, shape=(entries,)))
 
     def _first(self) -> SurveyedCombine:
         from pymerge.methods._pcb_weights import first_question

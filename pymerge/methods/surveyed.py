@@ -34,9 +34,9 @@ class SurveyedCombine(Combine):
         return "entries" if self.survey_scope == "model" else "tensor"
 
     @property
-    def asks(self) -> bool:
-        """Whether there is a question; if not, `decide` gets None at once."""
-        return True
+    def rounds(self) -> int:
+        """How often all entries are looked at before the merge; 0: there is no question, `decide` gets None."""
+        return 1
 
     def survey(self, group: TaskGroup) -> Any:
         """The answer for a block."""
@@ -60,7 +60,7 @@ class SurveyedCombine(Combine):
         step: Combine = self
         while isinstance(step, SurveyedCombine):
             answer = None
-            for block in blocks(group) if step.asks else ():
+            for block in blocks(group) if step.rounds else ():
                 found = step.survey(block)
                 answer = found if answer is None else step.join(answer, found)
             step = step.decide(answer)

@@ -118,9 +118,7 @@ def test_later_keys_say_so(key: str) -> None:
 def test_steps_in_the_wrong_place() -> None:
     assert problems(raw(merge_method="dare")) == ["merge_method: dare is a purify step: write purify: dare"]
     assert problems(raw(purify=["ties"])) == ["purify[0]: ties is a combine step: write merge_method: ties"]
-    assert problems(raw(calibrate="svc")) == [
-        "calibrate: unknown method 'svc': calibrate steps come in a later release"
-    ]
+    assert problems(raw(calibrate="linse")) == ["calibrate: unknown method 'linse': did you mean lines?"]
 
 
 @pytest.mark.parametrize(
