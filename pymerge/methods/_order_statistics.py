@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pymerge.methods.base import Combine, TaskGroup, TensorInfo
+from pymerge.methods.blocks import BLOCK, blocks
 from pymerge.methods.surveyed import SurveyedCombine
 
 BITS = 16
@@ -34,6 +35,14 @@ class OrderStatistics(SurveyedCombine):
 
     def survey(self, group: TaskGroup) -> Tensor:
         """Counts of a digit, int64 [T, 1, BINS], or [T, places, BINS] of the second digit."""
+        counts: Tensor | None = None
+        for block in blocks(group):
+            found = self._counts(block)
+            counts = found if counts is None else counts.add_(found)
+        assert counts is not None  # blocks have entries
+        return counts
+
+    def _counts(self, group: TaskGroup) -> Tensor:
         counts = []
         for t, values in enumerate(self.values(group)):
             keys = sortable(values.reshape(-1))
@@ -60,7 +69,7 @@ class OrderStatistics(SurveyedCombine):
         return self.then(found)
 
     def workspace(self, info: TensorInfo) -> int:
-        return 40 * info.numel + 24 * BINS * info.tasks
+        return 48 * min(BLOCK, info.numel) + 40 * BINS * info.tasks
 
 
 def sortable(x: Tensor) -> Tensor:

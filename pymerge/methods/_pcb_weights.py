@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pymerge.methods._order_statistics import Found, OrderStatistics
 from pymerge.methods.base import Combine, TaskGroup, TensorInfo
+from pymerge.methods.blocks import BLOCK, in_blocks
 
 CLIPPED = 1e-4  # share of the entries that are clipped at either end
 
@@ -76,6 +77,9 @@ class PcbMerge(Combine):
     unit = "entries"
 
     def combine(self, group: TaskGroup) -> Tensor:
+        return in_blocks(group, self._combine)
+
+    def _combine(self, group: TaskGroup) -> Tensor:
         total = total_of(group)
         merged, weights = torch.zeros_like(total), torch.zeros_like(total)
         for t, ((low, high), (least, most)) in enumerate(zip(self.magnitudes, self.scores, strict=True)):
@@ -89,4 +93,4 @@ class PcbMerge(Combine):
         return merged.div_(weights.clamp_(min=1e-12)).mul_(self.scale)
 
     def workspace(self, info: TensorInfo) -> int:
-        return 32 * info.numel
+        return 40 * min(BLOCK, info.numel)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymerge.methods.base import Combine, PerModel, TaskGroup, TensorInfo, param, per_task, register
+from pymerge.methods.blocks import BLOCK, in_blocks
 from pymerge.methods.param import Auto
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class Consensus(Combine):
     unit = "entries"
 
     def combine(self, group: TaskGroup) -> Tensor:
+        return in_blocks(group, self._combine)
+
+    def _combine(self, group: TaskGroup) -> Tensor:
         import torch
 
         tasks = len(group.tuned)
@@ -42,10 +46,14 @@ class Consensus(Combine):
             total += group.delta(t)
         users = torch.zeros(total.shape, dtype=torch.int16, device=total.device)
         for t in range(tasks):
-            d = group.delta(t)
-            others = (total - d).abs_().mul_(threshold[t])
-            users += d.abs_() > others
+            users += is_used(group.delta(t), total, threshold[t])
         return total.mul_(self.scale).masked_fill_(users < needed, 0)
 
     def workspace(self, info: TensorInfo) -> int:
-        return 20 * info.numel  # a task vector, its sign-free form and the others' sum in float32, counts, a mask
+        return 24 * min(BLOCK, info.numel)
+
+
+def is_used(delta: Tensor, total: Tensor, threshold: float) -> Tensor:
+    """The TALL mask of a task, given its task vector, which is overwritten."""
+    others = (total - delta).abs_().mul_(threshold)
+    return delta.abs_() > others

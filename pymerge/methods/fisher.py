@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.errors import InputError
 from pymerge.methods.base import Combine, PerModel, TaskGroup, TensorInfo, param, per_task, register
+from pymerge.methods.blocks import BLOCK, in_blocks
 from pymerge.methods.surveyed import SUM_BLOCK, SurveyedCombine
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Fisher(SurveyedCombine):
     def conflicts(self) -> list[str]:
         zero = not any(self.weight) if isinstance(self.weight, tuple) else self.weight == 0
         return ["weight: one of the weights must be above 0"] if zero else []
+
+    def workspace(self, info: TensorInfo) -> int:
+        return 20 * min(BLOCK, info.numel)
 
     @property
     def rounds(self) -> int:
@@ -77,6 +81,9 @@ class FisherMerge(Combine):
         return [share / max(shares) for share in shares]
 
     def combine(self, group: TaskGroup) -> Tensor:
+        return in_blocks(group, self._combine)
+
+    def _combine(self, group: TaskGroup) -> Tensor:
         import torch
 
         merged = torch.zeros_like(group.tuned[0], dtype=torch.float32)
@@ -91,7 +98,7 @@ class FisherMerge(Combine):
         return merged.div_(total)
 
     def workspace(self, info: TensorInfo) -> int:
-        return 12 * info.numel
+        return 20 * min(BLOCK, info.numel)
 
 
 def importances(group: TaskGroup) -> tuple[Tensor, ...]:

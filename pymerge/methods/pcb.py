@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pymerge.methods.base import Combine, TensorInfo, param, register
-from pymerge.methods.surveyed import BLOCK, SurveyedCombine
+from pymerge.methods.surveyed import SurveyedCombine
 
 if TYPE_CHECKING:
     from pymerge.methods.base import TaskGroup
@@ -53,8 +53,7 @@ class Pcb(SurveyedCombine):
         return self._first().decide(answer)
 
     def workspace(self, info: TensorInfo) -> int:
-        entries = min(BLOCK, info.numel) if self.scope == "tensor" else info.numel
-        return self._first().workspace(replace(info, shape=(entries,)))
+        return self._first().workspace(info)
 
     def _first(self) -> SurveyedCombine:
         from pymerge.methods._pcb_weights import first_question

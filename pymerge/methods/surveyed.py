@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pymerge.methods.base import Combine, TaskGroup
@@ -52,40 +50,9 @@ class SurveyedCombine(Combine):
 
     def combine(self, group: TaskGroup) -> Tensor:
         """As if the group's entries were all there are."""
-        import torch
-
-        merged = torch.zeros_like(group.tuned[0], dtype=torch.float32, memory_format=torch.contiguous_format)
-        if merged.numel() == 0:
-            return merged
         step: Combine = self
         while isinstance(step, SurveyedCombine):
-            answer = None
-            for block in blocks(group) if step.rounds else ():
-                found = step.survey(block)
-                answer = found if answer is None else step.join(answer, found)
-            step = step.decide(answer)
-        for block, place in zip(blocks(group), merged.view(-1).split(BLOCK), strict=True):
-            place.copy_(step.combine(block))
-        return merged
-
-
-BLOCK = 64 * SUM_BLOCK  # entries that `combine` looks at together
-
-
-def blocks(group: TaskGroup) -> Iterator[TaskGroup]:
-    """The group's entries in order, BLOCK at a time, as one-dimensional tensors."""
-    flat = {
-        "base": () if group.base is None else (group.base,),
-        "tuned": group.tuned,
-        "weights": group.weights or (),
-    }
-    parts = {key: [t.reshape(-1).split(BLOCK) for t in tensors] for key, tensors in flat.items()}
-    for i in range(len(parts["tuned"][0])):
-        base, tuned, weights = (tuple(part[i] for part in parts[key]) for key in flat)
-        yield replace(
-            group,
-            base=base[0] if base else None,
-            tuned=tuned,
-            weights=weights or None,
-            first=group.first + i * BLOCK,
-        )
+            if group.tuned[0].numel() == 0:
+                return group.tuned[0].float()
+            step = step.decide(step.survey(group) if step.rounds else None)
+        return step.combine(group)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pymerge.errors import InputError, RecipeError
 from pymerge.methods.base import TaskGroup, TensorInfo
+from pymerge.methods.blocks import BLOCK
 from pymerge.methods.fisher import Fisher
-from pymerge.methods.surveyed import BLOCK, SUM_BLOCK
+from pymerge.methods.surveyed import SUM_BLOCK
 
 
 def group_of(tuned: Sequence[Tensor], weights: Sequence[Tensor] | None) -> TaskGroup:

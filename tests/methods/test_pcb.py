@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pymerge.methods.base import TaskGroup, TensorInfo
+from pymerge.methods.blocks import BLOCK, blocks
 from pymerge.methods.pcb import Pcb
-from pymerge.methods.surveyed import BLOCK, blocks
 
 
 def group_of(base: Tensor | None, tuned: Sequence[Tensor]) -> TaskGroup:
