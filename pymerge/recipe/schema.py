@@ -326,6 +326,9 @@ class _Parser:
         if purify and combine.base_role != "required":
             self.problems.add("purify", f"{combine.name} merges whole weights, purify steps need task vectors")
             return
+        if len(templates) > purify + 1 and combine.base_role != "required":
+            self.problems.add("calibrate", f"{combine.name} merges whole weights, calibrate steps need a merged update")
+            return
         if not all(template.static for template in templates):
             return
         try:
