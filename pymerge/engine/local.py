@@ -32,11 +32,12 @@ class Inputs:
     base: Checkpoint | None
     models: tuple[Checkpoint, ...]
     labels: tuple[str, ...]
+    fisher: tuple[Checkpoint, ...] = ()  # of each model, where the method has it
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
         models = tuple(model for model in self.models if model is not self.base)
-        return ((self.base,) if self.base is not None else ()) + models
+        return ((self.base,) if self.base is not None else ()) + models + self.fisher
 
     @property
     def reference(self) -> Checkpoint:
@@ -58,6 +59,7 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
         base=opened(recipe.base) if recipe.base is not None else None,
         models=tuple(opened(model) for model in recipe.models),
         labels=tuple(model.path for model in recipe.models),
+        fisher=tuple(opened(model.fisher) for model in recipe.models if model.fisher is not None),
     )
 
 
@@ -71,7 +73,7 @@ def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
     options = options or Options()
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
-        return make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
+        return make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
 
 
 def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = None) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
         inputs = open_inputs(recipe, options, stack)
         check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan_side_files(inputs.reference)  # refuses now what could not be copied at the end
-        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
+        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
         staged = StagedOutput(
             out,
             plan.layout,

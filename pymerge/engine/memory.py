@@ -46,7 +46,7 @@ def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
     options = options or Options()
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
-        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
+        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
         sink = MemorySink([item.entry for item in plan.items])
         with make_progress(plan.read_bytes, options.progress) as progress:
             Executor(

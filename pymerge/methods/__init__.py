@@ -9,10 +9,14 @@ from pymerge.errors import RecipeError
 from pymerge.methods import (
     breadcrumbs,
     breadcrumbs_ties,
+    consensus,
     dare,
     dare_linear,
     dare_ties,
+    fisher,
     linear,
+    lines,
+    pcb,
     slerp,
     svc,
     task_arithmetic,
@@ -34,8 +38,12 @@ _BUILT_IN = (
     dare_ties,
     breadcrumbs,
     breadcrumbs_ties,
+    consensus,
+    pcb,
+    fisher,
     dare,
     trim,
+    lines,
     svc,
 )  # importing a module registers its method
 
