@@ -29,7 +29,6 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("knots", None, None): "KnOTS",
     ("mudsc", None, None): "MuDSC",
     ("pave", None, None): "PAVE",
-    ("regmean", None, None): "RegMean",
     ("slerp", "slerp", "nuslerp"): "NuSLERP",
     ("slerp", "slerp", "multislerp"): "multi-model SLERP",
     ("slerp", "slerp", "karcher"): "Karcher mean",
@@ -37,7 +36,8 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("tsv_m", None, None): "TSV-M",
 }
 
-OWN_TESTS = ("svc",)  # starts from merged updates that the files hold: tests/methods/test_svc_golden.py
+# Folders that need more than base and models: svc merged updates, regmean activations. See tests/methods.
+OWN_TESTS = ("regmean", "svc")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ COMBINE = (
     "fisher",
     "linear",
     "pcb",
+    "regmean",
     "slerp",
     "task_arithmetic",
     "ties",
