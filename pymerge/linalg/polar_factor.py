@@ -68,13 +68,13 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
 
 
 def polar_product(a: Tensor, b: Tensor, tol: float = DEFAULT_TOL) -> Tensor:
-    """polar(a) b = a (a^T a)^(-1/2) b without the factor, and without the inverse root, where that costs less.
+    """polar(a) b = a (a^T a)^(-1/2) b, without the factor where that costs less.
 
     a        [m, n]; b [n, q]; bfloat16, float16, float32 or float64
     Returns  [m, q], float32 or float64
     Error    that of polar, times |b|
-    Cost     m >= n: the Gram matrix and its eigenvectors, then for q < m n / (n + m / 2) the root is applied to b
-             through its eigenvectors (2 n^2 q), else to a (m n^2); and m n q for the last product.
+    Cost     float32 with n below 512, m >= n and q < m n / (n + m / 2): the Gram matrix and its eigenvectors, through
+             which the inverse root is applied to b (2 n^2 q), and m n q; else polar(a), and m n q.
     Raises   as polar; ValueError (shapes do not fit)."""
     _check(a, tol, "gram")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
@@ -82,7 +82,8 @@ def polar_product(a: Tensor, b: Tensor, tol: float = DEFAULT_TOL) -> Tensor:
     dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     (m, n), q = a.shape, b.shape[1]
     x, y = a.to(dtype), b.to(dtype)
-    if m >= n > 0 and 0 < q < m * n / (n + m / 2) and tol >= RESOLUTION and dtype == torch.float32:
+    on_gram = 0 < n < SMALLEST and m >= n and dtype == torch.float32 and tol >= RESOLUTION
+    if on_gram and 0 < q < m * n / (n + m / 2):
         scaled = _normalised(x)
         root = gram_root(scaled, tol)
         if root.is_plain:
