@@ -15,7 +15,7 @@ from pymerge.linalg._gram_root import SLAB
 from pymerge.linalg._polar_iterations import halley_weights
 from pymerge.ops.gram64 import gram64
 
-SMALLEST = 512  # below this, float64 eigenvectors cost no more
+SMALLEST = 256  # below this, float64 eigenvectors cost no more
 ACCEPTED = 2e-6  # estimated relative error of the factor
 HALLEY_CONDITION = 3.2  # of the estimate; up to here a float32 Gram matrix is right to some 1e-7
 LOW = 0.25  # two Halley steps take [LOW, 1] to 1 within 3e-7

@@ -37,7 +37,7 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
     tol      relative to the largest singular value, in [0, 1)
     method   gram: eigenvectors of the float64 Gram matrix of the smaller side and one Newton step; resolves tol down to
              4e-7. newton_schulz, qdwh: iterations for matrices of full rank, others go to gram. svd: float64 SVD.
-             auto: on CUDA qdwh; elsewhere, for float32 matrices of 512 and more: halley (two steps on the float32 Gram
+             auto: on CUDA qdwh; elsewhere, for float32 matrices of 256 and more: halley (two steps on the float32 Gram
              matrix) where the condition is 3 or so at most and m >= 2 n, else rotated (float32 eigenvectors of the Gram
              matrix as a rotation, small singular values in float64); both check their result, and what they decline,
              as what is smaller or of low rank, goes to gram; svd where the Gram matrix cannot resolve tol or the
@@ -73,7 +73,7 @@ def polar_product(a: Tensor, b: Tensor, tol: float = DEFAULT_TOL) -> Tensor:
     a        [m, n]; b [n, q]; bfloat16, float16, float32 or float64
     Returns  [m, q], float32 or float64
     Error    that of polar, times |b|
-    Cost     float32 with n below 512, m >= n and q < m n / (n + m / 2): the Gram matrix and its eigenvectors, through
+    Cost     float32 with n below 256, m >= n and q < m n / (n + m / 2): the Gram matrix and its eigenvectors, through
              which the inverse root is applied to b (2 n^2 q), and m n q; else polar(a), and m n q.
     Raises   as polar; ValueError (shapes do not fit)."""
     _check(a, tol, "gram")
