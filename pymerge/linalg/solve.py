@@ -208,10 +208,16 @@ def _largest(m: Tensor, steps: int = POWER_STEPS) -> Tensor:
 def _condition(m: Tensor, factor: Tensor) -> Tensor:
     if m.shape[-1] == 0:
         return torch.ones(m.shape[0], dtype=torch.float64, device=m.device)
-    v = _vectors_like(m)
+    v = _vectors_like(m).mT
     for _ in range(POWER_STEPS):
-        v = torch.nn.functional.normalize(torch.cholesky_solve(v.mT, factor).mT, dim=-1)
-    return _largest(m) * torch.cholesky_solve(v.mT, factor).double().norm(dim=-2).amax(-1)
+        v = torch.nn.functional.normalize(_solved(factor, v), dim=-2)
+    return _largest(m) * _solved(factor, v).double().norm(dim=-2).amax(-1)
+
+
+def _solved(factor: Tensor, b: Tensor) -> Tensor:
+    """As torch.cholesky_solve, which copies the factor: for a few columns that costs more than the solution."""
+    half = torch.linalg.solve_triangular(factor, b, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def _corrected(op: str, solved: Solved, u: Tensor | None) -> Solved:
