@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from side_by_side.checkpoints import Entry, from_bf16, header, tensors, to_bf16
 
-VERSION = 1  # raise it when the bytes change
+VERSION = 2  # raise it when the bytes change
 ENERGY = {"shared": 0.4, "own": 0.4, "noise": 0.2}  # shares of the squared norm
 DECAY = 0.6  # singular value i is (1 + i)^-0.6: spectra.py's "heavy"
 DIRECTIONS = 16  # of each kind, min(m, n) / 16
