@@ -97,11 +97,15 @@ def make_mergekit(venv: Path) -> None:
 
 def make_environment(venv: Path, package: str) -> None:
     """A package in an environment of its own; torch first, at pymerge's version, so that both run on the same one."""
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    constraint = venv / "constraints.txt"
-    constraint.write_text(TORCH + "\n")
-    for requirement in (TORCH, package):
-        subprocess.run([str(venv / "bin" / "pip"), "install", "-q", "-c", str(constraint), requirement], check=True)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        constraint = venv / "constraints.txt"
+        constraint.write_text(TORCH + "\n")
+        for requirement in (TORCH, package):
+            subprocess.run([str(venv / "bin" / "pip"), "install", "-q", "-c", str(constraint), requirement], check=True)
+    except BaseException:
+        shutil.rmtree(venv, ignore_errors=True)  # half an environment would be taken for a whole one
+        raise
 
 
 def warm(folders: list[Path]) -> None:
