@@ -1,6 +1,6 @@
 """A whole Llama-3.2-1B-shaped merge from disk to disk: ACE, and TSV-M with SVC.
 
-    python benchmarks/llama_merge.py [--layers 16] [--threads 1] [--memory 2.75GB] [--keep]
+    python benchmarks/llama_merge.py [--layers 16] [--threads 1] [--memory 2.8GB] [--keep]
 
 Checkpoints of 2.5 GB in bfloat16 (16 layers, tied embeddings), a base and four fine-tuned (structured.py): 12.5 GB on
 disk beside an output of 2.5 GB, written tensor by tensor and deleted afterwards unless --keep. Each merge is a run of
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--merges", default=",".join(MERGES), help=f"of {', '.join(MERGES)}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--memory", default="2.75GB", help="pymerge's --memory: what it may take beside the program itself"
+        "--memory", default="2.8GB", help="pymerge's --memory: what it may take beside the program itself"
     )
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "llama_merge", help="checkpoints, outputs")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints for a later run")
