@@ -12,11 +12,14 @@ from pymerge.methods import (
     dare,
     dare_linear,
     dare_ties,
+    iso_c,
+    iso_cts,
     linear,
     slerp,
     task_arithmetic,
     ties,
     trim,
+    tsv_m,
 )
 from pymerge.methods.base import REGISTRY, Combine, Method, register
 from pymerge.methods.names import nearest
@@ -35,6 +38,9 @@ _BUILT_IN = (
     breadcrumbs_ties,
     dare,
     trim,
+    tsv_m,
+    iso_c,
+    iso_cts,
 )  # importing a module registers its method
 
 
