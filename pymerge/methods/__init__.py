@@ -9,6 +9,7 @@ from pymerge.errors import RecipeError
 from pymerge.methods import (
     breadcrumbs,
     breadcrumbs_ties,
+    cart,
     dare,
     dare_linear,
     dare_ties,
@@ -16,10 +17,12 @@ from pymerge.methods import (
     iso_cts,
     linear,
     slerp,
+    star,
     task_arithmetic,
     ties,
     trim,
     tsv_m,
+    wudi,
 )
 from pymerge.methods.base import REGISTRY, Combine, Method, register
 from pymerge.methods.names import nearest
@@ -41,6 +44,9 @@ _BUILT_IN = (
     tsv_m,
     iso_c,
     iso_cts,
+    star,
+    cart,
+    wudi,
 )  # importing a module registers its method
 
 

@@ -92,7 +92,7 @@ def stacked_product(common: Common, left: Tensor, right: Tensor, tol: float) -> 
     keep = values > max(tol, COUPLING) ** 2 * largest
     root = (vectors[:, keep] * values[keep].rsqrt()) @ vectors[:, keep].mT  # G^(-1/2)
     turned = (block.double() @ root).to(image.dtype)  # [n, q + k]
-    # Rounding leaves B and V_Q with parts in the rest of V_c's span, which the root has enlarged by up to the condition.
+    # Rounding leaves B and V_Q with parts in the rest of V_c's span; the root enlarged them by up to the condition.
     turned -= both.mT @ (both @ turned) - second @ (second.mT @ turned)
     merged = torch.addmm(both, first, second.mT, alpha=-1)
     condition = (largest / float(values[keep].min().clamp(max=1.0))) ** 0.5

@@ -35,6 +35,8 @@ class Triplets(NamedTuple):
 
 def spread(a: Tensor) -> float:
     """Largest row norm plus largest column norm; the spectral norm is at least half of it."""
+    if a.numel() == 0:
+        return 0.0
     sides = (torch.linalg.vector_norm(a, dim=d, dtype=torch.float32).max() for d in (0, 1))
     return sum(float(x) for x in sides)
 
@@ -75,7 +77,7 @@ def norm_below(a: Tensor, steps: int = 4) -> float:
 
 def rank_tolerance(a: Tensor, errors: float) -> float:
     """`tol` of `polar` for a matrix whose stored form has singular values of rounding errors up to `errors`."""
-    size = norm_below(a)
+    size = norm_below(a) if a.numel() else 0.0
     return max(RESOLUTION, cutoff(a, errors) / size) if size else RESOLUTION
 
 

@@ -43,7 +43,8 @@ class TsvM(MatrixCombine):
         errors = [None] * tasks if released else sp.stored_errors(group)
         parts = [sp.top_triplets(group.delta(t), count, errors[t]) for t in range(tasks)]
         tol = sp.stack_tolerance(parts, released)
-        left, right = (sp.polar_of_stack([p[side] for p in parts], tol) for side in (0, 2))
+        left = sp.polar_of_stack([p.left for p in parts], tol)
+        right = sp.polar_of_stack([p.right for p in parts], tol)
         values = torch.cat([p.s for p in parts])
         sp.note_ranks(group, parts)
         group.notes.facts["mean_singular_value"] = sp.sum64(values) / (count * tasks)
