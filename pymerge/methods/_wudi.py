@@ -12,7 +12,6 @@ from torch import Tensor
 from pymerge.methods.base import TaskGroup
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's defaults
-BLOCK = 1 << 15  # entries that a step's element-wise part works on at a time: its five arrays stay in cache
 
 
 def squares(a: Tensor) -> float:
@@ -81,20 +80,17 @@ def adam(problem: Interference, lr: float, steps: int) -> tuple[Tensor, list[flo
     """M [m, n] after `steps` steps (Kingma and Ba, arXiv 1412.6980, algorithm 1) and L before and after. Overwrites
     problem.start; the states are float32."""
     m = problem.start
-    half, first, second = torch.empty_like(m), torch.zeros_like(m), torch.zeros_like(m)
-    root = m.new_empty(min(BLOCK, m.numel()))
-    blocks = list(zip(*(x.view(-1).split(BLOCK) for x in (m, half, first, second)), strict=True))
+    half, denominator = torch.empty_like(m), torch.empty_like(m)
+    mean, square = torch.zeros_like(m), torch.zeros_like(m)
     losses = []
     for step in range(1, steps + 1):
         problem.half_gradient(m, half)
         if step == 1:
             losses.append(problem.loss(m, half))
         correction = (1 - BETA2**step) ** 0.5
-        rate = -lr * correction / (1 - BETA1**step)
-        for x, h, mean, square in blocks:
-            mean.lerp_(h, 1 - BETA1)
-            square.mul_(BETA2).addcmul_(h, h, value=1 - BETA2)
-            denominator = torch.sqrt(square, out=root[: len(x)]).add_(EPS / 2 * correction)
-            x.addcdiv_(mean, denominator, value=rate)
+        mean.lerp_(half, 1 - BETA1)
+        square.mul_(BETA2).addcmul_(half, half, value=1 - BETA2)
+        torch.sqrt(square, out=denominator).add_(EPS / 2 * correction)  # of half the gradient: half of eps
+        m.addcdiv_(mean, denominator, value=-lr * correction / (1 - BETA1**step))
     losses.append(problem.loss(m, problem.half_gradient(m, half)))
     return m, losses

@@ -44,6 +44,6 @@ class Wudi(MatrixCombine):
         return merged.mul_(self.scale)
 
     def workspace(self, info: TensorInfo) -> int:
-        """P, the gradient, both moments of Adam, a task vector, a product; the Gram matrix of the inputs."""
+        """P, the gradient, both moments of Adam and the root of one; the Gram matrix of the inputs and one task's."""
         n = info.numel // max(1, info.shape[0])
         return 4 * (6 * info.numel + 2 * n * n)

@@ -1,0 +1,154 @@
+"""The spectral methods against plain PyTorch forms of what the authors released, on the matrices of a ViT-B/32 block.
+
+python benchmarks/bench_spectral.py [--methods tsv_m,iso_c,iso_cts,wudi] [--tasks 8] [--rounds 3] [--steps 10] [--parts]
+One thread, CPU seconds, candidates interleaved. A block has four 768x768 matrices (q, k, v, out), one 3072x768 and one
+768x3072 (MLP). error: of the merged update against the released form. WUDI runs `--steps` steps for each time, the cost
+of a step is the difference of two runs; its error is that after 2 * steps. `--parts` says where the time goes.
+"""
+
+from __future__ import annotations
+
+import os
+
+for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import argparse  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
+import torch  # noqa: E402
+from spectra import known_matrix  # noqa: E402
+from timing import best_seconds  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from pymerge import methods  # noqa: E402
+from pymerge.methods.base import TaskGroup, TensorInfo  # noqa: E402
+
+SHAPES = {(768, 768): 4, (3072, 768): 1, (768, 3072): 1}  # and how many of each a block has
+SHARED = 0.3  # of the update's size, common to all tasks
+
+
+def models(m: int, n: int, tasks: int) -> tuple[Tensor, list[Tensor]]:
+    """Weights of standard deviation 0.02, updates of a fiftieth of their norm with power-law spectra."""
+    base = 0.02 * torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    common = SHARED * known_matrix(m, n, seed=100)[0]
+    updates = [common + known_matrix(m, n, seed=t)[0] for t in range(tasks)]
+    return base, [base + u * (0.02 * base.norm() / u.norm()) for u in updates]
+
+
+def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.linalg.svd(a, full_matrices=False)
+
+
+def unitary(a: Tensor) -> Tensor:
+    u, _, vh = svd(a)
+    return u @ vh
+
+
+def released_tsv_m(deltas: list[Tensor]) -> Tensor:
+    k = int(min(deltas[0].shape) / len(deltas))
+    found = [svd(d) for d in deltas]
+    left = torch.cat([u[:, :k] for u, _, _ in found], dim=1)
+    right = torch.cat([vh[:k] for _, _, vh in found])
+    values = torch.cat([s[:k] for _, s, _ in found])
+    return unitary(left) @ torch.diag(values) @ unitary(right)
+
+
+def released_iso_c(deltas: list[Tensor]) -> Tensor:
+    u, s, vh = svd(torch.stack(deltas).sum(0))
+    return s.mean() * (u @ vh)
+
+
+def released_iso_cts(deltas: list[Tensor], fraction: float = 0.8) -> Tensor:
+    tasks, r = len(deltas), min(deltas[0].shape)
+    each = round((r - int(r * fraction)) / tasks)
+    common = r - each * tasks
+    u, s, vh = svd(torch.stack(deltas).sum(0))
+    u, s, vh = u[:, :common], s[:common], vh[:common]
+    lefts, values, rights = [], [], []
+    for d in deltas:
+        a, b, c = svd(d - u @ (u.mT @ d))
+        lefts.append(a[:, :each]), values.append(b[:each]), rights.append(c[:each])
+    mean = torch.cat([*values, s]).mean()
+    return mean * unitary(torch.cat([*lefts, u], dim=1)) @ unitary(torch.cat([*rights, vh]))
+
+
+def released_wudi(deltas: list[Tensor], steps: int) -> Tensor:
+    stacked = torch.stack(deltas)
+    norms = stacked.square().sum((1, 2))
+    merged = stacked.sum(0).requires_grad_(True)
+    optimizer = torch.optim.Adam([merged], lr=1e-5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        inner = (merged - stacked) @ stacked.mT
+        (inner.square().sum((1, 2)) / norms).sum().backward()
+        optimizer.step()
+    return merged.detach()
+
+
+RELEASED: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "tsv_m": released_tsv_m,
+    "iso_c": released_iso_c,
+    "iso_cts": released_iso_cts,
+}
+
+
+def error(mine: Tensor, other: Tensor) -> float:
+    return float((mine.double() - other.double()).norm() / other.double().norm())
+
+
+def bench(name: str, group: TaskGroup, rounds: int, steps: int) -> tuple[float, float, float]:
+    """CPU seconds of the released form and of pymerge (WUDI: of a step), and the difference of their results."""
+
+    def deltas() -> list[Tensor]:
+        assert group.base is not None
+        return [t - group.base for t in group.tuned]
+
+    def mine(**settings: int) -> Tensor:
+        method = methods.get(name)(**settings)
+        assert isinstance(method, methods.base.MatrixCombine)
+        return method.combine(group)
+
+    if name != "wudi":
+        found = {"released": lambda: RELEASED[name](deltas()), "mine": mine}
+        off = error(found["mine"](), found["released"]())
+        seconds = best_seconds(found, rounds)
+        return seconds["released"], seconds["mine"], off
+    counts = (steps, 2 * steps)
+    found = {f"released {s}": lambda s=s: released_wudi(deltas(), s) for s in counts}
+    found |= {f"mine {s}": lambda s=s: mine(steps=s) for s in counts}
+    start = sum(deltas())
+    off = error(found[f"mine {counts[1]}"]() - start, found[f"released {counts[1]}"]() - start)
+    seconds = best_seconds(found, rounds)
+    per_step = [(seconds[f"{who} {counts[1]}"] - seconds[f"{who} {counts[0]}"]) / steps for who in ("released", "mine")]
+    return per_step[0], per_step[1], off
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="tsv_m,iso_c,iso_cts,wudi")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    x = torch.randn(2048, 2048)
+    rate = 2 * 2048**3 / best_seconds({"sgemm": lambda: x @ x})["sgemm"] / 1e9
+    print(f"sgemm {rate:.0f} GFLOP/s, T = {args.tasks}, float32")
+    for name in args.methods.split(","):
+        total = [0.0, 0.0]
+        for (m, n), count in SHAPES.items():
+            base, tuned = models(m, n, args.tasks)
+            info = TensorInfo(name="w", shape=(m, n), tasks=args.tasks)
+            group = TaskGroup(info=info, base=base, tuned=tuple(tuned))
+            released, mine, off = bench(name, group, args.rounds, args.steps)
+            total[0] += count * released
+            total[1] += count * mine
+            line = f"{name:8s} {m}x{n:<5d} released {released * 1e3:9.1f} ms  pymerge {mine * 1e3:8.1f} ms"
+            print(f"{line}  {released / mine:6.2f}x  error {off:.1e}", flush=True)
+        line = f"{name:8s} block      released {total[0] * 1e3:9.1f} ms  pymerge {total[1] * 1e3:8.1f} ms"
+        print(f"{line}  {total[0] / total[1]:6.2f}x", flush=True)
+
+
+if __name__ == "__main__":
+    main()
