@@ -25,7 +25,8 @@ ANGLE = 0.01  # largest error of singular directions that the rank of a stack ta
 
 
 class Triplets(NamedTuple):
-    """left [m, q], s [q] descending, right [n, q]; `noise`: what the directions may be off by, as a sine."""
+    """left [m, q], s [q] descending, right [n, q]; `noise`: where rounding errors were cut off,
+    what the directions may be off by, as a sine."""
 
     left: Tensor
     s: Tensor
@@ -35,10 +36,12 @@ class Triplets(NamedTuple):
 
 def spread(a: Tensor) -> float:
     """Largest row norm plus largest column norm; the spectral norm is at least half of it."""
-    if a.numel() == 0:
-        return 0.0
-    sides = (torch.linalg.vector_norm(a, dim=d, dtype=torch.float32).max() for d in (0, 1))
-    return sum(float(x) for x in sides)
+    rows, columns = 0.0, torch.zeros(a.shape[1], device=a.device)
+    for part in a.split(128):
+        squares = part.float().square()
+        rows = max(rows, float(squares.sum(1).max())) if squares.numel() else rows
+        columns += squares.sum(0)
+    return rows**0.5 + (float(columns.max()) ** 0.5 if columns.numel() else 0.0)
 
 
 def stored_errors(group: TaskGroup) -> list[float]:
@@ -88,12 +91,12 @@ def top_triplets(a: Tensor, count: int, errors: float | None) -> Triplets:
         return Triplets(found.U, found.S, found.Vh.mT, 0.0)
     floor = cutoff(a, errors)
     kept = int((found.S > max(floor, RESOLUTION * float(found.S[0]))).sum())
-    noise = floor / float(found.S[kept - 1]) if kept else 0.0
+    noise = floor / float(found.S[kept - 1]) if 0 < kept < count else 0.0
     return Triplets(found.U[:, :kept], found.S[:kept], found.Vh[:kept].mT, noise)
 
 
 def stack_tolerance(parts: Sequence[Triplets], keep_all: bool) -> float:
-    """`tol` for stacks of singular directions: what their own errors make of a direction that two tasks share."""
+    """`tol` for stacks of singular directions: with tasks of low rank, what rounding makes of directions they share."""
     return 0.0 if keep_all else max(RESOLUTION, min(ANGLE, max((p.noise for p in parts), default=0.0)))
 
 
