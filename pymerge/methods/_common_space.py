@@ -24,20 +24,21 @@ from pymerge.linalg import Polar, mean_singular_value, polar, tail_subspace
 from pymerge.methods import _spectral as sp
 from pymerge.methods.base import TaskGroup
 from pymerge.ops.gram64 import gram64
-from pymerge.ops.project_delta import project_delta
 
-COUPLING = 1e-7  # cosines between B and V_c below this are float32 rounding
+COUPLING = 1e-5  # cosines between B and V_c below this are dropped: float32 does not give their directions
 
 
 @dataclass(frozen=True)
 class Common:
     """R = U_c V_c^T [m, n] of the sum; tail: an orthonormal basis of what U_c leaves of the smaller side's space
-    [min(m, n), p]; values: sum of the c singular values; rank: c, or the rank of the sum where that is smaller."""
+    [min(m, n), p]; values: sum of the c singular values; rank: c, or the rank of the sum where that is smaller; angle:
+    the sine of what rounding errors may then have turned U_c by."""
 
     product: Tensor
     tail: Tensor
     values: float
     rank: int
+    angle: float = 0.0
 
 
 def common_space(total: Tensor, count: int, tol: float) -> Common:
@@ -46,6 +47,7 @@ def common_space(total: Tensor, count: int, tol: float) -> Common:
     found = polar(total, tol)
     product, rank = found.factor, min(count, int(found.rank))
     values = float(mean_singular_value(product, total)) * min(m, n)
+    angle = tol * float(found.condition) if rank < count else 0.0
     if rank == min(m, n):
         return Common(product, total.new_empty(rank, 0), values, rank)
     tail = tail_subspace(total if m <= n else total.mT, min(m, n) - rank)
@@ -57,18 +59,18 @@ def common_space(total: Tensor, count: int, tol: float) -> Common:
         other = product @ tail  # [m, p]
         values -= float((other.double() * (total @ tail).double()).sum())
         product = product.addmm_(other, tail.mT, alpha=-1)
-    return Common(product, tail, values, rank)
+    return Common(product, tail, values, rank, angle)
 
 
 def outside(group: TaskGroup, task: int, common: Common, count: int, errors: float | None) -> sp.Triplets:
-    """Top triplets of D_t - U_c U_c^T D_t."""
+    """Top triplets of D_t - U_c U_c^T D_t; errors None: all of them, whatever their values."""
     m, n = common.product.shape
-    if m <= n:  # the left vectors lie in the tail's span
-        small = project_delta(common.tail, group.base, [group.tuned[task]])[0]  # [p, n]
-        found = sp.top_triplets(small, count, errors)
-        return found._replace(left=common.tail @ found.left)
     delta = group.delta(task)
-    return sp.top_triplets(delta.addmm_(common.product, common.product.mT @ delta, alpha=-1), count, errors)
+    noise = None if errors is None else max(sp.noise_level(delta, errors), common.angle * sp.spread(delta))
+    if m <= n:  # the left vectors lie in the tail's span
+        found = sp.top_triplets(common.tail.mT @ delta, count, noise)
+        return found._replace(left=common.tail @ found.left)
+    return sp.top_triplets(delta.addmm_(common.product, common.product.mT @ delta, alpha=-1), count, noise)
 
 
 def stacks(parts: Sequence[sp.Triplets], keep_all: bool) -> tuple[Polar, Tensor, float]:
@@ -84,12 +86,13 @@ def stacked_product(common: Common, left: Tensor, right: Tensor, tol: float) -> 
     image = both @ right  # U_c V_c^T B [m, q]
     coupling, turn = torch.linalg.eigh(gram64(image))  # squared cosines of B with V_c
     kept = coupling > COUPLING**2
-    first = (image.double() @ (turn[:, kept] * coupling[kept].rsqrt())).to(image.dtype)  # U_Q [m, k]
+    first = (image.double() @ (turn[:, kept] * coupling[kept].rsqrt())).to(image.dtype)
+    first = torch.linalg.qr(both @ (both.mT @ first)).Q  # U_Q [m, k]: small cosines' rounding is not in U_c's span
     second = both.mT @ first  # V_Q [n, k]
     block = torch.cat([right, second], dim=1)
     values, vectors = torch.linalg.eigh(gram64(block))
     largest = float(values[-1].clamp(min=1.0))
-    keep = values > max(tol, COUPLING) ** 2 * largest
+    keep = values > max(tol, sp.RESOLUTION / 10) ** 2 * largest
     root = (vectors[:, keep] * values[keep].rsqrt()) @ vectors[:, keep].mT  # G^(-1/2)
     turned = (block.double() @ root).to(image.dtype)  # [n, q + k]
     # Rounding leaves B and V_Q with parts in the rest of V_c's span; the root enlarged them by up to the condition.

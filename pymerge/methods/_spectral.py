@@ -25,13 +25,13 @@ ANGLE = 0.01  # largest error of singular directions that the rank of a stack ta
 
 
 class Triplets(NamedTuple):
-    """left [m, q], s [q] descending, right [n, q]; `noise`: where rounding errors were cut off,
-    what the directions may be off by, as a sine."""
+    """left [m, q], s [q] descending, right [n, q]; `angle`: where rounding errors were cut off,
+    the sine of what they may have turned the directions by."""
 
     left: Tensor
     s: Tensor
     right: Tensor
-    noise: float
+    angle: float
 
 
 def spread(a: Tensor) -> float:
@@ -52,10 +52,11 @@ def stored_errors(group: TaskGroup) -> list[float]:
     return [ROUNDING * size * max(base, torch.finfo(t.dtype).eps) for t in group.tuned]
 
 
-def cutoff(a: Tensor, errors: float) -> float:
-    """Singular values of a up to this are rounding errors. A task vector that is hardly larger than what rounding adds
-    keeps all but its smallest ones: such errors are no longer independent of it."""
-    return min(errors, SHARE * spread(a))
+def noise_level(a: Tensor, errors: float) -> float:
+    """Singular values of a up to this are rounding errors, of which those of its stored form are below `errors`. A task
+    vector that is hardly larger keeps all but its smallest ones: such errors are no longer independent of it."""
+    size = spread(a)
+    return max(RESOLUTION * size, min(errors, SHARE * size))
 
 
 def sum_of_deltas(base: Tensor | None, tuned: Sequence[Tensor], divisor: float = 1.0) -> Tensor:
@@ -68,7 +69,7 @@ def sum64(s: Tensor) -> float:
 
 
 def norm_below(a: Tensor, steps: int = 4) -> float:
-    """A lower bound of the spectral norm, by power iteration from the longest row."""
+    """A lower bound of the spectral norm (a good one), by power iteration from the longest row."""
     x = a[int(torch.linalg.vector_norm(a, dim=1).argmax())]
     size = float(x.norm())
     for _ in range(steps if size else 0):
@@ -81,23 +82,22 @@ def norm_below(a: Tensor, steps: int = 4) -> float:
 def rank_tolerance(a: Tensor, errors: float) -> float:
     """`tol` of `polar` for a matrix whose stored form has singular values of rounding errors up to `errors`."""
     size = norm_below(a) if a.numel() else 0.0
-    return max(RESOLUTION, cutoff(a, errors) / size) if size else RESOLUTION
+    return max(RESOLUTION, noise_level(a, errors) / size) if size else RESOLUTION
 
 
-def top_triplets(a: Tensor, count: int, errors: float | None) -> Triplets:
-    """The `count` largest singular triplets of a [m, n], less those that are rounding errors (errors None: all)."""
+def top_triplets(a: Tensor, count: int, noise: float | None) -> Triplets:
+    """The `count` largest singular triplets of a [m, n], less those up to `noise` (None: all)."""
     found = truncated_svd(a, count)
-    if errors is None:
+    if noise is None:
         return Triplets(found.U, found.S, found.Vh.mT, 0.0)
-    floor = cutoff(a, errors)
-    kept = int((found.S > max(floor, RESOLUTION * float(found.S[0]))).sum())
-    noise = floor / float(found.S[kept - 1]) if 0 < kept < count else 0.0
-    return Triplets(found.U[:, :kept], found.S[:kept], found.Vh[:kept].mT, noise)
+    kept = int((found.S > noise).sum())
+    angle = noise / float(found.S[kept - 1]) if 0 < kept < count else 0.0
+    return Triplets(found.U[:, :kept], found.S[:kept], found.Vh[:kept].mT, angle)
 
 
 def stack_tolerance(parts: Sequence[Triplets], keep_all: bool) -> float:
     """`tol` for stacks of singular directions: with tasks of low rank, what rounding makes of directions they share."""
-    return 0.0 if keep_all else max(RESOLUTION, min(ANGLE, max((p.noise for p in parts), default=0.0)))
+    return 0.0 if keep_all else max(RESOLUTION, min(ANGLE, max((p.angle for p in parts), default=0.0)))
 
 
 def polar_of_stack(blocks: Sequence[Tensor], tol: float) -> Polar:

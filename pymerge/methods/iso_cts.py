@@ -44,12 +44,14 @@ class IsoCTS(MatrixCombine):
         r = min(tuned[0].shape)
         count, each = self.split(r, tasks)
         released = self.preset == "released"
-        errors = [None] * tasks if released else sp.stored_errors(group)
+        errors = sp.stored_errors(group)
         total = sp.sum_of_deltas(base, tuned)
-        tol = 0.0 if released else sp.rank_tolerance(total, sum(sp.stored_errors(group)))
+        tol = 0.0 if released else sp.rank_tolerance(total, sum(errors))
         common = cs.common_space(total, count, tol)
         del total
-        parts = [cs.outside(group, t, common, each, errors[t]) for t in range(tasks)] if each else []
+        parts = []
+        for t in range(tasks if each else 0):
+            parts.append(cs.outside(group, t, common, each, None if released else errors[t]))
         sp.note_ranks(group, parts)
         facts = group.notes.facts
         facts["common_rank"] = rank = common.rank

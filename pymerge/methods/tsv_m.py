@@ -40,8 +40,10 @@ class TsvM(MatrixCombine):
             group.notes.facts["rank"] = 0
             return torch.zeros(m, n, device=group.tuned[0].device)
         released = self.preset == "released"
-        errors = [None] * tasks if released else sp.stored_errors(group)
-        parts = [sp.top_triplets(group.delta(t), count, errors[t]) for t in range(tasks)]
+        errors, parts = sp.stored_errors(group), []
+        for t in range(tasks):
+            delta = group.delta(t)
+            parts.append(sp.top_triplets(delta, count, None if released else sp.noise_level(delta, errors[t])))
         tol = sp.stack_tolerance(parts, released)
         left = sp.polar_of_stack([p.left for p in parts], tol)
         right = sp.polar_of_stack([p.right for p in parts], tol)
