@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pymerge.linalg import Polar, mean_singular_value, polar, tail_subspace
 from pymerge.methods import _spectral as sp
-from pymerge.methods.base import TaskGroup
 from pymerge.ops.gram64 import gram64
 
 COUPLING = 1e-5  # cosines between B and V_c below this are dropped: float32 does not give their directions
@@ -44,6 +43,8 @@ class Common:
 def common_space(total: Tensor, count: int, tol: float) -> Common:
     """The `count` leading directions of `total`, fewer where its rank (singular values above tol * s_1) is smaller."""
     m, n = total.shape
+    if tol >= 1.0:
+        total, tol = torch.zeros_like(total), sp.RESOLUTION
     found = polar(total, tol)
     product, rank = found.factor, min(count, int(found.rank))
     values = float(mean_singular_value(product, total)) * min(m, n)
@@ -62,11 +63,9 @@ def common_space(total: Tensor, count: int, tol: float) -> Common:
     return Common(product, tail, values, rank, angle)
 
 
-def outside(group: TaskGroup, task: int, common: Common, count: int, errors: float | None) -> sp.Triplets:
-    """Top triplets of D_t - U_c U_c^T D_t; errors None: all of them, whatever their values."""
+def outside(delta: Tensor, common: Common, count: int, noise: float | None) -> sp.Triplets:
+    """Top triplets of D_t - U_c U_c^T D_t, less those up to `noise`. Overwrites delta."""
     m, n = common.product.shape
-    delta = group.delta(task)
-    noise = None if errors is None else max(sp.noise_level(delta, errors), common.angle * sp.spread(delta))
     if m <= n:  # the left vectors lie in the tail's span
         found = sp.top_triplets(common.tail.mT @ delta, count, noise)
         return found._replace(left=common.tail @ found.left)

@@ -52,10 +52,10 @@ def stored_errors(group: TaskGroup) -> list[float]:
     return [ROUNDING * size * max(base, torch.finfo(t.dtype).eps) for t in group.tuned]
 
 
-def noise_level(a: Tensor, errors: float) -> float:
-    """Singular values of a up to this are rounding errors, of which those of its stored form are below `errors`. A task
-    vector that is hardly larger keeps all but its smallest ones: such errors are no longer independent of it."""
-    size = spread(a)
+def noise_level(size: float, errors: float) -> float:
+    """Singular values up to this are rounding errors, in a task vector whose spread is `size` and whose stored form has
+    such up to `errors`. One that is hardly larger than they are keeps all but its smallest values: the errors are no
+    longer independent of it."""
     return max(RESOLUTION * size, min(errors, SHARE * size))
 
 
@@ -64,12 +64,22 @@ def sum_of_deltas(base: Tensor | None, tuned: Sequence[Tensor], divisor: float =
     return merge_by_rule(DeltaRule(weights=(1.0,) * len(tuned), divisor=divisor), base, tuned)
 
 
+def sum_and_sizes(group: TaskGroup) -> tuple[Tensor, list[float]]:
+    """sum_t D_t, float32, and the spread of each D_t."""
+    total, sizes = torch.zeros(group.tuned[0].shape, device=group.tuned[0].device), []
+    for t in range(len(group.tuned)):
+        delta = group.delta(t)
+        sizes.append(spread(delta))
+        total += delta
+    return total, sizes
+
+
 def sum64(s: Tensor) -> float:
     return float(s.double().sum())
 
 
 def norm_below(a: Tensor, steps: int = 4) -> float:
-    """A lower bound of the spectral norm (a good one), by power iteration from the longest row."""
+    """A lower bound of the spectral norm, by power iteration from the longest row."""
     x = a[int(torch.linalg.vector_norm(a, dim=1).argmax())]
     size = float(x.norm())
     for _ in range(steps if size else 0):
@@ -79,10 +89,14 @@ def norm_below(a: Tensor, steps: int = 4) -> float:
     return size
 
 
-def rank_tolerance(a: Tensor, errors: float) -> float:
-    """`tol` of `polar` for a matrix whose stored form has singular values of rounding errors up to `errors`."""
+def rank_tolerance(a: Tensor, errors: float, terms: float = 0.0) -> float:
+    """`tol` of `polar` for a matrix whose stored form has singular values of rounding errors up to `errors`, and which
+    is a float32 sum of terms whose spreads sum to `terms`; 1 and more: all of it is rounding."""
     size = norm_below(a) if a.numel() else 0.0
-    return max(RESOLUTION, noise_level(a, errors) / size) if size else RESOLUTION
+    if size == 0.0:
+        return RESOLUTION
+    level = max(noise_level(spread(a), errors), ROUNDING * torch.finfo(torch.float32).eps * terms)
+    return max(RESOLUTION, level / size)
 
 
 def top_triplets(a: Tensor, count: int, noise: float | None) -> Triplets:

@@ -44,14 +44,15 @@ class IsoCTS(MatrixCombine):
         r = min(tuned[0].shape)
         count, each = self.split(r, tasks)
         released = self.preset == "released"
+        total, sizes = sp.sum_and_sizes(group)
         errors = sp.stored_errors(group)
-        total = sp.sum_of_deltas(base, tuned)
-        tol = 0.0 if released else sp.rank_tolerance(total, sum(errors))
+        tol = 0.0 if released else sp.rank_tolerance(total, sum(errors), sum(sizes))
         common = cs.common_space(total, count, tol)
         del total
         parts = []
         for t in range(tasks if each else 0):
-            parts.append(cs.outside(group, t, common, each, None if released else errors[t]))
+            noise = None if released else max(sp.noise_level(sizes[t], errors[t]), common.angle * sizes[t])
+            parts.append(cs.outside(group.delta(t), common, each, noise))
         sp.note_ranks(group, parts)
         facts = group.notes.facts
         facts["common_rank"] = rank = common.rank

@@ -43,7 +43,8 @@ class TsvM(MatrixCombine):
         errors, parts = sp.stored_errors(group), []
         for t in range(tasks):
             delta = group.delta(t)
-            parts.append(sp.top_triplets(delta, count, None if released else sp.noise_level(delta, errors[t])))
+            noise = None if released else sp.noise_level(sp.spread(delta), errors[t])
+            parts.append(sp.top_triplets(delta, count, noise))
         tol = sp.stack_tolerance(parts, released)
         left = sp.polar_of_stack([p.left for p in parts], tol)
         right = sp.polar_of_stack([p.right for p in parts], tol)

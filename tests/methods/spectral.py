@@ -42,7 +42,7 @@ def base_weights(m: int, n: int, size: float = 20.0, seed: int = 99) -> Tensor:
 def run(
     name: str, tuned: Sequence[Tensor], base: Tensor | None = None, dtype: torch.dtype | None = None, **settings: Any
 ) -> tuple[Tensor, Notes]:
-    """The merged update in float64 and the notes. `tuned` are updates: they are stored with the base added, in dtype."""
+    """The merged update in float64 and the notes. `tuned` are updates, stored in dtype with the base added."""
     method = methods.get(name)(**settings)
     assert isinstance(method, MatrixCombine)
     stored = [d if base is None else base + d for d in tuned]

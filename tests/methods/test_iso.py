@@ -137,7 +137,7 @@ def test_float32_and_float64_weights_agree(name: str, hazard: str) -> None:
     truth = REFERENCE[name](deltas)
     for dtype in (torch.float32, torch.float64):
         merged = run(name, deltas, base, dtype)[0]
-        assert (merged - truth).norm() <= 1e-4 * max(float(truth.norm()), 0.01), dtype  # the updates' norms are 1
+        assert (merged - truth).norm() <= 1e-4 * float(truth.norm()) + 1e-6, dtype  # the updates' norms are 1
 
 
 @pytest.mark.parametrize("name", METHODS)
