@@ -1,6 +1,6 @@
 """The spectral methods against plain PyTorch forms of what the authors released, on the matrices of a ViT-B/32 block.
 
-python benchmarks/bench_spectral.py [--methods tsv_m,iso_c,iso_cts,wudi] [--tasks 8] [--rounds 3] [--steps 10] [--parts]
+python benchmarks/bench_spectral.py [--methods tsv_m,iso_c,iso_cts,wudi] [--tasks 8] [--rounds 3] [--steps 4] [--parts]
 One thread, CPU seconds, candidates interleaved. A block has four 768x768 matrices (q, k, v, out), one 3072x768 and one
 768x3072 (MLP). error: of the merged update against the released form. WUDI runs `--steps` steps for each time, the cost
 of a step is the difference of two runs; its error is that after 2 * steps. `--parts` says where the time goes.
@@ -14,15 +14,20 @@ for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import time  # noqa: E402
+from collections import Counter  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from unittest import mock  # noqa: E402
 
 import torch  # noqa: E402
 from spectra import known_matrix  # noqa: E402
 from timing import best_seconds  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from pymerge import methods  # noqa: E402
-from pymerge.methods.base import TaskGroup, TensorInfo  # noqa: E402
+from pymerge import linalg, methods  # noqa: E402
+from pymerge.methods import _common_space, _spectral  # noqa: E402
+from pymerge.methods.base import MatrixCombine, TaskGroup, TensorInfo  # noqa: E402
 
 SHAPES = {(768, 768): 4, (3072, 768): 1, (768, 3072): 1}  # and how many of each a block has
 SHARED = 0.3  # of the update's size, common to all tasks
@@ -97,6 +102,37 @@ def error(mine: Tensor, other: Tensor) -> float:
     return float((mine.double() - other.double()).norm() / other.double().norm())
 
 
+def parts(run: Callable[[], object]) -> str:
+    """Share of a run's CPU time in each linear algebra function that the methods call."""
+    spent: Counter[str] = Counter()
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            start = time.process_time()
+            result = function(*args, **kwargs)
+            spent[name] += time.process_time() - start
+            return result
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in ("polar", "truncated_svd", "tail_subspace"):
+            replacement = timed(name, getattr(linalg, name))
+            for module in (linalg, _spectral, _common_space):  # where methods have it from
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, replacement))
+        start = time.process_time()
+        run()
+        total = time.process_time() - start
+    return ", ".join(f"{k} {v / total:.0%}" for k, v in spent.most_common())
+
+
+def merged(name: str, group: TaskGroup, **settings: int) -> Tensor:
+    method = methods.get(name)(**settings)
+    assert isinstance(method, MatrixCombine)
+    return method.combine(group)
+
+
 def bench(name: str, group: TaskGroup, rounds: int, steps: int) -> tuple[float, float, float]:
     """CPU seconds of the released form and of pymerge (WUDI: of a step), and the difference of their results."""
 
@@ -104,19 +140,14 @@ def bench(name: str, group: TaskGroup, rounds: int, steps: int) -> tuple[float, 
         assert group.base is not None
         return [t - group.base for t in group.tuned]
 
-    def mine(**settings: int) -> Tensor:
-        method = methods.get(name)(**settings)
-        assert isinstance(method, methods.base.MatrixCombine)
-        return method.combine(group)
-
     if name != "wudi":
-        found = {"released": lambda: RELEASED[name](deltas()), "mine": mine}
+        found = {"released": lambda: RELEASED[name](deltas()), "mine": lambda: merged(name, group)}
         off = error(found["mine"](), found["released"]())
         seconds = best_seconds(found, rounds)
         return seconds["released"], seconds["mine"], off
     counts = (steps, 2 * steps)
     found = {f"released {s}": lambda s=s: released_wudi(deltas(), s) for s in counts}
-    found |= {f"mine {s}": lambda s=s: mine(steps=s) for s in counts}
+    found |= {f"mine {s}": lambda s=s: merged(name, group, steps=s) for s in counts}
     start = sum(deltas())
     off = error(found[f"mine {counts[1]}"]() - start, found[f"released {counts[1]}"]() - start)
     seconds = best_seconds(found, rounds)
@@ -130,6 +161,8 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--shapes", default="", help="only those that contain this, as 768x3072")
+    parser.add_argument("--parts", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     x = torch.randn(2048, 2048)
@@ -138,6 +171,8 @@ def main() -> None:
     for name in args.methods.split(","):
         total = [0.0, 0.0]
         for (m, n), count in SHAPES.items():
+            if args.shapes not in f"{m}x{n}":
+                continue
             base, tuned = models(m, n, args.tasks)
             info = TensorInfo(name="w", shape=(m, n), tasks=args.tasks)
             group = TaskGroup(info=info, base=base, tuned=tuple(tuned))
@@ -146,6 +181,8 @@ def main() -> None:
             total[1] += count * mine
             line = f"{name:8s} {m}x{n:<5d} released {released * 1e3:9.1f} ms  pymerge {mine * 1e3:8.1f} ms"
             print(f"{line}  {released / mine:6.2f}x  error {off:.1e}", flush=True)
+            if args.parts and name != "wudi":
+                print(f"         {parts(lambda g=group, name=name: merged(name, g))}", flush=True)
         line = f"{name:8s} block      released {total[0] * 1e3:9.1f} ms  pymerge {total[1] * 1e3:8.1f} ms"
         print(f"{line}  {total[0] / total[1]:6.2f}x", flush=True)
 
