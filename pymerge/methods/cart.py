@@ -44,7 +44,7 @@ class Cart(MatrixCombine):
         return merged
 
     def workspace(self, info: TensorInfo) -> int:
-        """The average, a difference, Gram matrix and eigenvectors in float64."""
+        """The average, a difference, singular vectors, Gram matrix and what its eigensolver takes in float64."""
         m = info.shape[0]
         n = info.numel // max(1, m)
-        return 2 * 4 * info.numel + int(self.rho * 12 * (m + n) * min(m, n)) + 2 * 8 * min(m, n) ** 2
+        return 2 * 4 * info.numel + int(self.rho * 24 * (m + n) * min(m, n)) + 6 * 8 * min(m, n) ** 2

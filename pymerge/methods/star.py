@@ -53,4 +53,4 @@ class Star(MatrixCombine):
         """A task vector, singular vectors, Gram matrix and eigenvectors in float64."""
         m = info.shape[0]
         n = info.numel // max(1, m)
-        return 4 * info.numel + 12 * (m + n) * min(m, n) + 2 * 8 * min(m, n) ** 2
+        return 4 * info.numel + 12 * (m + n) * min(m, n) + 3 * 8 * min(m, n) ** 2
