@@ -2,8 +2,8 @@
 
 python benchmarks/bench_spectral.py [--methods tsv_m,iso_c,iso_cts,wudi] [--tasks 8] [--rounds 3] [--steps 4] [--parts]
 One thread, CPU seconds, candidates interleaved. A block has four 768x768 matrices (q, k, v, out), one 3072x768 and one
-768x3072 (MLP). error: of the merged update against the released form. WUDI: a step, from
-the difference of two runs, of `--steps` and twice as many; the error is that of the way gone after the longer. `--parts` says where the time goes.
+768x3072 (MLP). error: of the merged update against the released form. `--parts` says where the time goes. WUDI: a step,
+from the difference of two runs of `--steps` and twice as many; the error is that of the way gone after the longer.
 """
 
 from __future__ import annotations
