@@ -18,6 +18,7 @@ from pymerge.methods import (
     linear,
     slerp,
     star,
+    svc,
     task_arithmetic,
     ties,
     trim,
@@ -47,6 +48,7 @@ _BUILT_IN = (
     star,
     cart,
     wudi,
+    svc,
 )  # importing a module registers its method
 
 
