@@ -9,15 +9,21 @@ from pymerge.errors import RecipeError
 from pymerge.methods import (
     breadcrumbs,
     breadcrumbs_ties,
+    cart,
     dare,
     dare_linear,
     dare_ties,
+    iso_c,
+    iso_cts,
     linear,
     slerp,
+    star,
     svc,
     task_arithmetic,
     ties,
     trim,
+    tsv_m,
+    wudi,
 )
 from pymerge.methods.base import REGISTRY, Combine, Method, register
 from pymerge.methods.names import nearest
@@ -36,6 +42,12 @@ _BUILT_IN = (
     breadcrumbs_ties,
     dare,
     trim,
+    tsv_m,
+    iso_c,
+    iso_cts,
+    star,
+    cart,
+    wudi,
     svc,
 )  # importing a module registers its method
 
