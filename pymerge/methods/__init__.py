@@ -7,6 +7,7 @@ from typing import Any
 
 from pymerge.errors import RecipeError
 from pymerge.methods import (
+    ace,
     breadcrumbs,
     breadcrumbs_ties,
     dare,
@@ -35,6 +36,7 @@ _BUILT_IN = (
     breadcrumbs_ties,
     dare,
     trim,
+    ace,
 )  # importing a module registers its method
 
 
