@@ -23,7 +23,7 @@ LARGEST_RELATIVE_RIDGE = 0.1  # eps mean(1/trace) beyond which the refinement op
 NO_TRACE = 1e-20  # share of the largest trace below which a task has no update
 SAME_ROWS = 1e-13  # share of a task's energy below which what is left by centring is rounding
 SMALLEST_RIDGE = 1e-14  # share of the mean trace below which a ridge is lost in float64
-UNIT_RANGE = 2.0**20  # updates larger or smaller are scaled before they are multiplied
+LARGEST_NORM = 2.0**20  # larger updates are scaled, so that products of three stay in the range of float32
 ROWS = 256  # that are widened to float64 at a time
 
 
@@ -108,7 +108,7 @@ def _merged(method: Ace, group: TaskGroup, updates: Updates, kept: list[int]) ->
     energy, trace = [updates.energy[t] for t in kept], [updates.trace[t] + TINY for t in kept]
     unequal = _gate(method, energy, facts)
     norm = math.sqrt(max(energy))
-    unit = 1.0 if 1 / UNIT_RANGE < norm < UNIT_RANGE or norm == 0.0 else 2.0 ** math.frexp(norm)[1]
+    unit = 1.0 if norm < LARGEST_NORM else 2.0 ** math.frexp(norm)[1]
     weight = [1.0 / x if unequal else 1.0 for x in trace]
     eps = _eps(method, trace, weight, facts)
     facts["ebar"] = eps * math.fsum(1.0 / x for x in trace) / len(trace)

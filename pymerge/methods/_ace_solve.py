@@ -27,7 +27,7 @@ SLAB = 1024  # columns that are widened to float64 at a time
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """What the first pass over the tasks decides; all in units of `unit`, a power of two near the largest |D_t|.
+    """What the first pass over the tasks decides; all in units of `unit`, a power of two: 1, or near the largest |D_t| where that is huge.
 
     tasks   indices into group.tuned of the tasks that take part
     weight  w_t;  ridge  eps_t;  mean  mu_t, float64 [n];  total  sum of D_t, float32 [m, n]
@@ -216,7 +216,9 @@ def _left_factor(s: System, rows: Tensor, gram: Tensor, ones: Tensor) -> tuple[T
 
 
 def _low_residual(s: System, rows: Tensor, gram: Tensor) -> Tensor:
-    """R = (blockrow(sqrt(w_t) D_t C_t^T) - D Z^T / T) Z - E D / T, D the sum of D_t; float32 [m, n]. `gram` is Z Z^T."""
+    """R = (blockrow(sqrt(w_t) D_t C_t^T) - D Z^T / T) Z - E D / T, D the sum of D_t; float32 [m, n].
+
+    gram is Z Z^T."""
     m = s.total.shape[0]
     tasks = len(s.tasks)
     factor = _own_means(s, rows).repeat(m, 1)  # [m, T m]
