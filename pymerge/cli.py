@@ -203,7 +203,7 @@ def info(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the models and results are kept.")] = Path("demo-output"),
-    all_methods: Annotated[bool, typer.Option("--all", help="Every method, not only the default set.")] = False,
+    all_methods: Annotated[bool, typer.Option("--all", help="Every method, whatever the time.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a small model and four fine-tuned children, merge them with each method, compare. Under 3 minutes."""

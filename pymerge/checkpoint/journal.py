@@ -2,14 +2,15 @@
 
 Text, one record a line: CRC-32C of the rest in 8 hex digits, a space, JSON. The first record is the identity of the
 merge (recipe, version, inputs, layout); each further one vouches for a segment of a tensor: {"t": name, "o": first
-byte, "n": bytes, "c": crc}. A record is appended only after the bytes it vouches for are on disk, so a torn last line
-costs nothing but the work it stood for.
+byte, "n": bytes, "c": crc, "f": facts for the summary, if any}. A record is appended only after the bytes it vouches
+for are on disk, so a torn last line costs nothing but the work it stood for.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,18 @@ JOURNAL = "journal"
 
 
 class Segment(NamedTuple):
-    """Bytes start .. start + nbytes of a tensor, with their CRC-32C."""
+    """Bytes start .. start + nbytes of a tensor, with their CRC-32C, and what the summary shall say of them."""
 
     name: str
     start: int
     nbytes: int
     crc: int
+    facts: Mapping[str, Any] = {}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        facts = {"f": dict(self.facts)} if self.facts else {}
+        return {"t": self.name, "o": self.start, "n": self.nbytes, "c": self.crc} | facts
 
 
 class Journal:
@@ -41,7 +48,7 @@ class Journal:
 
     def append(self, segments: list[Segment]) -> None:
         """Vouch for segments whose bytes are on disk already."""
-        self._append(b"".join(_line({"t": s.name, "o": s.start, "n": s.nbytes, "c": s.crc}) for s in segments))
+        self._append(b"".join(_line(s.record) for s in segments))
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -73,7 +80,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Segment]]:
         return None, []
     segments: dict[str, list[Segment]] = {}
     for r in records[1:]:
-        new = Segment(r["t"], r["o"], r["n"], r["c"])
+        new = Segment(r["t"], r["o"], r["n"], r["c"], r.get("f", {}))
         kept = [
             s
             for s in segments.get(new.name, [])

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,15 +84,16 @@ class StagedOutput:
         """What is written, per tensor: (start, nbytes, crc), ascending. After a resume: what was read back and is
         right."""
         with self._mutex:
-            found = {name: sorted(by_start.values()) for name, by_start in self._segments.items()}
+            found = {name: [by_start[at] for at in sorted(by_start)] for name, by_start in self._segments.items()}
         return {name: [(s.start, s.nbytes, s.crc) for s in segments] for name, segments in found.items()}
 
-    def write(self, name: str, start: int, view: memoryview, crc: int) -> None:
+    def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any] | None = None) -> None:
         """Write bytes start .. start + len(view) of a tensor. Any thread, any order, no overlaps.
 
         Whole blocks go by direct I/O where (address of view - (offset of the tensor in its file + start)) % 4096 == 0.
 
-        crc   CRC-32C of the bytes; the journal vouches for them with it"""
+        crc    CRC-32C of the bytes; the journal vouches for them with it
+        facts  what is to be known of the tensor when all is written (JSON values); see `facts`"""
         slot = self.layout.slots[name]
         if start < 0 or start + view.nbytes > slot.nbytes:
             raise ValueError(f"{name}: bytes {start}..{start + view.nbytes} written, the tensor has {slot.nbytes}")
@@ -101,7 +102,7 @@ class StagedOutput:
         except OSError as e:
             self._fail(e, f"writing {safe_name(name)} to {self.layout.shards[slot.shard].file} failed")
         with self._mutex:
-            segment = Segment(name, start, view.nbytes, crc)
+            segment = Segment(name, start, view.nbytes, crc, facts or {})
             self._segments.setdefault(name, {})[start] = segment
             self._pending.append(segment)
             self._unsynced += view.nbytes
@@ -165,6 +166,12 @@ class StagedOutput:
                 crc = _C.crc32c_combine(crc, part, nbytes)
             result[name] = crc
         return result
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What was handed to `write` of each tensor, by an interrupted run too."""
+        with self._mutex:
+            segments = [(name, s) for name, by_start in self._segments.items() for s in by_start.values()]
+        return {name: dict(s.facts) for name, s in segments if s.facts}
 
     def __enter__(self) -> StagedOutput:
         return self

@@ -10,7 +10,7 @@ def run(out: str | Path, *, all_methods: bool = False) -> dict[str, Any]:
     """Train (once), merge, evaluate, print a table.
 
     out          folder that keeps base/, tasks/, merged/ (Hugging Face checkpoints), logs/ and results.json
-    all_methods  every combine method whatever the time, and each purify and calibrate step on task arithmetic
+    all_methods  every method whatever the time
     Returns      what results.json holds
     Raises       MergeError: scikit-learn or transformers is missing (`pip install "pymerge[demo]"`), or a merge failed
     Cost         under a minute of one processor for the training, then about a second a method"""

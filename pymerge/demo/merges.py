@@ -33,16 +33,15 @@ class Job:
     skipped: str = ""
 
 
-def jobs(tasks: int, all_methods: bool) -> Iterator[Job]:
-    """Every combine method there is; with all_methods also each purify and calibrate step on task arithmetic."""
+def jobs(tasks: int) -> Iterator[Job]:
+    """Every combine method there is, then each purify and calibrate step on task arithmetic."""
     for name in pymerge.methods.list("combine"):
         yield job(name, tasks)
-    if all_methods:
-        for step in ("purify", "calibrate"):
-            for name in pymerge.methods.list(step):
-                needs = pymerge.methods.describe(name).needs
-                label = f"{name} + task_arithmetic" if step == "purify" else f"task_arithmetic + {name}"
-                yield Job(name=label, method="task_arithmetic", keywords={step: name}, skipped=missing(needs))
+    for step in ("purify", "calibrate"):
+        for name in pymerge.methods.list(step):
+            needs = pymerge.methods.describe(name).needs
+            label = f"{name} + task_arithmetic" if step == "purify" else f"task_arithmetic + {name}"
+            yield Job(name=label, method="task_arithmetic", keywords={step: name}, skipped=missing(needs))
 
 
 def job(name: str, tasks: int) -> Job:

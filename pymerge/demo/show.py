@@ -63,7 +63,7 @@ def evaluate_merges(out: Path, all_methods: bool, console: Console) -> list[dict
         row("(base)", train.accuracies(out / "base", out / "tasks"), individual),
     ]
     start = time.perf_counter()
-    for job in merges.jobs(len(names), all_methods):
+    for job in merges.jobs(len(names)):
         late = "" if all_methods or time.perf_counter() - start < BUDGET else "left to --all"
         if job.skipped or late:
             rows.append({"name": job.name, "skipped": job.skipped or late})

@@ -31,6 +31,7 @@ class Block:
 
     def __init__(self, arena: Arena, start: int, size: int) -> None:
         self.arena, self.start, self.size = arena, start, size
+        self.size = size
         self.address = arena.address + start
         self.view = memoryview(arena.mapping)[start : start + size]
         self.holders = 1
@@ -39,6 +40,12 @@ class Block:
         """Count `more` further holders."""
         with self.arena.changed:
             self.holders += more
+
+    def lend(self, size: int) -> None:
+        """The last `size` bytes stand for memory that is taken elsewhere: their pages go back to the system."""
+        length = size // PAGE * PAGE
+        if length:
+            self.arena.mapping.madvise(mmap.MADV_DONTNEED, self.start + self.size - length, length)
 
     def release(self) -> None:
         with self.arena.changed:

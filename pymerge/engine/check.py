@@ -5,6 +5,7 @@ All problems are collected and reported together; a relaxation named in the reci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from pymerge.errors import (
     InputError,
     MergeError,
     MissingTensor,
+    RecipeError,
     ShapeMismatch,
     UnsupportedDtype,
     VocabMismatch,
@@ -41,11 +43,20 @@ class Entry:
     tuned: tuple[AnyTensor, ...] = ()
     steps: Steps | None = None  # None: copied
     count: int = 0  # entries that are merged
+    split: tuple[int, tuple[int, ...]] | None = None  # merged in parts: the dimension, and the sizes along it
+    join: tuple[int, int] | None = None  # merged with other matrices as one: number of the group, place in it
     equal_to: tuple[AnyTensor, ...] = ()  # integer buffers: must hold the same bytes
 
     @property
     def merged(self) -> bool:
         return self.steps is not None
+
+    @property
+    def merged_shape(self) -> tuple[int, ...]:
+        """Shape of what is merged: fewer rows where the models have only some in common."""
+        if not self.shape:
+            return ()
+        return (self.count // max(1, math.prod(self.shape[1:])), *self.shape[1:])
 
 
 @dataclass
@@ -87,6 +98,8 @@ class Checker:
         self.others = [(label, m, t) for label, m, t in zip(self.labels, self.models, self.tied, strict=True)]
         self.relaxed: dict[str, list[str]] = {}
         self.steps: dict[str, Steps] = {}  # of the tensors that the recipe selects
+        self.join_of: dict[str, tuple[int, int]] = {}
+        self.rest: list[str] = []  # tensors that go past the steps for matrices
         self.relaxations = self.recipe.relaxations
 
     def run(self) -> list[Entry]:
@@ -94,10 +107,16 @@ class Checker:
         names = self.reference.file_order()
         self.steps = self.recipe.resolve(names)
         self.check_extra(set(names))
+        self.find_joins()
         entries = [entry for name in names if (entry := self.entry(name)) is not None]
         if self.relaxations.get("extra") == "copy":
             entries += self.extra_copies({entry.name for entry in entries})
         self.problems.raise_all()
+        if self.rest:
+            listed = f"{', '.join(self.rest[:10])}{' ...' if len(self.rest) > 10 else ''}"
+            self.notes.append(
+                f"no weight matrices, merged without the steps for these: {len(self.rest)} tensor(s): {listed}"
+            )
         for what, items in self.relaxed.items():
             self.notes.append(
                 f"{what}: {len(items)} tensor(s): {', '.join(items[:10])}{' ...' if len(items) > 10 else ''}"
@@ -132,6 +151,12 @@ class Checker:
         count = self.common_count(name, reference, found)
         if count is None:
             return None
+        steps = self.recipe.routed(self.steps[name], name, reference.shape)
+        if steps is None:
+            self.relax(f"no weight matrices, kept at {self.reference_label}'s values", name)
+            return self.copied(name, reference)
+        if steps is not self.steps[name]:
+            self.rest.append(safe_name(name))
         base = reference if self.recipe.subtract_base else None
         return Entry(
             name=name,
@@ -140,8 +165,51 @@ class Checker:
             reference=reference,
             base=base,
             tuned=tuple(found),
-            steps=self.steps[name],
+            steps=steps,
             count=count,
+            split=self.split_of(name, reference.shape, steps),
+            join=self.join_of.get(name),
+        )
+
+    def split_of(self, name: str, shape: tuple[int, ...], steps: Steps) -> tuple[int, tuple[int, ...]] | None:
+        split = self.recipe.fused.split_of(name)
+        if split is None:
+            return None
+        if not (steps.spectral and self.recipe.matrices.has(name, shape)):
+            self.problems.add(RecipeError, f"split: {safe_name(name)} is not merged by a method for matrices")
+            return None
+        try:
+            return split.dim, split.sizes(name, shape)
+        except RecipeError as e:
+            self.problems.add(RecipeError, str(e))
+            return None
+
+    def find_joins(self) -> None:
+        """Numbers the groups of matrices that are merged as one, and checks that they fit together."""
+        try:
+            groups = self.recipe.fused.groups(name for name in self.steps if name in self.reference)
+        except RecipeError as e:
+            self.problems.add(RecipeError, str(e))
+            return
+        for number, names in enumerate(groups):
+            shapes = [self.reference[name].shape for name in names]
+            dtypes = {self.reference[name].dtype for name in names}
+            fits = len({shape[1:] for shape in shapes}) == 1 and len(dtypes) == 1
+            if not fits or len({id(self.steps[name]) for name in names}) > 1 or not self.are_matrices(names):
+                listed = ", ".join(f"{safe_name(n)} {list(s)}" for n, s in zip(names, shapes, strict=True))
+                self.problems.add(
+                    RecipeError,
+                    f"join: {listed}: must be matrices with equally many columns, one dtype, equal hyperparameters and "
+                    "no split, merged by a method for matrices",
+                )
+            self.join_of |= {name: (number, place) for place, name in enumerate(names)}
+
+    def are_matrices(self, names: Sequence[str]) -> bool:
+        return all(
+            self.steps[name].spectral
+            and self.recipe.matrices.has(name, self.reference[name].shape)
+            and self.recipe.fused.split_of(name) is None
+            for name in names
         )
 
     def find_all(self, name: str) -> list[AnyTensor] | None:

@@ -17,7 +17,8 @@ from pymerge.version import __version__
 
 # Rates of the 2-core machine that benchmarks/ are run on; a plan's time is an estimate, not a promise.
 READ_RATE, WRITE_RATE = 1.5e9, 1.0e9  # bytes a second, cold disk and direct writes
-ENTRY_RATE = {"one pass": 2.0e9, "survey": 0.8e9, "generic": 2.0e7}  # task entries a second and thread
+ENTRY_RATE = {"one pass": 2.0e9, "survey": 0.8e9, "generic": 0.3e9}  # task entries a second and thread
+FLOP_RATE = 4.0e10  # of the steps for matrices, a second and thread: a third of the float32 product rate
 STARTUP = 0.5  # seconds
 
 
@@ -31,6 +32,7 @@ def work_of(item: Item) -> str:
 def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
     """The plan in numbers: bytes, memory, estimated seconds, what is copied, the largest items, notes."""
     compute = sum(item.count * len(item.inputs) / ENTRY_RATE[work_of(item)] for item in plan.items)
+    compute += sum(item.spectral_flops for item in plan.items if item.mode == "generic") / FLOP_RATE
     read, write = plan.read_bytes / READ_RATE, plan.write_bytes / WRITE_RATE
     modes: dict[str, int] = {}
     for item in plan.items:

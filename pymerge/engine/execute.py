@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import string_at
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pymerge import _C
 from pymerge.checkpoint import ITEMSIZE, safe_name
@@ -39,7 +40,7 @@ class Sink(Protocol):
         """(start, bytes, checksum) of the segments that an earlier run has finished."""
         ...
 
-    def write(self, name: str, start: int, view: memoryview, crc: int) -> None: ...
+    def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any]) -> None: ...
 
     def forget(self, name: str) -> None:
         """Drop the finished segments of a tensor."""
@@ -106,7 +107,7 @@ class Executor:
     def run(self) -> None:
         """Everything that is not done yet. Raises Interrupted after a signal, with the finished work kept."""
         try:
-            with self.pipeline:
+            with self.numeric_threads(), self.pipeline:
                 for steps, items in self.plan.surveys:
                     self.answers.append(self.survey_model(steps, items))
                 for batch in batches(self.todo()):
@@ -119,12 +120,20 @@ class Executor:
         finally:
             self.arena.discard()
 
+    def numeric_threads(self) -> AbstractContextManager[Any]:
+        """Items run side by side, each with the numeric threads that the plan says."""
+        if not any(item.mode == "generic" for item in self.plan.items):
+            return nullcontext()
+        from pymerge.engine.generic import threads_of_numerics
+
+        return threads_of_numerics(self.plan.item_threads)
+
     def check_stop(self) -> None:
         if self.stop.signal_number is not None:
             raise Interrupted("stopped", self.stop.signal_number)
 
     def write(self, segment: Segment) -> None:
-        self.sink.write(segment.name, segment.start, segment.view, segment.crc)
+        self.sink.write(segment.name, segment.start, segment.view, segment.crc, segment.facts)
 
     # what is left to do
 
@@ -143,11 +152,17 @@ class Executor:
 
     def todo(self) -> Iterator[tuple[Item, int, int]]:
         """(item, first, count) of every range to be read, in order; a held tensor is one range."""
+        begun = {
+            item.entry.join[0]
+            for item in self.plan.items
+            if item.entry.join is not None and not self.is_done(item, item.first, item.count)
+        }
         for item in self.plan.items:
-            step = item.count if item.mode in ("held", "generic") else item.tile
+            step = item.count if item.mode == "held" else item.tile
             for first in range(item.first, item.first + item.count, max(1, step)):
                 count = min(step, item.first + item.count - first)
-                if not self.is_done(item, first, count):
+                redone = item.entry.join is not None and item.entry.join[0] in begun
+                if redone or not self.is_done(item, first, count):
                     yield item, first, count
 
     def is_done(self, item: Item, first: int, count: int) -> bool:
@@ -161,7 +176,10 @@ class Executor:
 
     def load(self, ranges: Sequence[tuple[Item, int, int]]) -> tuple[Block, list[Piece]]:
         """Reads the ranges into one block that has room for their outputs too."""
-        block = self.arena.take(sum(item.block_bytes(count) for item, _, count in ranges))
+        workspace = sum(item.workspace for item, _, _ in ranges)
+        block = self.arena.take(sum(item.block_bytes(count) for item, _, count in ranges) + workspace)
+        if workspace:
+            block.lend(workspace)
         pieces, at = [], 0
         for item, first, count in ranges:
             self.check_stop()
@@ -205,7 +223,20 @@ class Executor:
     # computing (worker threads)
 
     def compute(self, block: Block, pieces: Sequence[Piece]) -> Output:
+        if pieces[0].item.mode == "generic":
+            return Output(block, self.merge_generic(pieces))
         return Output(block, [self.merge(piece, self.answer(piece)) for piece in pieces])
+
+    def merge_generic(self, pieces: Sequence[Piece]) -> list[Segment]:
+        """The pieces' outputs by torch; several pieces are matrices that are merged as one."""
+        from pymerge.engine.generic import merge_generic
+
+        item = pieces[0].item
+        rule = item.rule
+        if rule is not None and item.survey_scope is not None:
+            rule = replace(self.answers[item.survey_scope], keep=rule.keep, keys=rule.keys)
+        facts = merge_generic(self.plan, pieces, self.device, rule)
+        return [segment_of(piece, facts if piece is pieces[0] else {}) for piece in pieces]
 
     def compute_held(self, block: Block, piece: Piece) -> Output | None:
         """Answer the rule from memory, then let all workers apply it, tile by tile."""
@@ -226,7 +257,7 @@ class Executor:
     def answer(self, piece: Piece) -> _C.DeltaParams | None:
         """Native parameters of the piece's rule, every question answered."""
         item = piece.item
-        if item.mode in ("copy", "generic"):
+        if item.mode == "copy":
             return None
         if id(item) in self.params:
             return self.params[id(item)]
@@ -242,22 +273,15 @@ class Executor:
 
     def merge(self, piece: Piece, params: _C.DeltaParams | None) -> Segment:
         """Computes the piece's output in place and checks it."""
-        entry = piece.item.entry
         if piece.item.mode == "copy":
             self.copy(piece)
-        elif piece.item.mode == "generic":
-            from pymerge.engine.generic import merge_generic
-
-            merge_generic(self.plan, piece, self.device)
         else:
             assert params is not None
             tile = piece.tile
             bad = _C.delta_merge(tile.base, tile.tuned, tile.base, piece.out, piece.count, piece.first, params)
             if any(bad):
                 settle_non_finite(self.plan.recipe, piece, bad, params)
-        size = piece.count * piece.item.out_width
-        crc = _C.crc32c((piece.out[0], size))
-        return Segment(entry.name, piece.first * piece.item.out_width, piece.out_view, crc)
+        return segment_of(piece)
 
     def copy(self, piece: Piece) -> None:
         """Checks what `load` has put in place; changes the dtype if asked."""
@@ -314,6 +338,13 @@ class Executor:
         return resolve(chain_rule(steps.purify, steps.combine, info), SweptSurvey(self.sweep_items(items), tasks))
 
 
+def segment_of(piece: Piece, facts: Mapping[str, Any] | None = None) -> Segment:
+    """The piece's finished output."""
+    width = piece.item.out_width
+    crc = _C.crc32c((piece.out[0], piece.count * width))
+    return Segment(piece.item.entry.name, piece.first * width, piece.out_view, crc, facts or {})
+
+
 def tiles(item: Item, first: int, count: int) -> Iterator[tuple[int, int]]:
     """(first, count) of the tiles of a range; tile borders are multiples of the tile size from the item's start."""
     for start in range(first, first + count, item.tile):
@@ -321,16 +352,18 @@ def tiles(item: Item, first: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 def batches(todo: Iterator[tuple[Item, int, int]]) -> Iterator[list[tuple[Item, int, int]]]:
-    """Small consecutive ranges together, large ones alone."""
+    """Small consecutive ranges together, matrices that are merged as one together, all others alone."""
     batch: list[tuple[Item, int, int]] = []
-    size = 0
+    size, kind = 0, None
     for item, first, count in todo:
         more = item.block_bytes(count)
         alone = item.mode in ("swept", "generic") or more > BATCH
-        if batch and (alone or size + more > BATCH):
+        found = ("join", item.entry.join[0]) if item.entry.join is not None else None if alone else ("small", None)
+        if batch and (found != kind or (kind == ("small", None) and size + more > BATCH)):
             yield batch
             batch, size = [], 0
-        if alone:
+        kind = found
+        if kind is None:
             yield [(item, first, count)]
         else:
             batch.append((item, first, count))

@@ -38,7 +38,9 @@ def main(recipe_path: str, out: str, options: Options) -> None:
         plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
         items = tuple(replace(item, mode="held" if item.mode == "held" else "tiles") for item in plan.items)
         plan = replace(plan, items=items, surveys=())
-        staged = StagedOutput(Path(out), plan.layout, identity(recipe, inputs, options), overwrite=True, resume=False)
+        staged = StagedOutput(
+            Path(out), plan.layout, identity(recipe, inputs, options, plan), overwrite=True, resume=False
+        )
         Floor(plan, staged, threads=options.thread_count, device="cpu", progress=NoProgress(), stop=Stop()).run()
         staged.commit(lambda folder: None)
 

@@ -1,21 +1,26 @@
-"""One parameter through any chain of steps, on torch tensors: spectral methods, other devices, models in memory.
+"""Any chain of steps on torch tensors: spectral methods, other devices, steps that are no rule.
 
 Element-wise chains run by the same rule as the streamed merge and give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pymerge import _C
+from pymerge.checkpoint import safe_name
 from pymerge.engine.non_finite import raise_bad_input, raise_overflow
-from pymerge.engine.plan import Plan, element_wise
-from pymerge.methods.base import ElementWiseCombine, TaskGroup, TensorInfo, chain_rule
+from pymerge.engine.plan import Plan
+from pymerge.errors import NumericError
+from pymerge.methods.base import TaskGroup, TensorInfo
 from pymerge.ops.delta import merge_by_rule
+from pymerge.ops.delta_rule import DeltaRule
 from pymerge.ops.finite_cast import finite_cast
 from pymerge.recipe import Steps
 
@@ -25,36 +30,103 @@ if TYPE_CHECKING:
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def merge_group(steps: Steps, info: TensorInfo, base: Tensor | None, tuned: Sequence[Tensor]) -> Tensor:
-    """The merged weight, float32. base is None where the combine step has none."""
-    if element_wise(steps):
-        assert isinstance(steps.combine, ElementWiseCombine)
-        return merge_by_rule(chain_rule(steps.purify, steps.combine, info), base, tuple(tuned), add=base)
-    group = TaskGroup(info=info, base=base, tuned=tuple(tuned))
-    cleaner = group
-    for step in steps.purify:
-        cleaner = TaskGroup(info=info, base=None, tuned=step.purify(cleaner))
-    update = steps.combine.combine(cleaner)
+@contextmanager
+def threads_of_numerics(count: int) -> Iterator[None]:
+    """torch and BLAS libraries use `count` threads in each of the threads that call them."""
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(limits=count, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def merge_group(steps: Steps, group: TaskGroup, rule: DeltaRule | None) -> Tensor:
+    """The merged weight, float32. rule: of the element-wise steps up to combine; model-wide questions are answered."""
+    base = group.base
+    if rule is not None and not steps.calibrate:
+        return merge_by_rule(rule, base, group.tuned, add=base)
+    if rule is not None:
+        update = merge_by_rule(rule, base, group.tuned)
+    else:
+        cleaner = group
+        for step in steps.purify:
+            cleaner = replace(cleaner, base=None, tuned=step.purify(cleaner))
+        update = steps.combine.combine(cleaner)
+    group.notes.combine = steps.combine.name
     for step in steps.calibrate:
         update = step.calibrate(update, group)
-    return update if base is None else update + base.float()
+    return update if base is None else update.add_(base.float())
 
 
-def merge_generic(plan: Plan, piece: Piece, device: str) -> None:
-    """Computes a whole tensor into the piece's output."""
-    entry, relax = piece.item.entry, plan.recipe.relaxations
+def merge_parts(
+    steps: Steps, group: TaskGroup, rule: DeltaRule | None, split: tuple[int, tuple[int, ...]] | None
+) -> Tensor:
+    """As merge_group; a matrix with a split is merged part by part."""
+    if split is None:
+        return merge_group(steps, group, rule)
+    dim, sizes = split
+    bases = group.base.split(sizes, dim) if group.base is not None else (None,) * len(sizes)
+    columns = [t.split(sizes, dim) for t in group.tuned]
+    merged, facts = [], []
+    for i, base in enumerate(bases):
+        tuned = tuple(parts[i] for parts in columns)
+        info = replace(group.info, name=f"{group.info.name}[{i}]", shape=tuple(tuned[0].shape))
+        part = TaskGroup(info=info, base=base, tuned=tuned)
+        merged.append(merge_group(steps, part, rule))
+        facts.append(part.notes.facts)
+    group.notes.facts["parts"] = facts
+    return torch.cat(merged, dim)
+
+
+def merge_generic(plan: Plan, pieces: Sequence[Piece], device: str, rule: DeltaRule | None) -> dict[str, Any]:
+    """Computes the pieces' outputs; several pieces are matrices that are merged as one, below each other. Returns what
+    the steps note for the summary."""
+    first = pieces[0]
+    entry = first.item.entry
     assert entry.steps is not None
-    if relax.get("nonfinite") != "keep" and any(_C.count_nonfinite(place, piece.count)[0] for place in piece.inputs):
-        raise_bad_input(plan.recipe, piece)
-    rows = piece.count // max(1, torch.Size(entry.shape[1:]).numel())
-    shape = (rows, *entry.shape[1:]) if entry.shape else ()
-    tensors = [
+    loaded = [load(plan, piece, device) for piece in pieces]
+    tensors = loaded[0] if len(pieces) == 1 else [torch.cat(rows) for rows in zip(*loaded, strict=True)]
+    base = tensors.pop(0) if entry.base is not None else None
+    shape = entry.merged_shape if len(pieces) == 1 else tuple(tensors[0].shape)
+    info = TensorInfo(name=entry.name, shape=shape, tasks=len(tensors), seed=plan.recipe.seed)
+    group = TaskGroup(info=info, base=base, tuned=tuple(tensors), first=first.first)
+    try:
+        merged = merge_parts(entry.steps, group, rule, entry.split)
+    except NumericError as error:
+        raise NumericError(f"{safe_name(entry.name)}: {error}") from error
+    facts = dict(group.notes.facts)
+    if len(pieces) > 1:
+        facts["joined"] = [piece.item.entry.name for piece in pieces]
+    at = 0
+    for piece, inputs in zip(pieces, loaded, strict=True):
+        rows = inputs[-1].shape[0] if len(pieces) > 1 else 0
+        store(plan, piece, merged[at : at + rows] if rows else merged)
+        at += rows
+    return facts
+
+
+def load(plan: Plan, piece: Piece, device: str) -> list[Tensor]:
+    """The piece's inputs on the device, base first; views of the arena on the CPU."""
+    if plan.recipe.relaxations.get("nonfinite") != "keep":
+        if any(_C.count_nonfinite(place, piece.count)[0] for place in piece.inputs):
+            raise_bad_input(plan.recipe, piece)
+    shape = piece.item.entry.merged_shape
+    row = torch.Size(shape[1:]).numel()
+    if piece.count < piece.item.count:
+        shape = (piece.count // row, *shape[1:]) if row and piece.count % row == 0 else (piece.count,)
+    return [
         torch.frombuffer(view, dtype=DTYPES[dtype]).reshape(shape).to(device)
         for view, (_, dtype) in zip(piece.input_views, piece.inputs, strict=True)
     ]
-    base = tensors.pop(0) if entry.base is not None else None
-    info = TensorInfo(name=entry.name, shape=shape, tasks=len(tensors), seed=plan.recipe.seed)
-    merged = merge_group(entry.steps, info, base, tensors)
+
+
+def store(plan: Plan, piece: Piece, merged: Tensor) -> None:
+    """Rounds to the output dtype, in the piece's place; raises where a value overflows."""
+    entry, relax = piece.item.entry, plan.recipe.relaxations
     result, bad = finite_cast(merged, DTYPES[entry.dtype])
     if bad and relax.get("overflow") == "clamp":
         limit = torch.finfo(DTYPES[entry.dtype]).max

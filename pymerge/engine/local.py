@@ -88,7 +88,7 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
         staged = StagedOutput(
             out,
             plan.layout,
-            identity(recipe, inputs, options),
+            identity(recipe, inputs, options, plan),
             overwrite=options.overwrite,
             resume=options.resume,
             inputs=inputs.all,
@@ -97,12 +97,13 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
         for checkpoint in inputs.all:
             checkpoint.check_unchanged()
         seconds = time.monotonic() - started
-        summary = summary_of(plan, inputs.all, staged.checksums(), seconds=seconds, peak=peak_memory())
+        checksums, facts = staged.checksums(), staged.facts()
+        summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory())
         staged.commit(lambda folder: write_side_files(folder, recipe, inputs, plan, summary))
     return summary
 
 
-def identity(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Any]:
+def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> dict[str, Any]:
     """What must be the same for a resumed merge to give the bytes of an uninterrupted one."""
     return {
         "pymerge": __version__,
@@ -110,6 +111,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options) -> dict[str, Any]
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
         "shard_bytes": options.shard_bytes,
         "device": options.device,
+        "item_threads": plan.item_threads,
     }
 
 

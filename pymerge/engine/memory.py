@@ -37,7 +37,7 @@ class MemorySink:
     def forget(self, name: str) -> None:
         """Nothing was ever finished before."""
 
-    def write(self, name: str, start: int, view: memoryview, crc: int) -> None:
+    def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any]) -> None:
         self.bytes[name][start : start + len(view)] = view
 
 

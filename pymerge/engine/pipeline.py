@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from pymerge.engine.arena import Arena, Block
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Finished bytes of one output tensor: `view` belongs at byte `start` of it."""
+    """Finished bytes of one output tensor: `view` belongs at byte `start` of it. facts: what the summary shall say."""
 
     name: str
     start: int
     view: memoryview
     crc: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

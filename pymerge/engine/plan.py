@@ -16,7 +16,7 @@ from typing import Literal, NoReturn
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, plan_layout
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.errors import RecipeError
-from pymerge.methods.base import ElementWiseCombine, ElementWisePurify, TensorInfo, chain_rule
+from pymerge.methods.base import ElementWiseCombine, ElementWisePurify, Method, TensorInfo, chain_rule
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.recipe import Recipe, Steps
 
@@ -37,8 +37,9 @@ class Item:
     first: int  # range of entries
     count: int
     tile: int  # entries computed and written at once
-    rule: DeltaRule | None = None  # of element-wise merges, unanswered
+    rule: DeltaRule | None = None  # of the element-wise steps up to combine, unanswered
     survey_scope: int | None = None  # number of the model-wide survey that answers the rule
+    workspace: int = 0  # bytes that the steps of a generic item take beside inputs and output, for a tile
 
     @property
     def read_bytes(self) -> int:
@@ -66,23 +67,31 @@ class Item:
     @property
     def peak_bytes(self) -> int:
         """Memory while the item is worked on: a tile of it, or all of it."""
-        whole = self.mode in ("held", "generic")
-        return self.block_bytes(self.count if whole else min(self.tile, self.count))
+        return self.block_bytes(self.count if self.mode == "held" else min(self.tile, self.count)) + self.workspace
 
     @property
     def flops(self) -> int:
         """Floating-point operations of the merge pass: subtract, weigh and add per task, add the base and scale.
 
-        Surveys are comparisons and sums: about two a task and entry each. Spectral steps are not counted here."""
+        Surveys are comparisons and sums: about two a task and entry each. Steps for matrices say their own."""
         if self.mode == "copy":
             return 0
         tasks, asked = len(self.entry.tuned), self.rule is not None and self.rule.needs_survey
-        return self.count * (3 * tasks + 2 + (2 * tasks if asked else 0))
+        element_wise = self.count * (3 * tasks + 2 + (2 * tasks if asked else 0))
+        return element_wise + (self.spectral_flops if self.mode == "generic" else 0)
+
+    @property
+    def spectral_flops(self) -> int:
+        """Estimate of what the steps for matrices compute."""
+        assert self.entry.steps is not None
+        shape = self.entry.merged_shape
+        info = TensorInfo(name=self.entry.name, shape=shape, tasks=len(self.entry.tuned))
+        return sum(step.flops(info) for step in self.entry.steps.all)
 
     @property
     def survey_reads(self) -> int:
         """How often the inputs are read again for the survey (swept items)."""
-        if self.rule is None or (self.mode != "swept" and self.survey_scope is None):
+        if self.rule is None or not (self.mode == "swept" or self.survey_scope is not None):
             return 0
         kth = 2 * ((self.rule.top is not None) + (self.rule.skip is not None))
         return kth + (self.rule.gram_weights is not None) + (self.rule.rescale == "l1") + (self.rule.elect == "authors")
@@ -135,6 +144,7 @@ class Plan:
     arena_bytes: int
     notes: list[str] = field(default_factory=list)
     surveys: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # model-wide: the steps and the items they cover
+    item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
 
     @property
     def read_bytes(self) -> int:
@@ -150,12 +160,9 @@ class Plan:
         return dict(tensor_counts(list(entries.values())))
 
 
-def element_wise(steps: Steps) -> bool:
-    return (
-        isinstance(steps.combine, ElementWiseCombine)
-        and all(isinstance(step, ElementWisePurify) for step in steps.purify)
-        and not steps.calibrate
-    )
+def survey_key(steps: Steps) -> tuple[int, ...]:
+    """Equal for steps whose element-wise part is the same: they are surveyed together."""
+    return (*map(id, steps.purify), id(steps.combine))
 
 
 def survey_scope(steps: Steps) -> str:
@@ -194,12 +201,14 @@ class Planner:
     def merge_item(self, entry: Entry) -> Item:
         steps = entry.steps
         assert steps is not None
-        if not element_wise(steps) or self.options.device != "cpu":
-            return Item(entry=entry, mode="generic", first=0, count=entry.count, tile=entry.count)
-        shape = (entry.count // max(1, math.prod(entry.shape[1:])), *entry.shape[1:]) if entry.shape else ()
+        shape, combine = entry.merged_shape, steps.combine
         info = TensorInfo(name=entry.name, shape=shape, tasks=len(entry.tuned), seed=self.recipe.seed)
-        assert isinstance(steps.combine, ElementWiseCombine)
-        rule = chain_rule(steps.purify, steps.combine, info)
+        rule = None
+        if isinstance(combine, ElementWiseCombine) and all(isinstance(s, ElementWisePurify) for s in steps.purify):
+            rule = chain_rule(steps.purify, combine, info)
+        if rule is None or not self.streams(steps):
+            item = Item(entry=entry, mode="generic", first=0, count=entry.count, tile=entry.count, rule=rule)
+            return self.generic(item, info)
         item = Item(entry=entry, mode="tiles", first=0, count=entry.count, tile=TILE, rule=rule)
         if survey_scope(steps) == "model":
             return self.tiled(item)
@@ -207,6 +216,43 @@ class Planner:
             held = item.block_bytes(item.count) <= self.arena_bytes // 2
             item = replace(item, mode="held" if held else "swept")
         return self.tiled(item)
+
+    def streams(self, steps: Steps) -> bool:
+        """Whether an element-wise rule runs on the byte buffers of the stream."""
+        return not steps.calibrate and self.options.device == "cpu"
+
+    def generic(self, item: Item, info: TensorInfo) -> Item:
+        """An item of steps that are no rule: a whole tensor, or blocks of rows or entries where all steps allow it."""
+        steps = item.entry.steps
+        assert steps is not None
+        row = math.prod(info.shape[1:])
+        together = max(self.together(step, item, row) for step in steps.all)
+        tile = max(together, TILE // max(1, together) * together)
+        while tile > together and self.sized(item, info, tile).peak_bytes > self.arena_bytes // 4:
+            tile = max(together, tile // 2 // together * together)
+        found = self.sized(item, info, min(tile, item.count))
+        if found.peak_bytes > self.arena_bytes:
+            self.refuse(found.peak_bytes + SLACK, item.entry.name)
+        return found
+
+    def together(self, step: Method, item: Item, row: int) -> int:
+        """Entries that a step must see at once."""
+        if step.element_wise:  # by its rule: all of the tensor, if that asks about it
+            assert item.rule is not None
+            return item.count if item.rule.needs_survey or item.rule.keep is not None else 1
+        return {"tensor": item.count, "rows": row if row < item.count else item.count, "entries": 1}[step.unit]
+
+    def sized(self, item: Item, info: TensorInfo, tile: int) -> Item:
+        row = math.prod(info.shape[1:])
+        shape = (tile // row, *info.shape[1:]) if row and tile % row == 0 else (tile,)
+        assert item.entry.steps is not None
+        return replace(item, tile=tile, workspace=self.workspace(item.entry.steps, replace(info, shape=shape)))
+
+    def workspace(self, steps: Steps, info: TensorInfo) -> int:
+        """Bytes beside inputs and output: the merged update, purified task vectors, and what one step takes."""
+        purified = any(not step.element_wise for step in steps.purify)
+        kept = 4 * info.numel * (1 + (info.tasks if purified else 0))
+        return kept + max(step.workspace(info) for step in steps.all)
 
     def tiled(self, item: Item) -> Item:
         """The item with the largest tile that leaves room for several in flight."""
@@ -222,6 +268,35 @@ class Planner:
         return replace(item, tile=max(1, tile))
 
 
+def joined(planner: Planner, items: Sequence[Item]) -> list[Item]:
+    """Matrices that are merged as one moved together, in the order of the recipe; the first carries the workspace of
+    all."""
+    groups: dict[int, list[Item]] = {}
+    for item in items:
+        if item.entry.join is not None:
+            groups.setdefault(item.entry.join[0], []).append(item)
+    ordered: list[Item] = []
+    for item in items:
+        if item.entry.join is None:
+            ordered.append(item)
+        elif groups[item.entry.join[0]][0] is item:
+            ordered += one_matrix(planner, groups[item.entry.join[0]])
+    return ordered
+
+
+def one_matrix(planner: Planner, items: Sequence[Item]) -> list[Item]:
+    first, *others = sorted(items, key=lambda item: item.entry.join or ())
+    shape = (sum(item.entry.shape[0] for item in items), first.entry.shape[1])
+    info = TensorInfo(name=first.entry.name, shape=shape, tasks=len(first.entry.tuned))
+    assert first.entry.steps is not None
+    workspace = planner.workspace(first.entry.steps, info) + sum(item.read_bytes for item in items)
+    members = [replace(first, workspace=workspace), *(replace(item, workspace=0) for item in others)]
+    needed = sum(item.peak_bytes for item in members)
+    if needed > planner.arena_bytes:
+        planner.refuse(needed + SLACK, f"{first.entry.name}, joined")
+    return members
+
+
 def make_plan(
     recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], labels: Sequence[str], options: Options
 ) -> Plan:
@@ -232,23 +307,27 @@ def make_plan(
     layout = plan_layout(
         [(entry.name, entry.dtype, entry.shape) for entry in entries], options.shard_bytes, {"format": "pt"}
     )
-    groups: dict[int, tuple[Steps, list[Item]]] = {}
+    groups: dict[tuple[int, ...], tuple[Steps, list[Item]]] = {}
     for item in items:
         steps = item.entry.steps
         if item.rule is not None and steps is not None and survey_scope(steps) == "model":
-            groups.setdefault(id(steps), (steps, []))[1].append(item)
+            groups.setdefault(survey_key(steps), (steps, []))[1].append(item)
     numbers = {key: number for number, key in enumerate(groups)}
     items = [
-        replace(item, survey_scope=numbers[id(item.entry.steps)])
-        if id(item.entry.steps) in numbers and item.rule
+        replace(item, survey_scope=numbers.get(survey_key(item.entry.steps)))
+        if item.rule is not None and item.entry.steps is not None
         else item
         for item in items
     ]
+    items = joined(planner, items)
+    largest = max((item.peak_bytes for item in items if item.mode == "generic"), default=0)
+    at_once = max(1, min(options.thread_count, planner.arena_bytes // largest)) if largest else options.thread_count
     return Plan(
         recipe=recipe,
         items=tuple(items),
         layout=layout,
         arena_bytes=planner.arena_bytes,
         notes=notes,
+        item_threads=options.thread_count // at_once,
         surveys=tuple((steps, tuple(covered)) for steps, covered in groups.values()),
     )

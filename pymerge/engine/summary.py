@@ -19,11 +19,12 @@ def summary_of(
     plan: Plan,
     inputs: Sequence[Checkpoint],
     checksums: Mapping[str, int],
+    facts: Mapping[str, Mapping[str, Any]],
     *,
     seconds: float,
     peak: int,
 ) -> dict[str, Any]:
-    """What merge.json says. checksums: CRC-32C of each tensor that has entries."""
+    """What merge.json says. checksums: CRC-32C of each tensor that has entries; facts: what methods note."""
     return {
         "format": FORMAT,
         "pymerge": __version__,
@@ -39,5 +40,6 @@ def summary_of(
         "bytes_written": plan.write_bytes,
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak,
+        "per_tensor": {name: dict(facts[name]) for name in plan.layout.slots if name in facts},
         "checksums": {name: f"{checksums.get(name, 0):08x}" for name in plan.layout.slots},
     }

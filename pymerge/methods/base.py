@@ -145,7 +145,13 @@ class Method:
         """Bytes that the step takes beside its inputs and its result, for a tensor (or a part of one) of info's shape.
 
         The default: the task vectors and two more tensors in float32."""
-        return 4 * info.numel * (info.tasks + 2)
+        return 0 if self.element_wise else 4 * info.numel * (info.tasks + 2)
+
+    def flops(self, info: TensorInfo) -> int:
+        """Order of magnitude of the floating-point operations on a tensor of info's shape, for estimates of time."""
+        if not self.spectral or len(info.shape) != 2:
+            return 0
+        return 8 * info.tasks * info.numel * min(info.shape)
 
 
 class Purify(Method):

@@ -13,6 +13,9 @@ KEYS: Final = (
     "calibrate",
     "exclude",
     "include",
+    "spectral",
+    "split",
+    "join",
     "style",
     "seed",
     "strict",
@@ -20,7 +23,7 @@ KEYS: Final = (
     "dtype",
     "out_dtype",
 )
-LATER: Final = ("align", "slices", "modules", "tokenizer_source", "tokenizer", "chat_template", "split", "join")
+LATER: Final = ("align", "slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
 LATER_OF_MODEL: Final = ("statistics", "data")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 RELAXATIONS: Final[dict[str, tuple[str, ...]]] = {

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from pymerge.errors import RecipeError
-from pymerge.methods.base import Combine
+from pymerge.methods.base import Combine, MatrixCombine
+from pymerge.methods.matrices import OfTaskVectors
 from pymerge.recipe.keys import LENIENT
 from pymerge.recipe.layers import layer_positions
 from pymerge.recipe.models import ModelRef
@@ -36,6 +37,8 @@ class Recipe(Parsed):
               interpolates it
     listed    the models as the recipe lists them, the base included or not
     params    hyperparameters of the combine step for all models; a model's own are in its `params`
+    matrices  which tensors methods for matrices act on
+    fused     matrices that are merged in parts or together
     notes     what the recipe says without effect, for the summary
     """
 
@@ -110,12 +113,31 @@ class Recipe(Parsed):
     def steps_for(self, name: str, layer_t: float) -> Steps:
         """The steps of one tensor; one object for equal hyperparameters. layer_t: the tensor's `layer_positions`."""
         if self.static and self._steps:
-            return next(iter(self._steps.values()))
+            return next(iter(self._steps.values()))  # the first is of a tensor, routed ones come later
         built: list[Any] = [template.at(name, layer_t) for template in self.templates]
         key = tuple(map(id, built))
         if key not in self._steps:
             at = len(self.purify)
             self._steps[key] = Steps(purify=tuple(built[:at]), combine=built[at], calibrate=tuple(built[at + 1 :]))
+        return self._steps[key]
+
+    def routed(self, steps: Steps, name: str, shape: tuple[int, ...]) -> Steps | None:
+        """The steps that act on a tensor of this shape: tensors that are no weight matrices go past the steps for
+        matrices, and get the mean (or what the recipe says) of their task vectors where the combine step is one. None:
+        they stay at the base."""
+        if not steps.spectral or self.matrices.has(name, shape):
+            return steps
+        combine = steps.combine
+        if isinstance(combine, MatrixCombine):
+            how = self.matrices.rest or combine.rest
+            if how == "base":
+                return None
+            combine = OfTaskVectors(how=how, scale=getattr(combine, "scale", 1.0))
+        key = (id(steps), combine)
+        if key not in self._steps:
+            purify = tuple(step for step in steps.purify if not step.spectral)
+            calibrate = tuple(step for step in steps.calibrate if not step.spectral)
+            self._steps[key] = Steps(purify=purify, combine=combine, calibrate=calibrate)
         return self._steps[key]
 
     def resolve(self, names: Iterable[str]) -> dict[str, Steps]:
@@ -147,6 +169,8 @@ class Recipe(Parsed):
         out["purify"] = [spec.plain() for spec in self.purify]
         out["calibrate"] = [spec.plain() for spec in self.calibrate]
         out |= {"exclude": list(self.exclude), "include": list(self.include), "style": self.style, "seed": self.seed}
+        out |= {"spectral": self.matrices.plain(), "split": self.fused.plain_splits()}
+        out |= {"join": [list(patterns) for patterns in self.fused.joins]}
         out |= {"strict": None if self.strict else False, "relax": dict(self.relax)}
         out |= {"dtype": self.dtype, "out_dtype": self.out_dtype}
         return {key: value for key, value in out.items() if value not in (None, [], {})}

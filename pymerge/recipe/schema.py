@@ -10,8 +10,10 @@ from typing import Any
 from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
 from pymerge.methods.base import STYLES, Combine, ElementWiseCombine, Method, Style, TensorInfo, chain_rule
+from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
+from pymerge.recipe.fused import Fused, parse_fused, parse_matrices, parse_patterns
 from pymerge.recipe.keys import DTYPE_WORDS, DTYPES, KEYS, LATER, LATER_OF_MODEL, RELAXATIONS
 from pymerge.recipe.models import ModelRef, parse_reference
 from pymerge.recipe.params import find_method, method_names, parse_params
@@ -35,6 +37,8 @@ class Parsed:
     seed: int
     exclude: tuple[str, ...]
     include: tuple[str, ...]
+    matrices: Matrices
+    fused: Fused
     strict: bool
     relax: Mapping[str, str]
     dtype: str | None
@@ -70,7 +74,9 @@ class _Parser:
         purify = self._steps("purify", len(tasks))
         calibrate = self._steps("calibrate", len(tasks))
         dtype, out_dtype = self._dtype("dtype"), self._dtype("out_dtype")
-        patterns = {key: self._patterns(key) for key in ("exclude", "include")}
+        patterns = {key: parse_patterns(self.raw.get(key), key, self.problems) for key in ("exclude", "include")}
+        matrices = parse_matrices(self.raw.get("spectral"), self.problems)
+        fused = parse_fused(self.raw.get("split"), self.raw.get("join"), self.problems)
         seed, strict, relax = self._seed(), self._strict(), self._relax()
         templates: tuple[StepTemplate, ...] = ()
         if cls and tasks:
@@ -89,6 +95,8 @@ class _Parser:
             params=params,
             purify=purify,
             calibrate=calibrate,
+            matrices=matrices,
+            fused=fused,
             style=style,
             seed=seed,
             strict=strict,
@@ -266,14 +274,6 @@ class _Parser:
             self.problems.add(key, f"unknown dtype {value!r}: {nearest(DTYPE_WORDS.get(name, name), DTYPES)}")
             return None
         return name
-
-    def _patterns(self, key: str) -> tuple[str, ...]:
-        value = self.raw.get(key)
-        values = () if value is None else (value,) if isinstance(value, str) else value
-        if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
-            self.problems.add(key, f"must be a list of name patterns such as '*.bias', got {value!r}")
-            return ()
-        return tuple(values)
 
     def _seed(self) -> int:
         value = self.raw.get("seed", 0)

@@ -20,6 +20,15 @@ class Steps:
     combine: Combine
     calibrate: tuple[Calibrate, ...]
 
+    @property
+    def all(self) -> tuple[Method, ...]:
+        return (*self.purify, self.combine, *self.calibrate)
+
+    @property
+    def spectral(self) -> bool:
+        """Whether a step acts on weight matrices only."""
+        return any(step.spectral for step in self.all)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpec:

@@ -65,10 +65,12 @@ def test_head_is_kept_while_the_encoder_learns(out):
     assert not torch.equal(base["vit.layernorm.weight"], mirrored["vit.layernorm.weight"])
 
 
-def test_every_combine_method_has_a_row_and_values_are_the_merge(out):
+def test_every_method_has_a_row_and_values_are_the_merge(out):
     with train.quiet_and_alone():
         rows = show.evaluate_merges(out, False, Console(quiet=True))
-    assert [row["name"] for row in rows[2:]] == list(pymerge.methods.list("combine"))
+    purified = [f"{name} + task_arithmetic" for name in pymerge.methods.list("purify")]
+    calibrated = [f"task_arithmetic + {name}" for name in pymerge.methods.list("calibrate")]
+    assert [row["name"] for row in rows[2:]] == [*pymerge.methods.list("combine"), *purified, *calibrated]
     for row in rows:
         if not row["skipped"]:
             assert set(row["accuracy"]) == {task.name for task in TASKS}

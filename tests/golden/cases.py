@@ -50,6 +50,14 @@ class Golden:
     tasks: list[dict[str, Tensor]]
     merged: dict[str, Tensor]
     masks: list[dict[str, Tensor]] = field(default_factory=list)
+    precision: dict[str, float] = field(default_factory=dict)  # float32 against float64 of the authors' code, by tensor
+
+    def bound(self, name: str) -> float:
+        """On the relative error of one tensor's merged delta."""
+        base = self.base[name].double()
+        update = float((self.merged[name].double() - base).norm())
+        stored = 1.2e-7 * float(base.norm()) / update if update and self.precision else 0.0
+        return max(BOUNDS[self.folder], 10 * self.precision.get(name, 0.0)) + stored
 
     @property
     def not_built(self) -> str | None:
@@ -83,8 +91,14 @@ def read_golden(path: Path) -> Golden:
         base=under("base/"),
         tasks=[under(f"task{t}/") for t in range(count)],
         merged=under("merged/"),
+        precision=by_tensor(metadata.get("fp32_fp64_rel_diff", "")),
         masks=[under(f"masks/task{t}/") for t in range(count)] if "masks" in {k.split("/")[0] for k in tensors} else [],
     )
+
+
+def by_tensor(text: str) -> dict[str, float]:
+    """The metadata's float32 against float64 figures, where there is one for each tensor."""
+    return json.loads(text) if text.startswith("{") else {}
 
 
 def recipe_of(golden: Golden) -> tuple[str, dict[str, Any]]:
