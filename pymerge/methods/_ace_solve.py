@@ -27,7 +27,8 @@ SLAB = 1024  # columns that are widened to float64 at a time
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """What the first pass over the tasks decides; all in units of `unit`, a power of two: 1, or near the largest |D_t| where that is huge.
+    """What the first pass over the tasks decides, in units of `unit`: 1, or a power of two near the largest |D_t| where
+    that is huge.
 
     tasks   indices into group.tuned of the tasks that take part
     weight  w_t;  ridge  eps_t;  mean  mu_t, float64 [n];  total  sum of D_t, float32 [m, n]

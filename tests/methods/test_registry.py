@@ -15,6 +15,7 @@ from pymerge.methods.param import UNUSED
 from pymerge.methods.ties import Ties
 
 COMBINE = (
+    "ace",
     "breadcrumbs",
     "breadcrumbs_ties",
     "dare_linear",
@@ -24,6 +25,11 @@ COMBINE = (
     "task_arithmetic",
     "ties",
 )
+WEIGHTED = [  # by any finite number, negative ones too
+    name
+    for name in COMBINE
+    if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
+]
 
 
 def test_list_names_methods_by_step() -> None:
@@ -81,7 +87,7 @@ def test_all_ranges_in_one_error() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in COMBINE if name != "slerp"])
+@pytest.mark.parametrize("name", WEIGHTED)
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), (1.0, float("nan")), "x"])
 def test_weights_must_be_finite_numbers(name: str, weight: Any) -> None:
     with pytest.raises(RecipeError, match=f"{name}: weight: must be a finite number"):
