@@ -111,7 +111,7 @@ def capped_ridge(c: Tensor, start: float, max_condition: float) -> float:
             f"{max_condition}"
         )
     wide = c.double()
-    if not bool(torch.isfinite(wide).all()):
+    if not _is_finite(wide):
         raise NonFinite("capped_ridge: c has NaN or infinite entries")
     if c.numel() == 0:
         return start
@@ -140,7 +140,7 @@ def _solve_rows(op: str, m: Tensor, b: Tensor, precision: Precision) -> Solved:
     out = b.dtype if b.dtype == torch.float64 else torch.float32
     count = math.prod(batch)
     flat_m, flat_b = m.reshape(count, n, n), b.to(out).reshape(count, *b.shape[-2:])
-    if not bool(torch.isfinite(flat_m).all()) or not bool(torch.isfinite(flat_b).all()):
+    if not _is_finite(flat_m) or not _is_finite(flat_b):
         raise NonFinite(f"{op}: a matrix or a right-hand side has NaN or infinite entries")
     x = torch.empty_like(flat_b, memory_format=torch.contiguous_format)
     condition = torch.ones(count, dtype=torch.float64, device=m.device)
@@ -160,7 +160,8 @@ def _solve_rows(op: str, m: Tensor, b: Tensor, precision: Precision) -> Solved:
 def _solve_into(
     op: str, m: Tensor, b: Tensor, x: Tensor, condition: Tensor, dtype: torch.dtype, precision: Precision
 ) -> Tensor:
-    """Fills x and condition in `dtype`; returns on the host which matrices need float64 (auto only)."""
+    """Fills condition, and x where some matrix needs no more than `dtype`; returns on the host which ones need float64
+    (auto only)."""
     m = m.to(dtype)
     factor, failed = torch.linalg.cholesky_ex(m)
     if precision != "auto" and bool((failed != 0).any()):
@@ -171,29 +172,37 @@ def _solve_into(
         )
     factor = _valid(factor, failed)
     condition.copy_(_condition(m, factor))
-    x.copy_(torch.cholesky_solve(b.mT.to(dtype), factor).mT)
-    if precision != "auto":
-        return torch.zeros(m.shape[0], dtype=torch.bool)
-    return ((failed != 0) | (condition > FLOAT32_CONDITION)).cpu()
+    again = ((failed != 0) | (condition > FLOAT32_CONDITION)).cpu() & (precision == "auto")
+    if not bool(again.all()):
+        x.copy_(torch.cholesky_solve(b.mT.to(dtype), factor).mT)
+    return again
+
+
+def _is_finite(x: Tensor) -> bool:
+    """No NaN, no infinity: both show in the extremes, which is one pass and nothing of x's size."""
+    return x.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
 def _valid(factor: Tensor, failed: Tensor) -> Tensor:
+    if not bool((failed != 0).any()):
+        return factor
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return torch.where((failed == 0)[:, None, None], factor, eye)
 
 
 def _vectors_like(m: Tensor) -> Tensor:
+    """[b, POWER_VECTORS, n]: in rows, since products of a few rows are faster than those of a few columns."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(m.shape[-1], POWER_VECTORS, generator=generator, dtype=torch.float64)
-    return start.to(m).expand(m.shape[0], -1, -1)
+    return start.mT.to(m).contiguous().expand(m.shape[0], -1, -1)
 
 
 def _largest(m: Tensor, steps: int = POWER_STEPS) -> Tensor:
-    """Largest eigenvalue of each m [b, n, n] from below, float64 [b]."""
+    """Largest eigenvalue of each symmetric m [b, n, n] from below, float64 [b]."""
     v = _vectors_like(m)
     for _ in range(steps):
-        v = torch.nn.functional.normalize(m @ v, dim=-2)
-    return (m @ v).double().norm(dim=-2).amax(-1)
+        v = torch.nn.functional.normalize(v @ m, dim=-1)
+    return (v @ m).double().norm(dim=-1).amax(-1)
 
 
 def _condition(m: Tensor, factor: Tensor) -> Tensor:
@@ -201,8 +210,8 @@ def _condition(m: Tensor, factor: Tensor) -> Tensor:
         return torch.ones(m.shape[0], dtype=torch.float64, device=m.device)
     v = _vectors_like(m)
     for _ in range(POWER_STEPS):
-        v = torch.nn.functional.normalize(torch.cholesky_solve(v, factor), dim=-2)
-    return _largest(m) * torch.cholesky_solve(v, factor).double().norm(dim=-2).amax(-1)
+        v = torch.nn.functional.normalize(torch.cholesky_solve(v.mT, factor).mT, dim=-1)
+    return _largest(m) * torch.cholesky_solve(v.mT, factor).double().norm(dim=-2).amax(-1)
 
 
 def _corrected(op: str, solved: Solved, u: Tensor | None) -> Solved:
