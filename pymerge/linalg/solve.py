@@ -174,7 +174,8 @@ def _solve_into(
     condition.copy_(_condition(m, factor))
     again = ((failed != 0) | (condition > FLOAT32_CONDITION)).cpu() & (precision == "auto")
     if not bool(again.all()):
-        x.copy_(torch.cholesky_solve(b.mT.to(dtype), factor).mT)
+        half = torch.linalg.solve_triangular(factor.mT, b.to(dtype), upper=True, left=False)
+        x.copy_(torch.linalg.solve_triangular(factor, half, upper=False, left=False))
     return again
 
 
@@ -208,10 +209,16 @@ def _largest(m: Tensor, steps: int = POWER_STEPS) -> Tensor:
 def _condition(m: Tensor, factor: Tensor) -> Tensor:
     if m.shape[-1] == 0:
         return torch.ones(m.shape[0], dtype=torch.float64, device=m.device)
-    v = _vectors_like(m)
+    v = _vectors_like(m).mT
     for _ in range(POWER_STEPS):
-        v = torch.nn.functional.normalize(torch.cholesky_solve(v.mT, factor).mT, dim=-1)
-    return _largest(m) * torch.cholesky_solve(v.mT, factor).double().norm(dim=-2).amax(-1)
+        v = torch.nn.functional.normalize(_solve_columns(factor, v), dim=-2)
+    return _largest(m) * _solve_columns(factor, v).double().norm(dim=-2).amax(-1)
+
+
+def _solve_columns(factor: Tensor, v: Tensor) -> Tensor:
+    """As cholesky_solve, which copies the factor: for a few columns that costs several times the solve."""
+    half = torch.linalg.solve_triangular(factor, v, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def _corrected(op: str, solved: Solved, u: Tensor | None) -> Solved:
