@@ -22,6 +22,7 @@ from pymerge.ops.gram64 import gram64
 
 FLOAT32_CONDITION = 1e3  # up to here float32 products leave an error of at most some 5e-5 in X (specification, 7.2)
 SMALLEST_BLOCK, BLOCKS = 192, 8  # of the columns of a float32 Gram matrix
+POWER_STEPS, POWER_VECTORS = 6, 4
 SLAB = 1024  # columns that are widened to float64 at a time
 
 
@@ -175,16 +176,20 @@ def _push_through(s: System) -> Solution:
     rows = s.total.new_empty((len(s.tasks) * m, n))  # Z
     for i, weight in enumerate(s.weight):
         rows[i * m : (i + 1) * m] = s.centred(i, torch.float32).mul_(math.sqrt(weight))
-    gram = gram64(rows.mT)  # Z Z^T, float64 [T m, T m]
-    ones = rows.sum(1, dtype=torch.float64)  # Z 1
-    residual = _low_residual(s, rows, gram) if s.residual else None
     # Centring makes Z Z^T singular: the condition is its norm over E.
-    wide = not float(gram.norm()) <= FLOAT32_CONDITION * s.whole_ridge
-    dtype = torch.float64 if wide else torch.float32
+    wide = not _largest_square(rows) <= FLOAT32_CONDITION * s.whole_ridge
+    if wide:
+        gram = gram64(rows.mT)  # Z Z^T [T m, T m]
+    else:
+        gram = rows.new_zeros((rows.shape[0], rows.shape[0]))
+        add_gram(gram, rows.mT, 1.0)
+        cov_mirror_(gram)
+    ones = rows.sum(1, dtype=gram.dtype)  # Z 1
+    residual = _low_residual(s, rows, gram) if s.residual else None
     left, apart = _left_factor(s, rows, gram, ones)
     gram.diagonal().add_(s.whole_ridge)
     rank_one = None if s.prior is None else (ones, ones * (s.prior / n))
-    solved = solve_psd(gram, left.to(dtype), rank_one=rank_one, precision="float64" if wide else "float32")
+    solved = solve_psd(gram, left, rank_one=rank_one, precision="float64" if wide else "float32")
     del gram
     x = _wide_product(solved.x, rows)
     return Solution(
@@ -196,8 +201,17 @@ def _push_through(s: System) -> Solution:
     )
 
 
+def _largest_square(rows: Tensor) -> float:
+    """Square of the largest singular value, from below, by power steps."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(POWER_VECTORS, rows.shape[0], generator=generator).to(rows)
+    for _ in range(POWER_STEPS):
+        v = torch.nn.functional.normalize((v @ rows) @ rows.mT)
+    return float((v @ rows).double().square().sum(1).amax())
+
+
 def _left_factor(s: System, rows: Tensor, gram: Tensor, ones: Tensor) -> tuple[Tensor, Tensor | None]:
-    """G, float64 [m, T m]; and what D_t - C_t adds to X that is not of the form h Z, [n]. That part is a row
+    """G [m, T m]; and what D_t - C_t adds to X that is not of the form h Z, [n]. That part is a row
     v = sum eps_t mu_t times the inverse of E + (Z^T + 1 q^T) Z, which is v / E - v (Z^T + 1 q^T) (...)^-1 Z / E."""
     m, n = s.total.shape
     blocks = []
@@ -212,7 +226,7 @@ def _left_factor(s: System, rows: Tensor, gram: Tensor, ones: Tensor) -> tuple[T
     projected = _times(rows, means)
     if s.prior is not None:
         projected += means.sum() * (s.prior / n) * ones
-    left += _own_means(s, rows) - projected / s.whole_ridge
+    left += (_own_means(s, rows) - projected / s.whole_ridge).to(left.dtype)
     return left, means / s.whole_ridge
 
 

@@ -72,7 +72,15 @@ class Ace(MatrixCombine):
 
     def workspace(self, info: TensorInfo) -> int:
         m, n = info.shape
-        side = min(info.tasks * m, n)
-        square = min(m, n) if info.tasks * m > n else 0
-        stacked = info.tasks * m * n if info.tasks * m <= n else 0
-        return 8 * (2 * side * side + square * square) + 4 * stacked + 8 * 8 * m * n
+        rows = info.tasks * m
+        if rows <= n:  # the rows in float32; their inner products, the factor and a copy; right-hand sides; results
+            return 4 * rows * n + 8 * (3 * rows**2 + 5 * m * rows + 3 * m * n)
+        return 8 * (3 * n**2 + min(m, n) ** 2 + 7 * m * n)
+
+    def flops(self, info: TensorInfo) -> int:
+        m, n = info.shape
+        rows = info.tasks * m
+        if rows <= n:
+            return rows**2 * n + rows**3 // 3 + 2 * m * rows * (rows + 2 * n)
+        gram, product = (0, 3 * rows * n**2) if m >= n else (rows * n**2, 3 * rows * m * n)
+        return gram + product + n**3 // 3 + 2 * m * n**2
