@@ -136,13 +136,18 @@ def _dense(s: System, dtype: torch.dtype) -> Solution | None:
     """By M itself [n, n]. None where float32 does not suffice."""
     m, n = s.total.shape
     sums = _sums(s, dtype)
-    right = sums.product + sums.ridged  # [m, n]
+    right = sums.ridged.add_(sums.product)  # [m, n]
     if not s.center:
         right += sums.row + _weighted_means(s).to(dtype)
     rank_one = None if s.prior is None else (torch.ones_like(sums.ones), sums.ones * (s.prior / n))
     wide = dtype == torch.float64
+    residual = None
+    if s.residual:
+        residual = sums.product.add_(sums.row)
+        residual.addmm_(s.total.to(dtype), sums.gram, alpha=-1.0 / len(s.tasks))
+    precision = "float64" if wide else "float32"
     try:
-        solved = solve_psd(sums.gram, right, rank_one=rank_one, precision="float64" if wide else "float32")
+        solved = solve_psd(sums.gram, right, rank_one=rank_one, precision=precision, overwrite=True)
     except NumericError:
         if wide:
             raise
@@ -150,17 +155,7 @@ def _dense(s: System, dtype: torch.dtype) -> Solution | None:
     condition = float(solved.condition)
     if not wide and not condition <= FLOAT32_CONDITION:
         return None
-    residual = None
-    if s.residual:
-        residual = sums.product.add_(sums.row)
-        residual.addmm_(s.total.to(dtype), sums.gram, alpha=-1.0 / len(s.tasks))
-    return Solution(
-        x=solved.x,
-        residual=residual,
-        condition=condition,
-        route="dense",
-        precision="float64" if wide else "float32",
-    )
+    return Solution(x=solved.x, residual=residual, condition=condition, route="dense", precision=precision)
 
 
 def _weighted_means(s: System) -> Tensor:
@@ -189,15 +184,16 @@ def _push_through(s: System) -> Solution:
     left, apart = _left_factor(s, rows, gram, ones)
     gram.diagonal().add_(s.whole_ridge)
     rank_one = None if s.prior is None else (ones, ones * (s.prior / n))
-    solved = solve_psd(gram, left, rank_one=rank_one, precision="float64" if wide else "float32")
-    del gram
+    precision = "float64" if wide else "float32"
+    solved = solve_psd(gram, left, rank_one=rank_one, precision=precision, overwrite=True)
+    del gram, left
     x = _wide_product(solved.x, rows)
     return Solution(
         x=x if apart is None else x + apart.to(x.dtype),
         residual=residual,
         condition=float(solved.condition),
         route="push_through",
-        precision="float64" if wide else "float32",
+        precision=precision,
     )
 
 

@@ -73,9 +73,9 @@ class Ace(MatrixCombine):
     def workspace(self, info: TensorInfo) -> int:
         m, n = info.shape
         rows = info.tasks * m
-        if rows <= n:  # the rows in float32; their inner products, the factor and a copy; right-hand sides; results
-            return 4 * rows * n + 8 * (3 * rows**2 + 5 * m * rows + 3 * m * n)
-        return 8 * (3 * n**2 + min(m, n) ** 2 + 7 * m * n)
+        if rows <= n:  # the stacked rows, their inner products; right-hand sides and solutions; results
+            return 4 * rows * n + 8 * (rows**2 + 5 * m * rows + 3 * m * n)
+        return 8 * (n**2 + min(m, n) ** 2 + 7 * m * n)
 
     def flops(self, info: TensorInfo) -> int:
         m, n = info.shape
