@@ -82,6 +82,7 @@ def allocator_returns(at_once: bool) -> None:
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(-3, 1 << 18 if at_once else 1 << 25)  # M_MMAP_THRESHOLD
     libc.mallopt(-1, 1 << 18 if at_once else 1 << 30)  # M_TRIM_THRESHOLD
+    libc.malloc_trim(0)
 
 
 @dataclass

@@ -32,6 +32,8 @@ class Ace(MatrixCombine):
               columns); a matrix without centred part (one row, zero updates) gives zero; eps is raised where it is
               below what float64 resolves (reported as `eps`).
 
+    A fused matrix (qkv, gate and up) is one problem, with another result than its parts have: see `split`.
+
     Facts per tensor: gamma, branch, ebar, route (dense | push_through), precision, condition, k, sigma, refinement,
     cosine (to the average of the task vectors), skipped (tasks).
     """
