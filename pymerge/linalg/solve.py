@@ -254,13 +254,14 @@ def _corrected(op: str, solved: Solved, u: Tensor | None) -> Solved:
     """X0 - (X0 u) r / (1 + r u), r the last row of the solution."""
     if u is None:
         return solved
-    x, row = solved.x[..., :-1, :].double(), solved.x[..., -1:, :].double()
+    x, row = solved.x[..., :-1, :], solved.x[..., -1:, :].double()
     wide_u = u.double()[..., None]  # [..., n, 1]
     divisor = 1.0 + row @ wide_u  # [..., 1, 1]
-    eps = torch.finfo(solved.x.dtype).eps
+    eps = torch.finfo(x.dtype).eps
     if bool((divisor.abs() <= 8 * eps * (1.0 + row.abs() @ wide_u.abs())).any()):
         raise NumericError(f"{op}: the rank-one term makes the matrix singular (1 + v^T M^-1 u is 0 up to rounding)")
-    return solved._replace(x=(x - (x @ wide_u) @ row / divisor).to(solved.x.dtype))
+    share = (x.double() @ wide_u) / divisor  # [..., k, 1]
+    return solved._replace(x=x - share.to(x.dtype) * row.to(x.dtype))
 
 
 def _check_matrix(op: str, m: Tensor) -> None:

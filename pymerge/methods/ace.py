@@ -76,7 +76,7 @@ class Ace(MatrixCombine):
         m, n = info.shape
         rows = info.tasks * m
         if rows <= n:  # the stacked rows, their inner products; right-hand sides and solutions; results
-            return 4 * rows * n + 8 * (rows**2 + 5 * m * rows + 3 * m * n)
+            return 4 * rows * n + 8 * (rows**2 + 6 * m * rows + 3 * m * n)
         return 8 * (n**2 + min(m, n) ** 2 + 7 * m * n)
 
     def flops(self, info: TensorInfo) -> int:
