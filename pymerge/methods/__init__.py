@@ -15,6 +15,7 @@ from pymerge.methods import (
     dare_ties,
     linear,
     slerp,
+    svc,
     task_arithmetic,
     ties,
     trim,
@@ -37,6 +38,7 @@ _BUILT_IN = (
     dare,
     trim,
     ace,
+    svc,
 )  # importing a module registers its method
 
 
