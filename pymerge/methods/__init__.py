@@ -7,6 +7,7 @@ from typing import Any
 
 from pymerge.errors import RecipeError
 from pymerge.methods import (
+    ace,
     breadcrumbs,
     breadcrumbs_ties,
     cart,
@@ -48,6 +49,7 @@ _BUILT_IN = (
     star,
     cart,
     wudi,
+    ace,
     svc,
 )  # importing a module registers its method
 

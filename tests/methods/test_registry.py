@@ -15,6 +15,7 @@ from pymerge.methods.param import UNUSED
 from pymerge.methods.ties import Ties
 
 COMBINE = (
+    "ace",
     "breadcrumbs",
     "breadcrumbs_ties",
     "cart",
