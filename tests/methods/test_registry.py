@@ -20,6 +20,7 @@ COMBINE = (
     "consensus",
     "dare_linear",
     "dare_ties",
+    "emr",
     "fisher",
     "linear",
     "pcb",
