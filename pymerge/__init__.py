@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from pymerge.engine.plan import Options
     from pymerge.engine.verify import verify
     from pymerge.errors import MergeError
+    from pymerge.statistics import Statistics, observe, open_statistics
 
 __all__ = [
     "Checkpoint",
     "MergeError",
     "Options",
     "Recipe",
+    "Statistics",
     "__version__",
     "linalg",
     "merge",
     "methods",
+    "observe",
     "open_checkpoint",
+    "open_statistics",
     "ops",
     "plan_merge",
     "verify",
@@ -39,7 +43,10 @@ _HOME = {
     "MergeError": "pymerge.errors",
     "Options": "pymerge.engine.plan",
     "Recipe": "pymerge.engine.api",
+    "Statistics": "pymerge.statistics",
     "merge": "pymerge.engine.api",
+    "observe": "pymerge.statistics",
+    "open_statistics": "pymerge.statistics",
     "open_checkpoint": "pymerge.checkpoint",
     "plan_merge": "pymerge.engine.local",
     "verify": "pymerge.engine.verify",

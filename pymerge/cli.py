@@ -201,6 +201,42 @@ def info(
 
 
 @app.command()
+def observe(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned model.")],
+    data: Annotated[
+        Path, typer.Option(help="Samples of its task: .jsonl, .txt, a folder of images, a dataset folder.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, X.stats.safetensors.")],
+    samples: Annotated[int, typer.Option(min=1, help="How many samples to run.")] = 32,
+    length: Annotated[int, typer.Option(min=1, help="Longest sample, tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples run at once.")] = 8,
+    field: Annotated[str, typer.Option(help="Key of the text in .jsonl and datasets.")] = "text",
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Name patterns of modules; default: all linear ones.")
+    ] = None,
+    float64: Annotated[bool, typer.Option("--float64", help="Sums in float64.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read weights module by module: for models that do not fit in memory.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run MODEL over a few samples and keep what its linear layers see, for methods that need statistics."""
+    with reported_errors(debug):
+        from pymerge.statistics import observe as run
+        from pymerge.statistics.samples import batches_of
+
+        at_once = samples if stream else batch_size
+        batches = batches_of(model, data, samples=samples, length=length, batch_size=at_once, field=field)
+        dtype = "float64" if float64 else "float32"
+        found = run(model, batches, targets=targets or (), dtype=dtype, stream_to=out if stream else None)
+        if not stream:
+            found.save(out)
+        rows = max(found.rows.values())
+        holders = len(set(found.header.modules.values()))
+        print(f"{out}: {len(found.modules)} layers, {holders} distinct inputs, {rows} rows")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the models and results are kept.")] = Path("demo-output"),
     all_methods: Annotated[bool, typer.Option("--all", help="Every method, whatever the time.")] = False,

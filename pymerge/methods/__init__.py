@@ -19,6 +19,7 @@ from pymerge.methods import (
     lines,
     pcb,
     slerp,
+    svc,
     task_arithmetic,
     ties,
     trim,
@@ -44,6 +45,7 @@ _BUILT_IN = (
     emr,
     dare,
     trim,
+    svc,
     lines,
 )  # importing a module registers its method
 

@@ -34,9 +34,10 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("slerp", "slerp", "multislerp"): "multi-model SLERP",
     ("slerp", "slerp", "karcher"): "Karcher mean",
     ("star", None, None): "STAR",
-    ("svc", None, None): "SVC",
     ("tsv_m", None, None): "TSV-M",
 }
+
+OWN_TESTS = ("svc",)  # starts from merged updates that the files hold: tests/methods/test_svc_golden.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ class Golden:
 
 
 def golden_files() -> list[Path]:
-    """All files of all method folders."""
-    return sorted(FOLDER.glob("*/*.safetensors"))
+    """All files of all method folders that have no tests of their own."""
+    return sorted(path for path in FOLDER.glob("*/*.safetensors") if path.parent.name not in OWN_TESTS)
 
 
 def read_golden(path: Path) -> Golden:

@@ -1,0 +1,150 @@
+"""Statistics of one model in one safetensors file: written module by module, read lazily."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymerge.checkpoint import Checkpoint, open_checkpoint, safe_name
+from pymerge.errors import InputError
+from pymerge.statistics.moments import Moments
+
+FORMAT = "1"
+_CODE = {torch.float32: "F32", torch.float64: "F64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a statistics file says of itself.
+
+    model    fingerprint of the model that was run; `weights` is equal for equal weight files
+    data     what the samples were: a digest and a description
+    modules  name of each linear module -> name of the one that holds the moments of its input (several may share one)
+    """
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    modules: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Moments of the inputs of a model's linear modules, in memory or read when asked for."""
+
+    header: Header
+    held: Mapping[str, Moments] = field(default_factory=dict, repr=False)
+    file: Checkpoint | None = field(default=None, repr=False)
+    rows: Mapping[str, int] = field(default_factory=dict, repr=False)  # of each module that holds moments
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(self.header.modules)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.header.modules
+
+    def __getitem__(self, module: str) -> Moments:
+        """The moments of a module's input; reads them from the file."""
+        try:
+            holder = self.header.modules[module]
+        except KeyError:
+            raise InputError(
+                f"no statistics of {safe_name(module)}; there are some of {len(self.header.modules)} modules"
+            ) from None
+        if self.file is None:
+            return self.held[holder]
+        tensors = {
+            kind: self.file[f"{holder}.{kind}"].load()
+            for kind in ("mean", "samples", "triangle")
+            if f"{holder}.{kind}" in self.file
+        }
+        return Moments(rows=self.rows[holder], **tensors)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that `open_statistics` reads; it appears complete or not at all."""
+        with StatisticsWriter(Path(path)) as writer:
+            for holder in dict.fromkeys(self.header.modules.values()):
+                writer.add(holder, self[holder])
+            writer.finish(self.header)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class StatisticsWriter:
+    """Moments go to disk as they come; the file appears under its name when it is finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.data = path.with_name(path.name + ".partial-data")
+        self.file = open(self.data, "wb")
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, int] = {}
+        self.at = 0
+
+    def add(self, module: str, moments: Moments) -> None:
+        self.rows[module] = moments.rows
+        for kind in ("mean", "samples", "triangle"):
+            tensor: Tensor | None = getattr(moments, kind)
+            if tensor is not None:
+                raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                entry = {"dtype": _CODE[tensor.dtype], "shape": list(tensor.shape)}
+                self.tensors[f"{module}.{kind}"] = entry | {"data_offsets": [self.at, self.at + raw.nbytes]}
+                self.file.write(raw)
+                self.at += raw.nbytes
+
+    def finish(self, header: Header) -> None:
+        metadata = {
+            "pymerge_statistics": FORMAT,
+            "model": json.dumps(header.model, sort_keys=True),
+            "data": json.dumps(header.data, sort_keys=True),
+            "modules": json.dumps(header.modules),
+            "rows": json.dumps(self.rows),
+        }
+        text = json.dumps({"__metadata__": metadata} | self.tensors, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.file.close()
+        with open(self.partial, "wb") as out, open(self.data, "rb") as data:
+            out.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(data, out, 8 << 20)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(self.partial, self.path)
+
+    def __enter__(self) -> StatisticsWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+        self.data.unlink(missing_ok=True)
+        self.partial.unlink(missing_ok=True)
+
+
+def open_statistics(path: str | os.PathLike[str]) -> Statistics:
+    """Open a statistics file; moments are read when asked for.
+
+    Raises   InputError (not a statistics file, another format), CorruptFile."""
+    from safetensors import safe_open
+
+    file = open_checkpoint(path)
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata() or {}
+    if metadata.get("pymerge_statistics") != FORMAT:
+        file.close()
+        found = metadata.get("pymerge_statistics", "none")
+        raise InputError(
+            f"{path}: no statistics file of format {FORMAT} (found: {found}); make one with `pymerge observe`"
+        )
+    parsed = {key: json.loads(metadata[key]) for key in ("model", "data", "modules", "rows")}
+    header = Header(model=parsed["model"], data=parsed["data"], modules=parsed["modules"])
+    return Statistics(header=header, file=file, rows=parsed["rows"])

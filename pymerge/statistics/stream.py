@@ -1,0 +1,106 @@
+"""Running a checkpoint that does not fit in memory: each module's weights are read when it runs and dropped after.
+
+All samples go through the model in one batch, so every weight is read once and what is carried along is their hidden
+states. The run ends when the last observed module has seen its input: heads, whose outputs can be the largest tensors
+of all, never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pymerge.checkpoint import Checkpoint, safe_name
+from pymerge.errors import InputError
+from pymerge.statistics.collect import Collector
+
+
+class Finished(Exception):
+    """The last observed module has seen its input."""
+
+
+def empty_model(cls: type, path: Path) -> nn.Module:
+    """The architecture of a Hugging Face folder with parameters that take no memory; buffers are real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    make = getattr(cls, "_from_config", None) or cls.from_config  # type: ignore[attr-defined]
+    with init_empty_weights(include_buffers=False):
+        return make(config)
+
+
+def unit_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module's own forward uses: its direct ones; fused attention reads its children's too."""
+    return dict(module.named_parameters(recurse=isinstance(module, nn.MultiheadAttention)))
+
+
+@contextmanager
+def weights_on_demand(model: nn.Module, checkpoint: Checkpoint, stored: Mapping[str, str]) -> Iterator[None]:
+    """While entered, every module of `model` has its weights during its own forward, and only then.
+
+    stored  parameter -> its name in the checkpoint"""
+    handles: list[Any] = []
+    for prefix, module in model.named_modules():
+        empty = unit_of(module)
+        if empty:
+            full = {name: f"{prefix}.{name}" if prefix else name for name in empty}
+            names = {name: stored.get(whole, whole) for name, whole in full.items()}
+            handles.append(module.register_forward_pre_hook(loader(names, checkpoint)))
+            handles.append(module.register_forward_hook(dropper(empty), always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def loader(names: Mapping[str, str], checkpoint: Checkpoint) -> Any:
+    def load(module: nn.Module, args: Any) -> None:
+        for name, stored in names.items():
+            if stored not in checkpoint:
+                raise InputError(
+                    f"{safe_name(stored)}: the model's class has this parameter, the checkpoint has not: it cannot be "
+                    "streamed; observe it in memory"
+                )
+            put(module, name, nn.Parameter(checkpoint[stored].load(), requires_grad=False))
+
+    return load
+
+
+def dropper(empty: Mapping[str, nn.Parameter]) -> Any:
+    def drop(module: nn.Module, args: Any, output: Any) -> None:
+        for name, parameter in empty.items():
+            put(module, name, parameter)
+
+    return drop
+
+
+def put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    setattr(module, last, parameter)
+
+
+class StreamingCollector(Collector):
+    """A collector for one batch: hands out the moments of an input as soon as it has been seen."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, done: Any) -> None:
+        super().__init__(modules, dtype)
+        self.done, self.left = done, set(modules)
+
+    def add(self, name: str, x: torch.Tensor, transposed: bool) -> None:
+        if name not in self.left:
+            raise InputError(f"{name} runs more than once in a pass: it cannot be streamed; observe it in memory")
+        super().add(name, x, transposed)
+        self.left.discard(name)
+        if name in self.accumulators:
+            self.done(name, self.accumulators.pop(name).finish())
+        if not self.left:
+            raise Finished
