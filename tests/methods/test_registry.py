@@ -23,7 +23,13 @@ COMBINE = (
     "dare_ties",
     "iso_c",
     "iso_cts",
+    "consensus",
+    "dare_linear",
+    "dare_ties",
+    "emr",
+    "fisher",
     "linear",
+    "pcb",
     "slerp",
     "star",
     "task_arithmetic",
@@ -37,11 +43,17 @@ WEIGHTED = [  # by any finite number, negative ones too
     if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
 ]
 
+WEIGHTED = [  # by any finite number, negative ones too
+    name
+    for name in COMBINE
+    if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
+]
+
 
 def test_list_names_methods_by_step() -> None:
     assert methods.list("combine") == COMBINE
-    assert methods.list("purify") == ("dare", "trim") and methods.list("calibrate") == ("svc",)
-    assert methods.list() == ("dare", "trim", *COMBINE, "svc")
+    assert methods.list("purify") == ("dare", "trim") and methods.list("calibrate") == ("lines", "svc")
+    assert methods.list() == ("dare", "trim", *COMBINE, "lines", "svc")
 
 
 def test_describe() -> None:
