@@ -3,6 +3,7 @@
 #   make demo         trains, merges and evaluates small models on real data (results in demo-output/)
 #   make test         the test suite without the slow tests
 #   make test-slow    kills, fuzz and other tests of minutes
+#   make test-oldest  the operator libraries as built here under the oldest torch that they promise to load on
 #   make lint         ruff, clang-format, pyright
 #   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU
 #
@@ -11,6 +12,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+OLDEST_TORCH ?= torch==2.11.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -19,7 +21,7 @@ FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix cs
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow lint format cuda-check bench-merge clean
+.PHONY: demo test test-slow test-oldest lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
@@ -29,6 +31,12 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# pymerge itself is not installed there: the tests import it from the source tree, with the libraries built for $(TORCH).
+test-oldest: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip --disable-pip-version-check install --quiet "$(OLDEST_TORCH)" numpy scipy pytest
+	$(VENV)-oldest/bin/python -m pytest -m "not slow" tests/ops tests/linalg $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -48,7 +56,7 @@ bench-merge: $(VENV)/.installed
 	$(BIN)/python benchmarks/side_by_side/merge.py
 
 clean:
-	rm -rf $(VENV) build dist demo-output *.egg-info pymerge/*.so
+	rm -rf $(VENV) $(VENV)-oldest build dist demo-output *.egg-info pymerge/*.so
 
 # torch alone, then what the build needs: pip must never be asked for a torch that it may choose.
 $(VENV)/.torch: Makefile

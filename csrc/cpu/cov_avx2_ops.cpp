@@ -9,35 +9,13 @@
 namespace pymerge::avx2 {
 namespace {
 
+inline __m256 multiply_add(__m256 a, __m256 b, __m256 sum) { return _mm256_fmadd_ps(a, b, sum); }
+inline __m256d multiply_add(__m256d a, __m256d b, __m256d sum) { return _mm256_fmadd_pd(a, b, sum); }
+
 #include "cov_tile.inl"
 
-struct Float {
-  using Item = float;
-  using Sum = float;
-  using Lanes = __m256;
-  static constexpr int kLanes = 8, kRows = 6, kVectors = 2, kSegment = 256;
-  static Lanes zero() { return _mm256_setzero_ps(); }
-  static Lanes spread(float x) { return _mm256_set1_ps(x); }
-  static Lanes load(const float* p) { return _mm256_loadu_ps(p); }
-  static Lanes load_sums(const float* p) { return _mm256_loadu_ps(p); }
-  static Lanes add(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
-  static void store(float* p, Lanes x) { _mm256_storeu_ps(p, x); }
-  static Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm256_fmadd_ps(a, b, sum); }
-};
-
-struct Double {
-  using Item = double;
-  using Sum = double;
-  using Lanes = __m256d;
-  static constexpr int kLanes = 4, kRows = 6, kVectors = 2, kSegment = 256;
-  static Lanes zero() { return _mm256_setzero_pd(); }
-  static Lanes spread(double x) { return _mm256_set1_pd(x); }
-  static Lanes load(const double* p) { return _mm256_loadu_pd(p); }
-  static Lanes load_sums(const double* p) { return _mm256_loadu_pd(p); }
-  static Lanes add(Lanes a, Lanes b) { return _mm256_add_pd(a, b); }
-  static void store(double* p, Lanes x) { _mm256_storeu_pd(p, x); }
-  static Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm256_fmadd_pd(a, b, sum); }
-};
+using Float = Vectors<float, 32, 6, 2, 256>;
+using Double = Vectors<double, 32, 6, 2, 256>;
 
 }  // namespace
 

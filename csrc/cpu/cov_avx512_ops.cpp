@@ -11,50 +11,21 @@
 namespace pymerge::avx512 {
 namespace {
 
+inline __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+inline __m512d multiply_add(__m512d a, __m512d b, __m512d sum) { return _mm512_fmadd_pd(a, b, sum); }
+
 #include "cov_tile.inl"
 #include "cov_pairs.inl"
 
-struct Float {
-  using Item = float;
-  using Sum = float;
-  using Lanes = __m512;
-  static constexpr int kLanes = 16, kRows = 8, kVectors = 3, kSegment = 128;
-  static Lanes zero() { return _mm512_setzero_ps(); }
-  static Lanes spread(float x) { return _mm512_set1_ps(x); }
-  static Lanes load(const float* p) { return _mm512_loadu_ps(p); }
-  static Lanes load_sums(const float* p) { return _mm512_loadu_ps(p); }
-  static Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
-  static void store(float* p, Lanes x) { _mm512_storeu_ps(p, x); }
-  static Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm512_fmadd_ps(a, b, sum); }
-};
-
-struct Double {
-  using Item = double;
-  using Sum = double;
-  using Lanes = __m512d;
-  static constexpr int kLanes = 8, kRows = 8, kVectors = 3, kSegment = 128;
-  static Lanes zero() { return _mm512_setzero_pd(); }
-  static Lanes spread(double x) { return _mm512_set1_pd(x); }
-  static Lanes load(const double* p) { return _mm512_loadu_pd(p); }
-  static Lanes load_sums(const double* p) { return _mm512_loadu_pd(p); }
-  static Lanes add(Lanes a, Lanes b) { return _mm512_add_pd(a, b); }
-  static void store(double* p, Lanes x) { _mm512_storeu_pd(p, x); }
-  static Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return _mm512_fmadd_pd(a, b, sum); }
-};
+using Float = Vectors<float, 64, 8, 3, 128>;
+using Double = Vectors<double, 64, 8, 3, 128>;
 
 // Each lane: sum + low half * low half + high half * high half; the products are exact in float32.
-struct Pairs {
+struct Pairs : Float {
   using Item = uint32_t;
-  using Sum = float;
-  using Lanes = __m512;
-  static constexpr int kLanes = 16, kRows = 8, kVectors = 3, kSegment = 128;
-  static Lanes zero() { return _mm512_setzero_ps(); }
   static Lanes spread(uint32_t x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x))); }
   static Lanes load(const uint32_t* p) { return _mm512_loadu_ps(p); }
-  static Lanes load_sums(const float* p) { return _mm512_loadu_ps(p); }
-  static Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
-  static void store(float* p, Lanes x) { _mm512_storeu_ps(p, x); }
-  static Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
+  static Lanes add_product(Lanes a, Lanes b, Lanes sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 };

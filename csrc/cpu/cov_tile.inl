@@ -1,9 +1,22 @@
-// Packing and tile products of cov_kernels.h for one CPU level. The including file defines, before this, in its
-// namespace: Float and Double, and Pairs where there are bfloat16 pairs:
-//   Item, Sum, Lanes (a vector of kLanes sums), kRows x (kVectors * kLanes) the block that stays in registers,
-//   kSegment, the items of one sum; zero(), spread(Item), load(const Item*), load_sums(const Sum*),
-//   multiply_add(a, b, sum), add(Lanes, Lanes), store(Sum*, Lanes)
+// Packing and tile products of cov_kernels.h for one CPU level. The including file defines before this, in its
+// namespace, sum + a * b of its vectors: multiply_add(a, b, sum).
 // Templates of the standard library stay out of here: their instantiations would be shared between levels.
+
+// Numbers of type T in vectors of `bytes`; rows x (vectors * kLanes) sums stay in registers, `segment` items make one
+// sum.
+template <class T, int bytes, int rows, int vectors, int segment>
+struct Vectors {
+  using Item = T;
+  using Sum = T;
+  typedef T Lanes __attribute__((vector_size(bytes)));
+  typedef T LanesAt __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias));
+  static constexpr int kLanes = bytes / sizeof(T), kRows = rows, kVectors = vectors, kSegment = segment;
+  static Lanes spread(T x) { return x - Lanes{}; }
+  static Lanes load(const T* p) { return *reinterpret_cast<const LanesAt*>(p); }
+  static Lanes load_sums(const T* p) { return load(p); }
+  static void store(T* p, Lanes x) { *reinterpret_cast<LanesAt*>(p) = x; }
+  static Lanes add_product(Lanes a, Lanes b, Lanes sum) { return multiply_add(a, b, sum); }
+};
 
 typedef uint16_t u16_at __attribute__((aligned(1), may_alias));
 typedef float f32_at __attribute__((aligned(1), may_alias));
@@ -78,7 +91,7 @@ __attribute__((noinline)) void segment_sums(const typename L::Item* a, const typ
 #pragma GCC unroll 8
   for (int r = 0; r < L::kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < L::kVectors; ++v) sums[r][v] = L::zero();
+    for (int v = 0; v < L::kVectors; ++v) sums[r][v] = typename L::Lanes{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     typename L::Lanes right[L::kVectors];
@@ -88,7 +101,7 @@ __attribute__((noinline)) void segment_sums(const typename L::Item* a, const typ
     for (int r = 0; r < L::kRows; ++r) {
       const typename L::Lanes left = L::spread(a[k * width + r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < L::kVectors; ++v) sums[r][v] = L::multiply_add(left, right[v], sums[r][v]);
+      for (int v = 0; v < L::kVectors; ++v) sums[r][v] = L::add_product(left, right[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -96,7 +109,7 @@ __attribute__((noinline)) void segment_sums(const typename L::Item* a, const typ
 #pragma GCC unroll 4
     for (int v = 0; v < L::kVectors; ++v) {
       typename L::Sum* at = out + r * width + v * L::kLanes;
-      L::store(at, first ? sums[r][v] : L::add(L::load_sums(at), sums[r][v]));
+      L::store(at, first ? sums[r][v] : L::load_sums(at) + sums[r][v]);
     }
   }
 }

@@ -22,6 +22,7 @@ from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
 from pymerge.errors import Interrupted, MergeError
+from pymerge.methods.emr import Emr
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.version import __version__
 
@@ -44,6 +45,10 @@ class Inputs:
         models = tuple(model for model in self.models if model is not self.base)
         observed = tuple(found.file for found in self.statistics if found.file is not None)
         return ((self.base,) if self.base is not None else ()) + models + self.fisher + observed
+
+    def check_unchanged(self) -> None:
+        for checkpoint in self.all:
+            checkpoint.check_unchanged()
 
     @property
     def reference(self) -> Checkpoint:
@@ -112,9 +117,9 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
             resume=options.resume,
             inputs=inputs.all,
         )
+        stack.enter_context(staged)  # whatever fails from here on lets go of the staging folder
         run_staged(plan, staged, options)
-        for checkpoint in inputs.all:
-            checkpoint.check_unchanged()
+        inputs.check_unchanged()
         seconds = time.monotonic() - started
         checksums, facts = staged.checksums(), staged.facts()
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory())
@@ -187,10 +192,27 @@ def peak_memory() -> int:
 def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, plan: Plan, summary: dict[str, Any]) -> None:
     """Everything beside the weights, into the staging folder."""
     copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype)
-    summary["side_files"] = copied["copied"]
+    summary["side_files"] = copied["copied"] + extra_files(folder, recipe, inputs, plan)
     summary["notes"] += copied["notes"]
     write_card(folder, recipe, summary)
     (folder / "merge.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+
+
+def extra_files(folder: Path, recipe: Recipe, inputs: Inputs, plan: Plan) -> list[str]:
+    """Writes the files that the method leaves beside the weights; their names. An interruption loses only these."""
+    if not issubclass(recipe.combine_class, Emr):
+        return []
+    from pymerge.engine.masks import write_masks  # imports torch
+
+    try:
+        written = write_masks(folder, plan)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "stopped while the masks were written; the merged weights are kept: the same command continues",
+            signal.SIGINT,
+        ) from None
+    inputs.check_unchanged()
+    return written
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:

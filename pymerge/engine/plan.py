@@ -11,9 +11,9 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeGuard
 
-from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, plan_layout
+from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTensor, plan_layout
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, ElementWisePurify, Method, TensorInfo, chain_rule
@@ -65,9 +65,14 @@ class Item:
     def out_width(self) -> int:
         return ITEMSIZE[self.entry.dtype]
 
+    def lent(self, tensor: AnyTensor) -> TypeGuard[MemoryTensor]:
+        """Whether an input is used where it is: it is in memory, and nothing is written over it."""
+        return self.mode != "copy" and isinstance(tensor, MemoryTensor) and tensor.lendable
+
     def block_bytes(self, count: int) -> int:
         """Arena bytes for the inputs and the output of `count` entries, with alignment."""
-        return sum(-(-n // 4096) * 4096 for n in self.input_bytes(count)) + count * self.out_width + 3 * 4096
+        sizes = zip(self.inputs, self.input_bytes(count), strict=True)
+        return sum(-(-n // 4096) * 4096 for t, n in sizes if not self.lent(t)) + count * self.out_width + 3 * 4096
 
     @property
     def peak_bytes(self) -> int:

@@ -68,7 +68,7 @@ def newton_schulz(x: Tensor, found: Bounds) -> Tensor:
     return p.to(x.dtype)
 
 
-def _weights(low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def halley_weights(low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamical weights a, b, c of the Halley step P (a + b P^T P) (1 + c P^T P)^(-1) for singular values in [low, 1]
     (Nakatsukasa, Bai and Gygi, SIAM J. Matrix Anal. Appl. 31(5), 2010, 2700-2720)."""
     square = low * low
@@ -88,7 +88,7 @@ def qdwh(x: Tensor, found: Bounds) -> Tensor:
     for _ in range(MOST_ITERATIONS):
         if bool((low >= done).all()):
             break
-        weights = _weights(low)
+        weights = halley_weights(low)
         a, b, c = (w[..., None, None].to(p.dtype) for w in weights)
         if bool((weights[2] > 100.0).any()):
             q, _ = torch.linalg.qr(torch.cat([c.sqrt() * p, eye.expand(*p.shape[:-2], -1, -1)], dim=-2))

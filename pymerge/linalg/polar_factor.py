@@ -11,7 +11,7 @@ from torch import Tensor
 from pymerge.errors import NonFinite
 from pymerge.linalg._gram_root import RESOLUTION, gram_root, polar_of_gram, wide_product
 from pymerge.linalg._polar_iterations import bounds, newton_schulz, qdwh
-from pymerge.linalg._polar_rational import SMALLEST, rational
+from pymerge.linalg._polar_single import SMALLEST, gram32, halley, rotated
 
 DEFAULT_TOL = 1e-6
 LARGEST_STEP = 1e-3  # Newton step of the Gram factor; its error is of the order of the square
@@ -37,16 +37,18 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
     tol      relative to the largest singular value, in [0, 1)
     method   gram: eigenvectors of the float64 Gram matrix of the smaller side and one Newton step; resolves tol down to
              4e-7. newton_schulz, qdwh: iterations for matrices of full rank, others go to gram. svd: float64 SVD.
-             auto: on CUDA qdwh; elsewhere, for float32 matrices of 512 and more and conditions up to 2e5, Zolotarev's
-             rational functions of the Gram matrix ("rational"), checked on random vectors; else gram; svd where the
-             Gram matrix cannot resolve tol or the condition.
-    Returns  factor, rank, condition (iterations: an upper bound, at most n times too large; rational: an estimate) and
-             the methods that ran
-    Error    relative to |P|: 2e-6 for conditions up to 1e6 (float32 input, every method); float64 input: condition *
-             1e-15, and (condition * 6e-8)^4 more by gram.
-    Cost     with m >= n: gram 3 to 5 m n^2 multiply-adds + eigh of [n, n]; rational 2 m n^2 + 4 n^3 where the condition
-             is below 4, else 5 m n^2 + 6 n^3; svd 4 m n^2 + 22 n^3 or so. Matrices of a batch go one by one on the CPU
-             (the same bits as alone) and together on CUDA.
+             auto: on CUDA qdwh; elsewhere, for float32 matrices of 256 and more: halley (two steps on the float32 Gram
+             matrix) where the condition is 3 or so at most and m >= 2 n, else rotated (float32 eigenvectors of the Gram
+             matrix as a rotation, small singular values in float64); both check their result, and what they decline,
+             as what is smaller or of low rank, goes to gram; svd where the Gram matrix cannot resolve tol or the
+             condition.
+    Returns  factor, rank, condition (iterations: an upper bound, at most n times too large; halley: an estimate, from
+             below) and the methods that ran
+    Error    relative to |P|, float32 input: 2e-6 for conditions up to 1e6 (seen: 4e-7 by halley, 1e-6 by rotated, 3e-8
+             by the others); float64 input: condition * 1e-15, and (condition * 6e-8)^4 more by gram.
+    Cost     with m >= n: halley 1.6 m n^2 + 3 n^3 multiply-adds and rotated 3.2 m n^2 + n^3 + eigh of [n, n], in
+             float32; gram 3 to 5 m n^2 + eigh, mostly in float64; svd 4 m n^2 + 22 n^3 or so. Matrices of a batch go
+             one by one on the CPU (the same bits as alone) and together on CUDA.
     Raises   NonFinite (NaN or infinity, with the matrix' index); ValueError (shape, dtype, tol, method).
     Source   Higham, Functions of Matrices, chapter 8; the Newton step is first-order perturbation theory."""
     _check(a, tol, method)
@@ -66,13 +68,13 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
 
 
 def polar_product(a: Tensor, b: Tensor, tol: float = DEFAULT_TOL) -> Tensor:
-    """polar(a) b = a (a^T a)^(-1/2) b without the factor, and without the inverse root, where that costs less.
+    """polar(a) b = a (a^T a)^(-1/2) b, without the factor where that costs less.
 
     a        [m, n]; b [n, q]; bfloat16, float16, float32 or float64
     Returns  [m, q], float32 or float64
     Error    that of polar, times |b|
-    Cost     m >= n: the Gram matrix and its eigenvectors, then for q < m n / (n + m / 2) the root is applied to b
-             through its eigenvectors (2 n^2 q), else to a (m n^2); and m n q for the last product.
+    Cost     float32 with n below 256, m >= n and q < m n / (n + m / 2): the Gram matrix and its eigenvectors, through
+             which the inverse root is applied to b (2 n^2 q), and m n q; else polar(a), and m n q.
     Raises   as polar; ValueError (shapes do not fit)."""
     _check(a, tol, "gram")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
@@ -80,7 +82,8 @@ def polar_product(a: Tensor, b: Tensor, tol: float = DEFAULT_TOL) -> Tensor:
     dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     (m, n), q = a.shape, b.shape[1]
     x, y = a.to(dtype), b.to(dtype)
-    if m >= n > 0 and 0 < q < m * n / (n + m / 2) and tol >= RESOLUTION and dtype == torch.float32:
+    on_gram = 0 < n < SMALLEST and m >= n and dtype == torch.float32 and tol >= RESOLUTION
+    if on_gram and 0 < q < m * n / (n + m / 2):
         scaled = _normalised(x)
         root = gram_root(scaled, tol)
         if root.is_plain:
@@ -154,15 +157,25 @@ def _tall(x: Tensor, tol: float, method: str) -> Polar:
             rank = torch.full((count,), x.shape[-1], device=x.device)
             return Polar(run(x, found), rank, found.condition, (name,) * count)
     if method == "auto" and count == 1 and x.dtype == torch.float32 and x.shape[-1] >= SMALLEST:
-        found = rational(x[0], tol)
+        found = _single(x[0], tol)
         if found is not None:
-            rank = torch.full((1,), x.shape[-1], device=x.device)
-            return Polar(found[0][None], rank, torch.full((1,), found[1], dtype=torch.float64), ("rational",))
+            return found
     root = gram_root(x, tol)
     factor, step = polar_of_gram(x, root)
     if method == "auto" and step > LARGEST_STEP:
         return _by_svd(x, tol)
     return Polar(factor, root.rank, root.condition, ("gram",) * count)
+
+
+def _single(x: Tensor, tol: float) -> Polar | None:
+    gram = gram32(x)
+    name, found = "halley", halley(x, gram, tol) if x.shape[0] >= 2 * x.shape[1] else None
+    if found is None:
+        name, found = "rotated", rotated(x, gram, tol)
+    if found is None:
+        return None
+    rank = torch.full((1,), x.shape[-1], device=x.device)
+    return Polar(found[0][None], rank, torch.full((1,), found[1], dtype=torch.float64), (name,))
 
 
 def _by_svd(x: Tensor, tol: float) -> Polar:

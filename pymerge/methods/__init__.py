@@ -7,22 +7,30 @@ from typing import Any
 
 from pymerge.errors import RecipeError
 from pymerge.methods import (
+    ace,
     breadcrumbs,
     breadcrumbs_ties,
+    cart,
     consensus,
     dare,
     dare_linear,
     dare_ties,
+    emr,
     fisher,
+    iso_c,
+    iso_cts,
     linear,
     lines,
     pcb,
     regmean,
     slerp,
+    star,
     svc,
     task_arithmetic,
     ties,
     trim,
+    tsv_m,
+    wudi,
 )
 from pymerge.methods.base import REGISTRY, Combine, Method, register
 from pymerge.methods.names import nearest
@@ -43,10 +51,18 @@ _BUILT_IN = (
     pcb,
     fisher,
     regmean,
+    emr,
     dare,
     trim,
-    lines,
+    tsv_m,
+    iso_c,
+    iso_cts,
+    star,
+    cart,
+    wudi,
+    ace,
     svc,
+    lines,
 )  # importing a module registers its method
 
 

@@ -15,19 +15,34 @@ from pymerge.methods.param import UNUSED
 from pymerge.methods.ties import Ties
 
 COMBINE = (
+    "ace",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "cart",
+    "dare_linear",
+    "dare_ties",
+    "iso_c",
+    "iso_cts",
     "consensus",
     "dare_linear",
     "dare_ties",
+    "emr",
     "fisher",
     "linear",
     "pcb",
     "regmean",
     "slerp",
+    "star",
     "task_arithmetic",
     "ties",
+    "tsv_m",
+    "wudi",
 )
+WEIGHTED = [  # by any finite number, negative ones too
+    name
+    for name in COMBINE
+    if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
+]
 
 WEIGHTED = [  # by any finite number, negative ones too
     name
