@@ -9,7 +9,7 @@ from typing import Any
 
 from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
-from pymerge.methods.base import STYLES, Combine, ElementWiseCombine, Method, Style, TensorInfo, chain_rule
+from pymerge.methods.base import STYLES, Combine, ElementWiseCombine, Method, Purify, Style, TensorInfo, chain_rule
 from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
@@ -348,6 +348,11 @@ class _Parser:
         if purify and combine.base_role != "required":
             self.problems.add("purify", f"{combine.name} merges whole weights, purify steps need task vectors")
             return
+        if late := [template.cls.name for template in templates[1:purify] if _needs_weights(template.cls)]:
+            self.problems.add(
+                "purify", f"{late[0]} needs the models' weights, not task vectors: make it the first step"
+            )
+            return
         if len(templates) > purify + 1 and combine.base_role != "required":
             self.problems.add("calibrate", f"{combine.name} merges whole weights, calibrate steps need a merged update")
             return
@@ -360,6 +365,10 @@ class _Parser:
         except RecipeError as e:
             for line in str(e).splitlines():
                 self.problems.add("", line)
+
+
+def _needs_weights(cls: type[Method]) -> bool:
+    return issubclass(cls, Purify) and cls.whole_weights
 
 
 def _rows(tasks: Sequence[ModelRef]) -> list[tuple[str, Mapping[str, Setting]]]:

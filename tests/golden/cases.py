@@ -26,7 +26,6 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("esm", None, None): "ESM and ESM++",
     ("knots", None, None): "KnOTS",
     ("mudsc", None, None): "MuDSC",
-    ("pave", None, None): "PAVE",
     ("slerp", "slerp", "nuslerp"): "NuSLERP",
     ("slerp", "slerp", "multislerp"): "multi-model SLERP",
     ("slerp", "slerp", "karcher"): "Karcher mean",
@@ -35,8 +34,8 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
 # (folder, tensor): why the file's answer is not ours; here a convolution gets the mean.
 EXCEPTED = {("star", "conv.weight"): "SVC's port of STAR decomposes flattened convolutions, its authors matrices only"}
 
-# Folders that need more than base and models: svc merged updates, regmean activations. See tests/methods.
-OWN_TESTS = ("regmean", "svc")
+# Folders that need more than base and models: svc merged updates, the others activations. See tests/methods.
+OWN_TESTS = ("pave", "regmean", "svc")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,15 +19,13 @@ COMBINE = (
     "breadcrumbs",
     "breadcrumbs_ties",
     "cart",
-    "dare_linear",
-    "dare_ties",
-    "iso_c",
-    "iso_cts",
     "consensus",
     "dare_linear",
     "dare_ties",
     "emr",
     "fisher",
+    "iso_c",
+    "iso_cts",
     "linear",
     "pcb",
     "regmean",
@@ -38,11 +36,6 @@ COMBINE = (
     "tsv_m",
     "wudi",
 )
-WEIGHTED = [  # by any finite number, negative ones too
-    name
-    for name in COMBINE
-    if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
-]
 
 WEIGHTED = [  # by any finite number, negative ones too
     name
@@ -53,8 +46,8 @@ WEIGHTED = [  # by any finite number, negative ones too
 
 def test_list_names_methods_by_step() -> None:
     assert methods.list("combine") == COMBINE
-    assert methods.list("purify") == ("dare", "trim") and methods.list("calibrate") == ("lines", "svc")
-    assert methods.list() == ("dare", "trim", *COMBINE, "lines", "svc")
+    assert methods.list("purify") == ("dare", "pave", "trim") and methods.list("calibrate") == ("lines", "svc")
+    assert methods.list() == ("dare", "pave", "trim", *COMBINE, "lines", "svc")
 
 
 def test_describe() -> None:
