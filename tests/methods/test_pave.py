@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import NonFinite, RecipeError
-from pymerge.methods._pave_subspace import Ridge, activated, purified, ranks, spectrum
+from pymerge.methods._pave_subspace import Ridge, activated, largest_at_most, purified, ranks, spectrum
 from pymerge.methods.base import TaskGroup
 from pymerge.methods.pave import Pave
 from tests.methods.moments import group_of, moments_of, relative
@@ -172,6 +172,15 @@ def test_ridge() -> None:
         Pave(rank_ratio=0.8, allocation="none", eps=0.01, eps_mode="relative").purify(part)
         mean = float(covariance(rows[0][:count], 0.0).diagonal().mean())
         assert part.notes.facts["pave_eps"][0] / (0.01 * mean) in (pytest.approx(2.0**i, rel=1e-6) for i in range(12))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 4.0])
+def test_bound_on_the_largest_eigenvalue(decay: float) -> None:
+    g = torch.Generator().manual_seed(7)
+    q = torch.linalg.qr(torch.randn(300, 300, generator=g, dtype=torch.float64))[0]
+    values = torch.arange(1, 301, dtype=torch.float64) ** -decay
+    assert 1.0 <= largest_at_most((q * values) @ q.mT) <= 2.0 + 1e-12
+    assert largest_at_most(torch.zeros(4, 4, dtype=torch.float64)) == 0.0
 
 
 def test_divisor_and_search_eps() -> None:
