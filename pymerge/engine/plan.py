@@ -16,7 +16,7 @@ from typing import Literal, NoReturn
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, plan_layout
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.errors import RecipeError
-from pymerge.methods.base import ElementWiseCombine, ElementWisePurify, TensorInfo, chain_rule
+from pymerge.methods.base import ElementWiseCombine, TensorInfo, chain_rule, merges_by_rule
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.recipe import Recipe, Steps
 
@@ -151,11 +151,7 @@ class Plan:
 
 
 def element_wise(steps: Steps) -> bool:
-    return (
-        isinstance(steps.combine, ElementWiseCombine)
-        and all(isinstance(step, ElementWisePurify) for step in steps.purify)
-        and not steps.calibrate
-    )
+    return merges_by_rule(steps.purify, steps.combine) and not steps.calibrate
 
 
 def survey_scope(steps: Steps) -> str:

@@ -1,0 +1,130 @@
+"""DELLA on torch tensors: magnitudes ranked in rows, a random mask by rank, the merge of what is left.
+
+Works on a few rows at a time, so that it holds one byte for each entry that is kept or not, and no whole task vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pymerge.methods.base import TaskGroup
+from pymerge.ops._random import draws, run_of_draws
+from pymerge.ops.delta_merge import delta_merge
+from pymerge.ops.delta_rule import DeltaRule
+
+Rescale = Literal["none", "keep", "l1"]
+PART = 1 << 18  # entries that are worked on at once: their temporaries stay in the cache
+PART_BYTES = 96  # of temporaries an entry, beside the masked task vectors
+_PLANES = (4, 5)  # of the generator: 0 and 1 are DARE's, so that DARE before DELLA is two independent draws
+_NORM_FLOOR = 1e-7  # mergekit sparsify: smaller L1 norms are not restored
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedDrop:
+    """How one task's entries are kept: the largest of a row with probability density + epsilon, the smallest with
+    density - epsilon, linear in the rank between. density 1 keeps all, 0 nothing.
+
+    key  of the Philox generator
+    """
+
+    density: float
+    epsilon: float
+    key: int
+
+    def apply(self, delta: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """(which entries stay, the probabilities they had), bool and float32, of delta's shape.
+
+        delta  float32, whole rows: ranks run along dimension 1, in a tensor with fewer than two dimensions along all
+        first  index of its first entry within the parameter
+        """
+        if self.density >= 1 or not delta.numel():
+            return torch.ones_like(delta, dtype=torch.bool), torch.ones_like(delta)
+        if self.density <= 0:
+            return torch.zeros_like(delta, dtype=torch.bool), torch.ones_like(delta)
+        place = places(delta.abs())
+        table = self.probabilities(delta.shape[1] if delta.dim() > 1 else delta.numel()).to(delta.device)
+        limit = (table * 2.0**32).long()[place].view(-1)
+        draw = run_of_draws(self.key, first, delta.numel(), _PLANES[0], delta.device)
+        keep = draw < limit >> 16
+        tied = (draw == limit >> 16).nonzero().view(-1)  # one entry in 2^16 is decided by 16 bits more
+        keep[tied] = draws(self.key, first + tied, _PLANES[1]) < (limit[tied] & 0xFFFF)
+        return keep.view_as(delta), table.float()[place]
+
+    def probabilities(self, length: int) -> Tensor:
+        """From the largest magnitude of a row to the smallest, float64 [length]; `density` in a row of one entry."""
+        if length == 1:
+            return torch.tensor([self.density], dtype=torch.float64)
+        return torch.linspace(self.density + self.epsilon, self.density - self.epsilon, length, dtype=torch.float64)
+
+
+def places(magnitude: Tensor) -> Tensor:
+    """Each entry's place in its row, largest first, lowest index first among equals: int64, of magnitude's shape."""
+    rows = magnitude.reshape(1, -1) if magnitude.dim() < 2 else magnitude
+    order = rows.sort(dim=1, descending=True, stable=True).indices
+    place = torch.arange(rows.shape[1], device=rows.device).view(1, -1, *(1,) * (rows.dim() - 2))
+    return torch.empty_like(order).scatter_(1, order, place.expand_as(order)).reshape(magnitude.shape)
+
+
+def parts(group: TaskGroup) -> Iterator[tuple[Any, TaskGroup]]:
+    """(index of its rows, group) of a few rows at a time; tensors with fewer than two dimensions in one piece."""
+    shape = group.tuned[0].shape
+    if len(shape) < 2:
+        yield ..., group
+        return
+    width = math.prod(shape[1:])
+    step = max(1, PART // max(1, width))
+    for row in range(0, shape[0], step):
+        rows = slice(row, row + step)
+        base = group.base[rows] if group.base is not None else None
+        tuned = tuple(x[rows] for x in group.tuned)
+        yield rows, replace(group, base=base, tuned=tuned, first=group.first + row * width)
+
+
+def merge_dropped(group: TaskGroup, drops: Sequence[RankedDrop], rescale: Rescale, rule: DeltaRule) -> Tensor:
+    """The merge by `rule` of the task vectors that `drops` has thinned out, float32, of the group's shape.
+
+    rescale  keep: entries are divided by the probability they had; l1: the L1 norm of each task vector is restored, for
+             which the group must be the whole tensor
+    """
+    out = torch.empty(group.tuned[0].shape, dtype=torch.float32, device=group.tuned[0].device)
+    masks: list[list[Tensor]] = []
+    if rescale == "l1":
+        masks, rescales = draw_masks(group, drops)
+        rule = replace(rule, rescales=rescales)
+    for number, (rows, part) in enumerate(parts(group)):
+        kept = []
+        for task, drop in enumerate(drops):
+            delta = part.delta(task)
+            if masks:
+                delta.mul_(masks[number][task])
+            else:
+                mask, probability = drop.apply(delta, part.first)
+                delta.mul_(mask)
+                if rescale == "keep":
+                    delta.div_(probability)
+            kept.append(delta)
+        out[rows] = delta_merge(rule, None, kept)[0]
+    return out
+
+
+def draw_masks(group: TaskGroup, drops: Sequence[RankedDrop]) -> tuple[list[list[Tensor]], tuple[float, ...]]:
+    """(masks by part and task, the factor of each task that restores its L1 norm)"""
+    masks: list[list[Tensor]] = []
+    before: list[list[float]] = [[] for _ in drops]
+    after: list[list[float]] = [[] for _ in drops]
+    for _, part in parts(group):
+        masks.append([])
+        for task, drop in enumerate(drops):
+            delta = part.delta(task)
+            mask, _ = drop.apply(delta, part.first)
+            before[task].append(float(delta.abs_().sum(dtype=torch.float64)))
+            after[task].append(float(delta.mul_(mask).sum(dtype=torch.float64)))
+            masks[-1].append(mask)
+    norms = [(math.fsum(a), math.fsum(b)) for a, b in zip(before, after, strict=True)]
+    return masks, tuple(a / b if min(a, b) >= _NORM_FLOOR else 1.0 for a, b in norms)
