@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from pymerge.methods.base import TaskGroup
+from pymerge.methods.della_linear import PART
 from pymerge.ops._random import draws, run_of_draws
 from pymerge.ops.delta_merge import delta_merge
 from pymerge.ops.delta_rule import DeltaRule
 
 Rescale = Literal["none", "keep", "l1"]
-PART = 1 << 18  # entries that are worked on at once: their temporaries stay in the cache
-PART_BYTES = 96  # of temporaries an entry, beside the masked task vectors
 _PLANES = (4, 5)  # of the generator: 0 and 1 are DARE's, so that DARE before DELLA is two independent draws
 _NORM_FLOOR = 1e-7  # mergekit sparsify: smaller L1 norms are not restored
 

@@ -24,6 +24,9 @@ from pymerge.ops.delta_rule import DeltaRule, mask_key
 if TYPE_CHECKING:
     from torch import Tensor
 
+PART = 1 << 18  # entries that are worked on at once (whole rows): their temporaries stay in the cache
+_PART_BYTES = 96  # of temporaries an entry, beside the thinned task vectors
+
 
 @register("della_linear")
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,8 @@ class DellaLinear(Combine):
         for density, epsilon in self._ranges(self._models()):
             if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
                 problems.append(
-                    f"epsilon: probabilities from {density:g} - {epsilon:g} to {density:g} + {epsilon:g} must lie"
-                    f" between 0 and 1: choose epsilon below {min(density, 1 - density):g}, or density 1 to keep everything"
+                    f"epsilon: density {density:g} +- epsilon {epsilon:g} must lie between 0 and 1: choose epsilon "
+                    f"below {min(density, 1 - density):g}, or density 1 to keep everything"
                 )
         return list(dict.fromkeys(problems))
 
@@ -79,8 +82,9 @@ class DellaLinear(Combine):
         return "tensor" if self.restores_norm else "rows"
 
     def workspace(self, info: TensorInfo) -> int:
-        part = min(info.numel, max(1 << 18, math.prod(info.shape[1:]) if len(info.shape) > 1 else info.numel))
-        return part * (4 * info.tasks + 96) + (info.numel * info.tasks if self.restores_norm else 0)
+        row = math.prod(info.shape[1:]) if len(info.shape) > 1 else info.numel
+        masks = info.numel * info.tasks if self.restores_norm else 0
+        return min(info.numel, max(PART, row)) * (4 * info.tasks + _PART_BYTES) + masks
 
     def rule(self, info: TensorInfo) -> DeltaRule:
         """The merge of the thinned task vectors."""

@@ -39,8 +39,8 @@ class MultiSlerp(GramCombine):
 
     u_t = x_t / (||x_t|| + eps), m = sum_t w_t u_t, merged = m / ||m|| cos(eps) sum_t w_t ||x_t||.
     mergekit projects the u_t onto the tangent space at m / ||m||, averages there and projects back; that average is
-    zero by the choice of the point, which leaves this formula. Where m vanishes (opposite vectors; no update at all) the
-    merge is sum_t w_t x_t (mergekit: for two models; for more it stops). One model is returned as it is.
+    zero by the choice of the point, which leaves this formula. Where m vanishes (opposite vectors; no update at all)
+    the merge is sum_t w_t x_t (mergekit: for two models; for more it stops). One model is returned as it is.
     """
 
     weight: PerModel = param(1.0, "w_t", per_model=True, mergekit=REQUIRED)
