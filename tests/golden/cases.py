@@ -30,9 +30,6 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("mudsc", None, None): "MuDSC",
     ("pave", None, None): "PAVE",
     ("regmean", None, None): "RegMean",
-    ("slerp", "slerp", "nuslerp"): "NuSLERP",
-    ("slerp", "slerp", "multislerp"): "multi-model SLERP",
-    ("slerp", "slerp", "karcher"): "Karcher mean",
     ("star", None, None): "STAR",
     ("svc", None, None): "SVC",
     ("tsv_m", None, None): "TSV-M",
@@ -50,6 +47,12 @@ class Golden:
     tasks: list[dict[str, Tensor]]
     merged: dict[str, Tensor]
     masks: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def with_base(self) -> bool:
+        """Whether the method is given the base; `merged` is compared less the base in any case."""
+        name, _ = recipe_of(self)
+        return methods.describe(name).base == "required" or bool(self.params.get("task_vectors"))
 
     @property
     def not_built(self) -> str | None:
@@ -91,7 +94,19 @@ def recipe_of(golden: Golden) -> tuple[str, dict[str, Any]]:
     """Method name and Python arguments for `pymerge.merge`."""
     given = golden.params
     words = {"weights": "weight", "lambda": "scale", "alpha": "scale"}
-    same = ("style", "density", "normalize", "rescale", "gamma", "t", "merge_func")
+    words |= {"flatten": "nuslerp_flatten", "row_wise": "nuslerp_row_wise"}
+    same = (
+        "style",
+        "density",
+        "normalize",
+        "rescale",
+        "gamma",
+        "t",
+        "merge_func",
+        "normalize_weights",
+        "max_iter",
+        "tol",
+    )
     arguments = {words.get(key, key): value for key, value in given.items() if key in words or key in same}
     name = given.get("variant", golden.method)
     if golden.method == "ties" and given["style"] == "authors":

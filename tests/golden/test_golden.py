@@ -25,7 +25,7 @@ FILES = golden_files()
 
 def merged_by_steps(golden: Golden, name: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Each tensor by its rule; with scope "global" all tensors, sorted by name, as one."""
-    uses_base = pymerge.methods.describe(name).base == "required"
+    uses_base = golden.with_base
     recipe = Recipe.from_kwargs(golden.base if uses_base else None, golden.tasks, name, **arguments)
     steps = recipe.steps_for("", 0.0)
     assert isinstance(steps.combine, ElementWiseCombine)
@@ -77,7 +77,6 @@ def test_golden(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n, mine in merged_by_steps(golden, name, arguments).items():
         assert delta_error(mine, golden, n) <= bound, n
     if not golden.masks:  # the native mask cannot be replaced from outside
-        uses_base = pymerge.methods.describe(name).base == "required"
-        merged = pymerge.merge(golden.base if uses_base else None, golden.tasks, method=name, **arguments)
+        merged = pymerge.merge(golden.base if golden.with_base else None, golden.tasks, method=name, **arguments)
         for n, mine in merged.items():
             assert delta_error(mine, golden, n) <= bound, n
