@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,38 +37,57 @@ class RankedDrop:
     epsilon: float
     key: int
 
-    def apply(self, delta: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """(which entries stay, the probabilities they had), bool and float32, of delta's shape.
+    def apply(self, delta: Tensor, first: int, *, divide: bool = False) -> Tensor:
+        """Sets the entries of delta to zero that are dropped; returns the mask of the others, bool, of delta's shape.
 
-        delta  float32, whole rows: ranks run along dimension 1, in a tensor with fewer than two dimensions along all
-        first  index of its first entry within the parameter
+        delta   float32, whole rows: ranks run along dimension 1, in a tensor with fewer than two dimensions along all
+        first   index of its first entry within the parameter
+        divide  the others are divided by the probability that they had
         """
         if self.density >= 1 or not delta.numel():
-            return torch.ones_like(delta, dtype=torch.bool), torch.ones_like(delta)
+            return torch.ones_like(delta, dtype=torch.bool)
         if self.density <= 0:
-            return torch.zeros_like(delta, dtype=torch.bool), torch.ones_like(delta)
-        place = places(delta.abs())
-        table = self.probabilities(delta.shape[1] if delta.dim() > 1 else delta.numel()).to(delta.device)
-        limit = (table * 2.0**32).long()[place].view(-1)
+            return torch.zeros_like(delta.zero_(), dtype=torch.bool)
+        order = ascending(delta.abs())
+        table = self.probabilities(order.shape[1]).to(delta.device)
+        limit = (table * 2.0**32).long()
+        high, low = spread(limit >> 16, order).view(-1), spread(limit & 0xFFFF, order).view(-1)
         draw = run_of_draws(self.key, first, delta.numel(), _PLANES[0], delta.device)
-        keep = draw < limit >> 16
-        tied = (draw == limit >> 16).nonzero().view(-1)  # one entry in 2^16 is decided by 16 bits more
-        keep[tied] = draws(self.key, first + tied, _PLANES[1]) < (limit[tied] & 0xFFFF)
-        return keep.view_as(delta), table.float()[place]
+        keep = draw < high
+        tied = (draw == high).nonzero().view(-1)  # one entry in 2^16 is decided by 16 bits more
+        keep[tied] = draws(self.key, first + tied, _PLANES[1]) < low[tied]
+        keep = keep.view_as(delta)
+        delta.mul_(keep)
+        if divide:
+            delta.div_(spread(table.float(), order).view_as(delta))
+        return keep
 
     def probabilities(self, length: int) -> Tensor:
-        """From the largest magnitude of a row to the smallest, float64 [length]; `density` in a row of one entry."""
+        """From the smallest magnitude of a row to the largest, float64 [length]; `density` in a row of one entry."""
         if length == 1:
             return torch.tensor([self.density], dtype=torch.float64)
-        return torch.linspace(self.density + self.epsilon, self.density - self.epsilon, length, dtype=torch.float64)
+        return torch.linspace(self.density - self.epsilon, self.density + self.epsilon, length, dtype=torch.float64)
 
 
-def places(magnitude: Tensor) -> Tensor:
-    """Each entry's place in its row, largest first, lowest index first among equals: int64, of magnitude's shape."""
-    rows = magnitude.reshape(1, -1) if magnitude.dim() < 2 else magnitude
-    order = rows.sort(dim=1, descending=True, stable=True).indices
-    place = torch.arange(rows.shape[1], device=rows.device).view(1, -1, *(1,) * (rows.dim() - 2))
-    return torch.empty_like(order).scatter_(1, order, place.expand_as(order)).reshape(magnitude.shape)
+def ascending(magnitude: Tensor) -> Tensor:
+    """Places within its row of the entries from the smallest to the largest, among equals highest index first: int64,
+    of magnitude's shape or one row.
+
+    magnitude  float32, not negative, so that its bits order like its values. With the index behind them no two keys are
+               equal, and any sort gives the same order; NumPy's is three times as fast as a stable sort of PyTorch.
+    """
+    rows = magnitude.reshape(1, -1) if magnitude.dim() < 2 else magnitude.contiguous()
+    last = rows.shape[1] - 1
+    index = torch.arange(last, -1, -1, device=rows.device).view(1, -1, *(1,) * (rows.dim() - 2))
+    keys = rows.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(index)
+    keys = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(dim=1).values
+    return keys.bitwise_and_(0xFFFFFFFF).neg_().add_(last)
+
+
+def spread(table: Tensor, order: Tensor) -> Tensor:
+    """The table's entries, smallest magnitude first, at the places that `order` gives: of order's shape."""
+    values = table.view(1, -1, *(1,) * (order.dim() - 2)).expand_as(order)
+    return torch.empty(order.shape, dtype=table.dtype, device=table.device).scatter_(1, order, values)
 
 
 def parts(group: TaskGroup) -> Iterator[tuple[Any, TaskGroup]]:
@@ -103,10 +123,7 @@ def merge_dropped(group: TaskGroup, drops: Sequence[RankedDrop], rescale: Rescal
             if masks:
                 delta.mul_(masks[number][task])
             else:
-                mask, probability = drop.apply(delta, part.first)
-                delta.mul_(mask)
-                if rescale == "keep":
-                    delta.div_(probability)
+                drop.apply(delta, part.first, divide=rescale == "keep")
             kept.append(delta)
         out[rows] = delta_merge(rule, None, kept)[0]
     return out
@@ -121,9 +138,8 @@ def draw_masks(group: TaskGroup, drops: Sequence[RankedDrop]) -> tuple[list[list
         masks.append([])
         for task, drop in enumerate(drops):
             delta = part.delta(task)
-            mask, _ = drop.apply(delta, part.first)
-            before[task].append(float(delta.abs_().sum(dtype=torch.float64)))
-            after[task].append(float(delta.mul_(mask).sum(dtype=torch.float64)))
-            masks[-1].append(mask)
+            before[task].append(float(delta.abs().sum(dtype=torch.float64)))
+            masks[-1].append(drop.apply(delta, part.first))
+            after[task].append(float(delta.abs_().sum(dtype=torch.float64)))
     norms = [(math.fsum(a), math.fsum(b)) for a, b in zip(before, after, strict=True)]
     return masks, tuple(a / b if min(a, b) >= _NORM_FLOOR else 1.0 for a, b in norms)
