@@ -207,7 +207,7 @@ class _Parser:
             how = "list it with its weight" if weighted else "list it"
             self.problems.add("base_model", f"{averages}: {how}, or drop this key")
         elif not weighted:
-            self.problems.note(f"{averages}: {base.path} is one of the {cls.name} models")
+            self.problems.note(f"{averages}: {base.path} is one of its models")
 
     def _steps(self, key: str, tasks: int) -> tuple[StepSpec, ...]:
         raw = self.raw.get(key)
