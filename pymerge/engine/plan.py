@@ -16,7 +16,7 @@ from typing import Literal, NoReturn, TypeGuard
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTensor, plan_layout
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.errors import RecipeError
-from pymerge.methods.base import ElementWiseCombine, ElementWisePurify, Method, TensorInfo, chain_rule
+from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
 from pymerge.methods.surveyed import SurveyedCombine
 from pymerge.ops.delta_rule import DeltaRule
@@ -219,7 +219,8 @@ class Planner:
         combine = steps.combine
         info = entry.info(self.recipe.seed)
         rule = None
-        if isinstance(combine, ElementWiseCombine) and all(isinstance(s, ElementWisePurify) for s in steps.purify):
+        if merges_by_rule(steps.purify, combine):
+            assert isinstance(combine, ElementWiseCombine)
             rule = chain_rule(steps.purify, combine, info)
         if rule is None or not self.streams(steps):
             item = Item(entry=entry, mode="generic", first=0, count=entry.count, tile=entry.count, rule=rule)
@@ -257,7 +258,8 @@ class Planner:
             return item.count if asks else 1
         if isinstance(step, SurveyedCombine) and step.unit == "entries":
             return SURVEY_BLOCK
-        return {"tensor": item.count, "rows": row if row < item.count else item.count, "entries": 1}[step.unit]
+        rows = row if len(item.entry.shape) > 1 else item.count  # a vector is one row
+        return {"tensor": item.count, "rows": rows, "entries": 1}[step.unit]
 
     def sized(self, item: Item, info: TensorInfo, tile: int) -> Item:
         row = math.prod(info.shape[1:])
@@ -267,7 +269,7 @@ class Planner:
 
     def workspace(self, steps: Steps, info: TensorInfo) -> int:
         """Bytes beside inputs and output: the merged update, purified task vectors, and what one step takes."""
-        purified = steps.purify and not all(step.element_wise for step in (*steps.purify, steps.combine))
+        purified = bool(steps.purify) and not merges_by_rule(steps.purify, steps.combine)
         kept = 4 * info.numel * (1 + (info.tasks if purified else 0))
         return kept + max(step.workspace(info) for step in steps.all)
 

@@ -19,16 +19,20 @@ COMBINE = (
     "breadcrumbs",
     "breadcrumbs_ties",
     "cart",
-    "dare_linear",
-    "dare_ties",
-    "iso_c",
-    "iso_cts",
     "consensus",
     "dare_linear",
     "dare_ties",
+    "della",
+    "della_linear",
     "emr",
     "fisher",
+    "iso_c",
+    "iso_cts",
+    "karcher",
     "linear",
+    "model_stock",
+    "multislerp",
+    "nuslerp",
     "pcb",
     "slerp",
     "star",
@@ -37,12 +41,6 @@ COMBINE = (
     "tsv_m",
     "wudi",
 )
-WEIGHTED = [  # by any finite number, negative ones too
-    name
-    for name in COMBINE
-    if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
-]
-
 WEIGHTED = [  # by any finite number, negative ones too
     name
     for name in COMBINE
