@@ -18,7 +18,8 @@ from pathlib import Path
 TORCH = "torch==2.13.0"
 MERGEKIT = "mergekit==0.1.5"
 FUSION_BENCH = "fusion_bench==0.2.33"
-# Every input folder is beside the recipes; three fine-tuned models and a base (SLERP: the base and one of them).
+# Every input folder is beside the recipes; three fine-tuned models and a base (slerp: the base and one of them;
+# nuslerp: the base and two; linear and karcher: no base).
 TASKS = ("m1", "m2", "m3")
 METHODS: dict[str, dict] = {
     "linear": {"weight": 1.0},
@@ -28,8 +29,14 @@ METHODS: dict[str, dict] = {
     "dare_linear": {"weight": 0.4, "density": 0.5},
     "dare_ties": {"weight": 0.4, "density": 0.5},
     "breadcrumbs": {"weight": 0.4, "density": 0.9, "gamma": 0.01},
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {"weight": 0.5},
+    "karcher": {},
+    "model_stock": {},
+    "della_linear": {"weight": 0.4, "density": 0.5, "epsilon": 0.2},
+    "della": {"weight": 0.4, "density": 0.5, "epsilon": 0.2},
 }
-RANDOM = ("dare_linear", "dare_ties")
+RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
 
 
 @dataclass(frozen=True)
@@ -43,18 +50,21 @@ class Cost:
 
 def recipe_models(method: str) -> tuple[str, ...]:
     """The folders that a recipe reads."""
-    return {"linear": TASKS, "slerp": ("base", "m1")}.get(method, ("base", *TASKS))
+    few = {"linear": TASKS, "karcher": TASKS, "slerp": ("base", "m1"), "nuslerp": ("base", "m1", "m2")}
+    return few.get(method, ("base", *TASKS))
 
 
 def write_recipe(root: Path, method: str, dtype: str) -> Path:
     """The YAML that both programs run, unchanged."""
     lines = [f"merge_method: {method}", f"dtype: {dtype}", "models:"]
-    for model in ("base", "m1") if method == "slerp" else TASKS:
+    for model in recipe_models(method):
+        if model == "base" and method != "slerp":
+            continue
         lines.append(f"  - model: {root / model}")
         values = {k: v for k, v in METHODS[method].items() if k != "t"}
         if values:
             lines.append("    parameters: {" + ", ".join(f"{k}: {v}" for k, v in values.items()) + "}")
-    if method != "linear":
+    if "base" in recipe_models(method):
         lines.append(f"base_model: {root / 'base'}")
     if method == "slerp":
         lines.append(f"parameters: {{t: {METHODS[method]['t']}}}")

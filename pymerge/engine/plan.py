@@ -17,7 +17,7 @@ from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTe
 from pymerge.engine.asking import asking_purify, asks_model, rule_part, survey_key, survey_scope
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.errors import RecipeError
-from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule
+from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 from pymerge.ops.delta_rule import DeltaRule
@@ -214,10 +214,14 @@ class Planner:
         info = entry.info(self.recipe.seed)
         rule = None
         before, behind = rule_part(steps)
-        if isinstance(combine, ElementWiseCombine) and not (before and combine.survey_scope == "tensor"):
+        if (
+            isinstance(combine, ElementWiseCombine)
+            and combine.element_wise
+            and not (before and combine.survey_scope == "tensor")
+        ):
             rule = chain_rule(behind, combine, info)
-        global_scope = rule is not None or asks_model(steps) is not None
-        if before and global_scope and (entry.join is not None or any(step.element_wise for step in before)):
+        as_one = entry.join is not None and (rule is not None or asks_model(steps) is not None)
+        if before and (as_one or (rule is not None and any(step.element_wise for step in before))):
             raise RecipeError(
                 f"{entry.name}: {combine.name} asks the whole model: behind {before[-1].name} it goes with no join, "
                 "and with element-wise purify steps only between the two"
@@ -258,7 +262,8 @@ class Planner:
             return item.count if asks else 1
         if isinstance(step, SurveyedCombine) and step.unit == "entries":
             return SURVEY_BLOCK
-        return {"tensor": item.count, "rows": row if row < item.count else item.count, "entries": 1}[step.unit]
+        rows = row if len(item.entry.shape) > 1 else item.count  # a vector is one row
+        return {"tensor": item.count, "rows": rows, "entries": 1}[step.unit]
 
     def sized(self, item: Item, info: TensorInfo, tile: int) -> Item:
         row = math.prod(info.shape[1:])
@@ -270,7 +275,7 @@ class Planner:
 
     def workspace(self, steps: Steps, info: TensorInfo) -> int:
         """Bytes beside inputs and output: the merged update, purified task vectors, and what one step takes."""
-        purified = steps.purify and not all(step.element_wise for step in (*steps.purify, steps.combine))
+        purified = bool(steps.purify) and not merges_by_rule(steps.purify, steps.combine)
         kept = 4 * info.numel * (1 + (info.tasks if purified else 0))
         return kept + max(step.workspace(info) for step in steps.all)
 

@@ -26,9 +26,6 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("esm", None, None): "ESM and ESM++",
     ("knots", None, None): "KnOTS",
     ("mudsc", None, None): "MuDSC",
-    ("slerp", "slerp", "nuslerp"): "NuSLERP",
-    ("slerp", "slerp", "multislerp"): "multi-model SLERP",
-    ("slerp", "slerp", "karcher"): "Karcher mean",
 }
 
 # (folder, tensor): why the file's answer is not ours; here a convolution gets the mean.
@@ -59,6 +56,12 @@ class Golden:
         update = float((self.merged[name].double() - base).norm())
         stored = 1.2e-7 * float(base.norm()) / update if update and self.precision else 0.0
         return max(BOUNDS[self.folder], 10 * self.precision.get(name, 0.0)) + stored
+
+    @property
+    def with_base(self) -> bool:
+        """Whether the method is given the base; `merged` is compared less the base in any case."""
+        name, _ = recipe_of(self)
+        return methods.describe(name).base == "required" or bool(self.params.get("task_vectors"))
 
     @property
     def not_built(self) -> str | None:
@@ -106,8 +109,9 @@ def recipe_of(golden: Golden) -> tuple[str, dict[str, Any]]:
     """Method name and Python arguments for `pymerge.merge`."""
     given = golden.params
     words = {"weights": "weight", "lambda": "scale", "alpha": "scale", "scaling_coefficient": "scale"}
+    words |= {"flatten": "nuslerp_flatten", "row_wise": "nuslerp_row_wise"}
     same = ("style", "density", "normalize", "rescale", "gamma", "t", "merge_func", "eps", "tau", "k_frac")
-    same += ("eta", "common_space_fraction")
+    same += ("eta", "common_space_fraction", "normalize_weights", "max_iter", "tol")
     arguments = {words.get(key, key): value for key, value in given.items() if key in words or key in same}
     name = given.get("variant", golden.method)
     if name in ("iso_c", "iso_cts", "tsv_m"):
