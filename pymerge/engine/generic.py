@@ -5,6 +5,7 @@ Element-wise chains run by the same rule as the streamed merge and give the same
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+_here = threading.local()  # numeric threads that were set in this thread
+
+
 @contextmanager
 def threads_of_numerics(count: int) -> Iterator[None]:
-    """torch and BLAS libraries use `count` threads in each of the threads that call them."""
+    """BLAS libraries use `count` threads, and torch in the thread that is here; other threads: see `use_threads`."""
     from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads()
@@ -46,6 +50,14 @@ def threads_of_numerics(count: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def use_threads(count: int) -> None:
+    """Numeric threads of torch in this thread. OpenMP and MKL keep the number thread by thread, and a new thread starts
+    with all processors: threads side by side would wait for each other at every product."""
+    if getattr(_here, "count", None) != count:
+        torch.set_num_threads(count)
+        _here.count = count
 
 
 def merge_group(steps: Steps, group: TaskGroup, rule: DeltaRule | None) -> Tensor:
@@ -207,7 +219,8 @@ def group_of(plan: Plan, pieces: Sequence[Piece], loaded: Sequence[Sequence[Tens
 
 
 def load(plan: Plan, piece: Piece, device: str) -> list[Tensor]:
-    """The piece's inputs on the device, base first; views of the arena on the CPU."""
+    """The piece's inputs on the device, base first; views of the arena on the CPU. What follows is numerics."""
+    use_threads(plan.item_threads)
     if plan.recipe.relaxations.get("nonfinite") != "keep":
         if any(_C.count_nonfinite(place, piece.count)[0] for place in piece.inputs):
             raise_bad_input(plan.recipe, piece)
