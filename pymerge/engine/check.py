@@ -21,7 +21,8 @@ from pymerge.errors import (
     UnsupportedDtype,
     VocabMismatch,
 )
-from pymerge.recipe import Recipe, Steps
+from pymerge.methods.base import TensorInfo
+from pymerge.recipe import Recipe, Steps, layer_depths
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that are averaged, with their bytes
 QUANTISED = (".scales", ".scale", ".weight_scale", ".weight_scale_inv", ".absmax", ".qzeros", ".g_idx", ".quant_state")
@@ -41,6 +42,8 @@ class Entry:
     reference: AnyTensor  # gives the place in the order of reading, and the values where nothing is merged
     base: AnyTensor | None = None  # subtracted from the tuned tensors and added back
     tuned: tuple[AnyTensor, ...] = ()
+    weights: tuple[AnyTensor, ...] = ()  # importances of the tuned tensors' entries, where the method has them
+    depth: float | None = None  # place of its layer in its stack, from 0 to 1
     steps: Steps | None = None  # None: copied
     count: int = 0  # entries that are merged
     split: tuple[int, tuple[int, ...]] | None = None  # merged in parts: the dimension, and the sizes along it
@@ -57,6 +60,11 @@ class Entry:
         if not self.shape:
             return ()
         return (self.count // max(1, math.prod(self.shape[1:])), *self.shape[1:])
+
+    def info(self, seed: int) -> TensorInfo:
+        """What methods are told of it."""
+        shape, tasks = self.merged_shape, len(self.tuned)
+        return TensorInfo(name=self.name, shape=shape, tasks=tasks, seed=seed, depth=self.depth)
 
 
 @dataclass
@@ -87,6 +95,7 @@ class Checker:
     base: Checkpoint | None
     models: Sequence[Checkpoint]
     labels: Sequence[str]
+    fisher: Sequence[Checkpoint] = ()  # of each model, where the method has it
     notes: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
 
@@ -105,6 +114,7 @@ class Checker:
     def run(self) -> list[Entry]:
         """Output entries in the order of the reference model's files."""
         names = self.reference.file_order()
+        self.depths = layer_depths(names)
         self.steps = self.recipe.resolve(names)
         self.check_extra(set(names))
         self.find_joins()
@@ -151,6 +161,7 @@ class Checker:
         count = self.common_count(name, reference, found)
         if count is None:
             return None
+        weights = self.find_fisher(name, found)
         steps = self.recipe.routed(self.steps[name], name, reference.shape)
         if steps is None:
             self.relax(f"no weight matrices, kept at {self.reference_label}'s values", name)
@@ -165,6 +176,8 @@ class Checker:
             reference=reference,
             base=base,
             tuned=tuple(found),
+            weights=weights,
+            depth=self.depths[name],
             steps=steps,
             count=count,
             split=self.split_of(name, reference.shape, steps),
@@ -236,6 +249,27 @@ class Checker:
                 )
                 return None
         return found
+
+    def find_fisher(self, name: str, found: Sequence[AnyTensor]) -> tuple[AnyTensor, ...]:
+        """The importances of the tensor's entries in every model; what is absent or does not fit is a problem."""
+        weights = []
+        for fisher, tensor, (label, _, tied) in zip(self.fisher, found, self.others, strict=False):
+            held = name if name in fisher else tied.get(name, name)
+            if held not in fisher:
+                self.problems.add(
+                    MissingTensor,
+                    f"{safe_name(name)}: absent from the Fisher information of {label}. Exclude it to keep the values "
+                    f"of {self.reference_label}, or compute the Fisher information of all parameters.",
+                )
+            elif fisher[held].shape != tensor.shape or fisher[held].dtype not in FLOATS:
+                self.problems.add(
+                    ShapeMismatch,
+                    f"{safe_name(name)}: {tensor.dtype} {list(tensor.shape)} in {label}, its Fisher information is "
+                    f"{fisher[held].dtype} {list(fisher[held].shape)}.",
+                )
+            else:
+                weights.append(fisher[held])
+        return tuple(weights)
 
     def dtypes_fit(self, name: str, tensors: Sequence[AnyTensor]) -> bool:
         floats = [t.dtype in FLOATS for t in tensors]
@@ -314,10 +348,14 @@ class Checker:
 
 
 def check(
-    recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], labels: Sequence[str]
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    labels: Sequence[str],
+    fisher: Sequence[Checkpoint] = (),
 ) -> tuple[list[Entry], list[str]]:
     """Output entries in reading order, and notes for the summary. Raises one error that lists every problem."""
-    checker = Checker(recipe, base, models, labels)
+    checker = Checker(recipe, base, models, labels, fisher)
     return checker.run(), checker.notes
 
 

@@ -15,10 +15,11 @@ from pymerge.engine.arena import Arena, Block, Closed
 from pymerge.engine.check import FLOATS
 from pymerge.engine.non_finite import settle_non_finite
 from pymerge.engine.pipeline import Output, Pipeline, Segment
-from pymerge.engine.plan import BATCH, Item, Plan
+from pymerge.engine.plan import BATCH, Item, Plan, survey_key
+from pymerge.engine.questions import answered
 from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
 from pymerge.errors import InputError, Interrupted
-from pymerge.methods.base import ElementWiseCombine, TensorInfo, chain_rule
+from pymerge.methods.base import Combine, ElementWiseCombine, TensorInfo, chain_rule
 from pymerge.ops.delta_rule import DeltaRule, resolve
 from pymerge.ops.native import delta_params
 from pymerge.recipe import Steps
@@ -102,6 +103,7 @@ class Executor:
         self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in sink.done.items()}
         self.forget_other_tiles()
         self.answers: list[DeltaRule] = []  # of the model-wide surveys
+        self.decided: dict[tuple[int, ...], Combine] = {}  # survey_key of steps with a question -> what goes on
         self.params: dict[int, _C.DeltaParams] = {}  # id of an answered tiled item -> native parameters
 
     def run(self) -> None:
@@ -110,6 +112,9 @@ class Executor:
             with self.numeric_threads(), self.pipeline:
                 for steps, items in self.plan.surveys:
                     self.answers.append(self.survey_model(steps, items))
+                for steps, items in self.plan.questions:
+                    if any(item.count and not self.is_done(item, item.first, item.count) for item in items):
+                        self.decided[survey_key(steps)] = answered(self, steps, items)
                 for batch in batches(self.todo()):
                     self.start(batch)
                 self.pipeline.drain()
@@ -235,7 +240,10 @@ class Executor:
         rule = item.rule
         if rule is not None and item.survey_scope is not None:
             rule = replace(self.answers[item.survey_scope], keep=rule.keep, keys=rule.keys)
-        facts = merge_generic(self.plan, pieces, self.device, rule)
+        assert item.entry.steps is not None
+        steps = item.entry.steps
+        steps = replace(steps, combine=self.decided.get(survey_key(steps), steps.combine))
+        facts = merge_generic(self.plan, pieces, self.device, steps, rule)
         return [segment_of(piece, facts if piece is pieces[0] else {}) for piece in pieces]
 
     def compute_held(self, block: Block, piece: Piece) -> Output | None:

@@ -35,9 +35,9 @@ def main(recipe_path: str, out: str, options: Options) -> None:
     recipe = Recipe.from_yaml(Path(recipe_path))
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
-        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
+        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
         items = tuple(replace(item, mode="held" if item.mode == "held" else "tiles") for item in plan.items)
-        plan = replace(plan, items=items, surveys=())
+        plan = replace(plan, items=items, surveys=(), questions=())
         staged = StagedOutput(
             Path(out), plan.layout, identity(recipe, inputs, options, plan), overwrite=True, resume=False
         )

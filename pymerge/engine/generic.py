@@ -18,7 +18,8 @@ from pymerge.checkpoint import safe_name
 from pymerge.engine.non_finite import raise_bad_input, raise_overflow
 from pymerge.engine.plan import Plan
 from pymerge.errors import NumericError
-from pymerge.methods.base import TaskGroup, TensorInfo
+from pymerge.methods.base import TaskGroup
+from pymerge.methods.surveyed import SurveyedCombine
 from pymerge.ops.delta import merge_by_rule
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.ops.finite_cast import finite_cast
@@ -52,14 +53,18 @@ def merge_group(steps: Steps, group: TaskGroup, rule: DeltaRule | None) -> Tenso
     if rule is not None:
         update = merge_by_rule(rule, base, group.tuned)
     else:
-        cleaner = group
-        for step in steps.purify:
-            cleaner = replace(cleaner, base=None, tuned=step.purify(cleaner))
-        update = steps.combine.combine(cleaner)
+        update = steps.combine.combine(purified(steps, group))
     group.notes.combine = steps.combine.name
     for step in steps.calibrate:
         update = step.calibrate(update, group)
     return update if base is None else update.add_(base.float())
+
+
+def purified(steps: Steps, group: TaskGroup) -> TaskGroup:
+    """What the combine step sees."""
+    for step in steps.purify:
+        group = replace(group, base=None, tuned=step.purify(group))
+    return group
 
 
 def merge_parts(
@@ -71,31 +76,30 @@ def merge_parts(
     dim, sizes = split
     bases = group.base.split(sizes, dim) if group.base is not None else (None,) * len(sizes)
     columns = [t.split(sizes, dim) for t in group.tuned]
+    weights = [t.split(sizes, dim) for t in group.weights or ()]
     merged, facts = [], []
     for i, base in enumerate(bases):
         tuned = tuple(parts[i] for parts in columns)
         info = replace(group.info, name=f"{group.info.name}[{i}]", shape=tuple(tuned[0].shape))
-        part = TaskGroup(info=info, base=base, tuned=tuned)
+        part = TaskGroup(info=info, base=base, tuned=tuned, weights=tuple(w[i] for w in weights) or None)
         merged.append(merge_group(steps, part, rule))
         facts.append(part.notes.facts)
     group.notes.facts["parts"] = facts
     return torch.cat(merged, dim)
 
 
-def merge_generic(plan: Plan, pieces: Sequence[Piece], device: str, rule: DeltaRule | None) -> dict[str, Any]:
+def merge_generic(
+    plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps, rule: DeltaRule | None
+) -> dict[str, Any]:
     """Computes the pieces' outputs; several pieces are matrices that are merged as one, below each other. Returns what
-    the steps note for the summary."""
-    first = pieces[0]
-    entry = first.item.entry
-    assert entry.steps is not None
+    the steps note for the summary.
+
+    steps  those of the pieces, with every model-wide question answered"""
+    entry = pieces[0].item.entry
     loaded = [load(plan, piece, device) for piece in pieces]
-    tensors = loaded[0] if len(pieces) == 1 else [torch.cat(rows) for rows in zip(*loaded, strict=True)]
-    base = tensors.pop(0) if entry.base is not None else None
-    shape = entry.merged_shape if len(pieces) == 1 else tuple(tensors[0].shape)
-    info = TensorInfo(name=entry.name, shape=shape, tasks=len(tensors), seed=plan.recipe.seed)
-    group = TaskGroup(info=info, base=base, tuned=tuple(tensors), first=first.first)
+    group = group_of(plan, pieces, loaded)
     try:
-        merged = merge_parts(entry.steps, group, rule, entry.split)
+        merged = merge_parts(steps, group, rule, entry.split)
     except NumericError as error:
         raise NumericError(f"{safe_name(entry.name)}: {error}") from error
     facts = dict(group.notes.facts)
@@ -107,6 +111,24 @@ def merge_generic(plan: Plan, pieces: Sequence[Piece], device: str, rule: DeltaR
         store(plan, piece, merged[at : at + rows] if rows else merged)
         at += rows
     return facts
+
+
+def survey_piece(plan: Plan, piece: Piece, device: str, steps: Steps, combine: SurveyedCombine) -> Any:
+    """What a combine step with a question finds in a piece, behind the purify steps."""
+    group = group_of(plan, [piece], [load(plan, piece, device)])
+    return combine.survey(purified(steps, group))
+
+
+def group_of(plan: Plan, pieces: Sequence[Piece], loaded: Sequence[Sequence[Tensor]]) -> TaskGroup:
+    entry = pieces[0].item.entry
+    tensors = list(loaded[0]) if len(pieces) == 1 else [torch.cat(rows) for rows in zip(*loaded, strict=True)]
+    base = tensors.pop(0) if entry.base is not None else None
+    tasks = len(entry.tuned)
+    info = entry.info(plan.recipe.seed)
+    if len(pieces) > 1:
+        info = replace(info, shape=tuple(tensors[0].shape))
+    weights = tuple(tensors[tasks:]) or None
+    return TaskGroup(info=info, base=base, tuned=tuple(tensors[:tasks]), first=pieces[0].first, weights=weights)
 
 
 def load(plan: Plan, piece: Piece, device: str) -> list[Tensor]:

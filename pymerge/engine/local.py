@@ -21,6 +21,7 @@ from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
 from pymerge.errors import Interrupted, MergeError
+from pymerge.methods.emr import Emr
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.version import __version__
 
@@ -32,11 +33,16 @@ class Inputs:
     base: Checkpoint | None
     models: tuple[Checkpoint, ...]
     labels: tuple[str, ...]
+    fisher: tuple[Checkpoint, ...] = ()  # of each model, where the method has it
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
         models = tuple(model for model in self.models if model is not self.base)
-        return ((self.base,) if self.base is not None else ()) + models
+        return ((self.base,) if self.base is not None else ()) + models + self.fisher
+
+    def check_unchanged(self) -> None:
+        for checkpoint in self.all:
+            checkpoint.check_unchanged()
 
     @property
     def reference(self) -> Checkpoint:
@@ -58,6 +64,7 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
         base=opened(recipe.base) if recipe.base is not None else None,
         models=tuple(opened(model) for model in recipe.models),
         labels=tuple(model.path for model in recipe.models),
+        fisher=tuple(opened(model.fisher) for model in recipe.models if model.fisher is not None),
     )
 
 
@@ -71,7 +78,7 @@ def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
     options = options or Options()
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
-        return make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
+        return make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
 
 
 def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = None) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
         inputs = open_inputs(recipe, options, stack)
         check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan_side_files(inputs.reference)  # refuses now what could not be copied at the end
-        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
+        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
         staged = StagedOutput(
             out,
             plan.layout,
@@ -93,9 +100,9 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
             resume=options.resume,
             inputs=inputs.all,
         )
+        stack.enter_context(staged)  # whatever fails from here on lets go of the staging folder
         run_staged(plan, staged, options)
-        for checkpoint in inputs.all:
-            checkpoint.check_unchanged()
+        inputs.check_unchanged()
         seconds = time.monotonic() - started
         checksums, facts = staged.checksums(), staged.facts()
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory())
@@ -167,10 +174,27 @@ def peak_memory() -> int:
 def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, plan: Plan, summary: dict[str, Any]) -> None:
     """Everything beside the weights, into the staging folder."""
     copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype)
-    summary["side_files"] = copied["copied"]
+    summary["side_files"] = copied["copied"] + extra_files(folder, recipe, inputs, plan)
     summary["notes"] += copied["notes"]
     write_card(folder, recipe, summary)
     (folder / "merge.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+
+
+def extra_files(folder: Path, recipe: Recipe, inputs: Inputs, plan: Plan) -> list[str]:
+    """Writes the files that the method leaves beside the weights; their names. An interruption loses only these."""
+    if not issubclass(recipe.combine_class, Emr):
+        return []
+    from pymerge.engine.masks import write_masks  # imports torch
+
+    try:
+        written = write_masks(folder, plan)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "stopped while the masks were written; the merged weights are kept: the same command continues",
+            signal.SIGINT,
+        ) from None
+    inputs.check_unchanged()
+    return written
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:

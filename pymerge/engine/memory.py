@@ -16,7 +16,8 @@ from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.local import open_inputs
 from pymerge.engine.plan import Options, make_plan
 from pymerge.engine.progress import make_progress
-from pymerge.errors import InputError
+from pymerge.errors import InputError, RecipeError
+from pymerge.methods.emr import Emr
 from pymerge.recipe import Recipe
 
 
@@ -44,9 +45,11 @@ class MemorySink:
 def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
     """A new state dict on the CPU, or a new module where modules came in. The recipe's models are not touched."""
     options = options or Options()
+    if issubclass(recipe.combine_class, Emr):
+        raise RecipeError("emr leaves masks beside the merged model: give folders, and out= for the result")
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
-        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options)
+        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
         sink = MemorySink([item.entry for item in plan.items])
         with make_progress(plan.read_bytes, options.progress) as progress:
             Executor(

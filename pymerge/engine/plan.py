@@ -17,6 +17,8 @@ from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, plan_lay
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, ElementWisePurify, Method, TensorInfo, chain_rule
+from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
+from pymerge.methods.surveyed import SurveyedCombine
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.recipe import Recipe, Steps
 
@@ -54,7 +56,7 @@ class Item:
         entry = self.entry
         if self.mode == "copy":
             return (entry.reference, *entry.equal_to)
-        return ((entry.base,) if entry.base is not None else ()) + entry.tuned
+        return ((entry.base,) if entry.base is not None else ()) + entry.tuned + entry.weights
 
     @property
     def out_width(self) -> int:
@@ -84,13 +86,14 @@ class Item:
     def spectral_flops(self) -> int:
         """Estimate of what the steps for matrices compute."""
         assert self.entry.steps is not None
-        shape = self.entry.merged_shape
-        info = TensorInfo(name=self.entry.name, shape=shape, tasks=len(self.entry.tuned))
+        info = self.entry.info(seed=0)
         return sum(step.flops(info) for step in self.entry.steps.all)
 
     @property
     def survey_reads(self) -> int:
-        """How often the inputs are read again for the survey (swept items)."""
+        """How often the inputs are read again for surveys of more than is held in memory."""
+        if self.mode == "generic" and (asking := asks_model(self.entry.steps)) is not None:
+            return asking.rounds
         if self.rule is None or not (self.mode == "swept" or self.survey_scope is not None):
             return 0
         kth = 2 * ((self.rule.top is not None) + (self.rule.skip is not None))
@@ -144,6 +147,7 @@ class Plan:
     arena_bytes: int
     notes: list[str] = field(default_factory=list)
     surveys: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # model-wide: the steps and the items they cover
+    questions: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # likewise, of combine steps that are no rule
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
 
     @property
@@ -167,6 +171,12 @@ def survey_key(steps: Steps) -> tuple[int, ...]:
 
 def survey_scope(steps: Steps) -> str:
     return steps.combine.survey_scope if isinstance(steps.combine, ElementWiseCombine) else "tensor"
+
+
+def asks_model(steps: Steps | None) -> SurveyedCombine | None:
+    """The combine step, if it asks something of all tensors before it merges any."""
+    combine = steps.combine if steps is not None else None
+    return combine if isinstance(combine, SurveyedCombine) and combine.survey_scope == "model" else None
 
 
 class Planner:
@@ -201,8 +211,8 @@ class Planner:
     def merge_item(self, entry: Entry) -> Item:
         steps = entry.steps
         assert steps is not None
-        shape, combine = entry.merged_shape, steps.combine
-        info = TensorInfo(name=entry.name, shape=shape, tasks=len(entry.tuned), seed=self.recipe.seed)
+        combine = steps.combine
+        info = entry.info(self.recipe.seed)
         rule = None
         if isinstance(combine, ElementWiseCombine) and all(isinstance(s, ElementWisePurify) for s in steps.purify):
             rule = chain_rule(steps.purify, combine, info)
@@ -226,20 +236,22 @@ class Planner:
         steps = item.entry.steps
         assert steps is not None
         row = math.prod(info.shape[1:])
-        together = max(self.together(step, item, row) for step in steps.all)
+        together = max(1, min(item.count, math.lcm(*(self.together(step, item, row) for step in steps.all))))
         tile = max(together, TILE // max(1, together) * together)
         while tile > together and self.sized(item, info, tile).peak_bytes > self.arena_bytes // 4:
             tile = max(together, tile // 2 // together * together)
-        found = self.sized(item, info, min(tile, item.count))
+        found = self.sized(item, info, max(1, min(tile, item.count)))
         if found.peak_bytes > self.arena_bytes:
             self.refuse(found.peak_bytes + SLACK, item.entry.name)
         return found
 
     def together(self, step: Method, item: Item, row: int) -> int:
-        """Entries that a step must see at once."""
+        """Entries that a step must see at once: it sees multiples of them."""
         if step.element_wise:  # by its rule: all of the tensor, if that asks about it
-            assert item.rule is not None
-            return item.count if item.rule.needs_survey or item.rule.keep is not None else 1
+            asks = item.rule is None or item.rule.needs_survey or item.rule.keep is not None
+            return item.count if asks else 1
+        if isinstance(step, SurveyedCombine) and step.unit == "entries":
+            return SURVEY_BLOCK
         return {"tensor": item.count, "rows": row if row < item.count else item.count, "entries": 1}[step.unit]
 
     def sized(self, item: Item, info: TensorInfo, tile: int) -> Item:
@@ -250,7 +262,7 @@ class Planner:
 
     def workspace(self, steps: Steps, info: TensorInfo) -> int:
         """Bytes beside inputs and output: the merged update, purified task vectors, and what one step takes."""
-        purified = any(not step.element_wise for step in steps.purify)
+        purified = steps.purify and not all(step.element_wise for step in (*steps.purify, steps.combine))
         kept = 4 * info.numel * (1 + (info.tasks if purified else 0))
         return kept + max(step.workspace(info) for step in steps.all)
 
@@ -266,6 +278,18 @@ class Planner:
         if item.block_bytes(min(tile, item.count)) > self.arena_bytes // 2:
             self.refuse(2 * item.block_bytes(min(tile, item.count)) + SLACK, item.entry.name)
         return replace(item, tile=max(1, tile))
+
+
+def by_steps(items: Sequence[Item]) -> dict[tuple[int, ...], tuple[Steps, tuple[Item, ...]]]:
+    """Items whose steps up to combine are the same: they are surveyed together."""
+    groups: dict[tuple[int, ...], list[Item]] = {}
+    steps: dict[tuple[int, ...], Steps] = {}
+    for item in items:
+        assert item.entry.steps is not None
+        key = survey_key(item.entry.steps)
+        steps.setdefault(key, item.entry.steps)
+        groups.setdefault(key, []).append(item)
+    return {key: (steps[key], tuple(found)) for key, found in groups.items()}
 
 
 def joined(planner: Planner, items: Sequence[Item]) -> list[Item]:
@@ -298,20 +322,22 @@ def one_matrix(planner: Planner, items: Sequence[Item]) -> list[Item]:
 
 
 def make_plan(
-    recipe: Recipe, base: Checkpoint | None, models: Sequence[Checkpoint], labels: Sequence[str], options: Options
+    recipe: Recipe,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    labels: Sequence[str],
+    options: Options,
+    fisher: Sequence[Checkpoint] = (),
 ) -> Plan:
     """Check everything that headers tell, then plan. Raises one error with all problems."""
-    entries, notes = check(recipe, base, models, labels)
+    entries, notes = check(recipe, base, models, labels, fisher)
     planner = Planner(recipe, options)
     items = planner.items(entries)
     layout = plan_layout(
         [(entry.name, entry.dtype, entry.shape) for entry in entries], options.shard_bytes, {"format": "pt"}
     )
-    groups: dict[tuple[int, ...], tuple[Steps, list[Item]]] = {}
-    for item in items:
-        steps = item.entry.steps
-        if item.rule is not None and steps is not None and survey_scope(steps) == "model":
-            groups.setdefault(survey_key(steps), (steps, []))[1].append(item)
+    surveyed = [i for i in items if i.rule is not None and i.entry.steps and survey_scope(i.entry.steps) == "model"]
+    groups = by_steps(surveyed)
     numbers = {key: number for number, key in enumerate(groups)}
     items = [
         replace(item, survey_scope=numbers.get(survey_key(item.entry.steps)))
@@ -329,5 +355,6 @@ def make_plan(
         arena_bytes=planner.arena_bytes,
         notes=notes,
         item_threads=options.thread_count // at_once,
-        surveys=tuple((steps, tuple(covered)) for steps, covered in groups.values()),
+        surveys=tuple(groups.values()),
+        questions=tuple(by_steps([i for i in items if i.mode == "generic" and asks_model(i.entry.steps)]).values()),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 CHUNK = 2048  # columns that are widened to float64 at a time
+MRRR_SHARE = 12  # all values of the tridiagonal form are computed: pays from a twelfth of the pairs on
 
 
 def wide_blocks(a: Tensor) -> list[tuple[int, int]]:
@@ -29,18 +31,37 @@ def gram(a: Tensor) -> Tensor:
 
 
 def range_eigh(g: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Eigenpairs low..high-1 (ascending order of all) of a symmetric float64 matrix given by its lower triangle; may
-    overwrite it. Values ascending [high - low], vectors [r, high - low]."""
+    """Eigenpairs low..high-1 (ascending order of all) of a symmetric float64 matrix given by its lower triangle.
+    Values ascending [high - low], vectors [r, high - low]."""
     if g.device.type != "cpu":
         values, vectors = torch.linalg.eigh(g)
         return values[low:high], vectors[:, low:high]
     from scipy.linalg import eigh
 
+    if (high - low) * MRRR_SHARE >= g.shape[0]:
+        found = _tridiagonal_eigh(g, low, high)
+        if found is not None:
+            return found
     bounds = None if (low, high) == (0, g.shape[0]) else (low, high - 1)
-    values, vectors = eigh(
-        g.numpy(), lower=True, subset_by_index=bounds, overwrite_a=True, check_finite=False, driver="evr"
-    )
+    values, vectors = eigh(g.numpy(), lower=True, subset_by_index=bounds, check_finite=False, driver="evr")
     return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def _tridiagonal_eigh(g: Tensor, low: int, high: int) -> tuple[Tensor, Tensor] | None:
+    """What syevr does for all pairs (tridiagonal form, then relatively robust representations), for some of them:
+    syevr itself takes bisection and inverse iteration there, slower for many. None where LAPACK reports a failure."""
+    from scipy.linalg.lapack import dormqr, dstemr, dsytrd
+
+    n, count = g.shape[0], high - low
+    form, diagonal, off, tau, failed = dsytrd(g.numpy(), lower=1, lwork=64 * n)
+    if failed or n == 1:
+        return None
+    found, values, vectors, failed = dstemr(diagonal, np.append(off, 0.0), 2, 0.0, 0.0, low + 1, high)
+    if failed or found != count:
+        return None
+    vectors = np.asfortranarray(vectors[:, :count])
+    vectors[1:], _, failed = dormqr("L", "N", form[1:, : n - 1], tau, vectors[1:], 64 * count)
+    return None if failed else (torch.from_numpy(values[:count]), torch.from_numpy(vectors))
 
 
 def top_eigh(g: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -51,9 +72,9 @@ def top_eigh(g: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def other_side(a: Tensor, left: Tensor) -> Tensor:
-    """a^T left in float64 [n, k], left float64 [r, k]."""
-    if a.device.type != "cpu":
-        return a.double().mT @ left
+    """a^T left [n, k] in left's dtype, left float64 or in a's dtype [r, k]."""
+    if a.device.type != "cpu" or a.dtype == left.dtype:
+        return a.to(left.dtype).mT @ left
     return torch.cat([a[:, low:high].double().mT @ left for low, high in wide_blocks(a)])
 
 

@@ -10,6 +10,10 @@ from torch import Tensor
 from pymerge.linalg import _dense
 from pymerge.linalg._certify import certified_rank
 
+PLAIN_PRODUCT = (
+    1e-2  # s_k / s_1 down to which a^T u is computed in a's dtype: rounding grows by no more than its inverse
+)
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -40,7 +44,8 @@ def from_gram(a: Tensor, rank: int, norm: float, *, both: bool = True) -> Factor
     left, s = left[:, :rank], s[:rank]
     right = None
     if both:
-        right = _dense.unit_columns(_dense.other_side(a, left), s).to(a.dtype)
+        plain = float(s[-1]) > PLAIN_PRODUCT * float(s[0])
+        right = _dense.unit_columns(_dense.other_side(a, left.to(a.dtype) if plain else left), s).to(a.dtype)
     return Factors(left.to(a.dtype), s, right, certified)
 
 

@@ -2,9 +2,9 @@
 power iteration of the fast mode.
 
 M = a a^T is applied as two products. A Chebyshev polynomial of M that is small on [0, theta_l] and grows beyond takes
-the place of the power (Saad, Numerical Methods for Large Eigenvalue Problems, 7.4), with two guards against the growth
-of rounding errors: values above 4 theta_l are filtered apart, by a degree of their own, and the degrees are capped
-where the filter would spread a group's directions over more than SPREAD.
+the place of the power (Saad, Numerical Methods for Large Eigenvalue Problems, 7.4). It is applied as the product of its
+factors M - root, with an orthonormal basis in between: a polynomial at once would spread the directions over more than
+float32 resolves. The basis has twice the wanted directions: each step then gains more than the wider products cost.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pymerge.linalg._certify import certified_rank
 from pymerge.linalg._factors import Factors
 from pymerge.ops.sketch import sketch
 
-MAX_ROUNDS = 8
-MAX_DEGREE = 8
+MAX_ROUNDS = 3
+MAX_DEGREE = 20  # beyond, the Gram matrix costs less
+MARGIN = 100.0  # for a start at more than 45 degrees, and Ritz values that have not settled
 POWER_STEPS = 2  # of the fast mode: the residual is then below that of svd_lowrank(niter=2) of the same width
-SPREAD = 3e4  # largest T_d(x_first) / T_d(x_last wanted): float32 keeps the smallest direction to 2e-3 of itself
 ANGLE = 1e-5  # what a wanted direction may still lack: sine of its angle to the basis
 
 
@@ -37,10 +37,6 @@ class Ritz:
     image: Tensor
     theta: Tensor
     errors: Tensor
-
-
-def oversampled(rank: int, limit: int) -> int:
-    return min(limit, rank + max(16, rank // 8))
 
 
 def rayleigh_ritz(a: Tensor, q: Tensor, norm: float, count: int | None = None) -> Ritz:
@@ -80,46 +76,35 @@ def excess(ritz: Ritz, rank: int, norm: float) -> float:
     return growth / max(best, 4 * torch.finfo(ritz.q.dtype).eps * norm**2)
 
 
-def _degree(first: float, last: float) -> int:
-    """Largest degree whose Chebyshev polynomial spreads the values at x = first >= last >= 1 by no more than SPREAD;
-    1 (M itself, which grows less than any of these) where there is none."""
-    grow, hold = math.acosh(max(first, 1.0)), math.acosh(max(last, 1.0))
-
-    def allowed(d: int) -> bool:
-        return d * grow < 700 and math.cosh(d * grow) <= SPREAD * math.cosh(d * hold)
-
-    return max((d for d in range(2, MAX_DEGREE + 1) if allowed(d)), default=1)
+def _degree(theta: Tensor, rank: int, center: float, angle: float) -> int:
+    """Steps that take the wanted directions from a sine of `angle` to ANGLE; none where the basis cannot grow better,
+    more than MAX_DEGREE where the values beyond the basis are too close to the wanted ones."""
+    rate = math.acosh(max(1.0, float(theta[rank - 1]) / center - 1))  # T_d grows by exp(rate) a degree
+    steps = math.log(max(1.0, MARGIN * angle / ANGLE))
+    return max(2, math.ceil(steps / rate)) if rate * MAX_DEGREE >= steps else MAX_DEGREE + 1
 
 
-def _chebyshev(a: Tensor, q: Tensor, image: Tensor, center: float, degree: int, apart: Tensor | None = None) -> Tensor:
-    """T_degree(M / center - 1) q, given image = M q; what `apart` spans is taken out on the way."""
-    old, new = q, image / center - q
-    for _ in range(2, degree + 1):
-        if apart is not None:
-            new = new - apart @ (apart.mT @ new)
-        old, new = new, (a @ (a.mT @ new) / center - new) * 2 - old
-    return new if apart is None else new - apart @ (apart.mT @ new)
+def _filtered(a: Tensor, q: Tensor, image: Tensor, center: float, degree: int) -> Tensor:
+    """Orthonormal basis of T_degree(M / center - 1) q, given image = M q: a factor M - root at a time. The largest root
+    comes first: what rounding adds in a step, the later ones damp."""
+    for i in range(degree):
+        root = center * (1 + math.cos((2 * i + 1) * math.pi / (2 * degree)))
+        image = a @ (a.mT @ q) if i else image
+        q = _dense.orth(image - root * q)
+    return q
 
 
-def filtered(a: Tensor, ritz: Ritz, rank: int) -> Tensor:
-    """The next basis [r, l]."""
-    theta, q, image = ritz.theta, ritz.q, ritz.image
-    center = max(float(theta[-1]), float(theta[0]) * torch.finfo(a.dtype).eps) / 2
-    x = theta / center - 1
-    above = int((theta > 8 * center).sum())
-    top = image[:, :above]
-    if above:
-        degree = _degree(float(x[0]), float(x[above - 1]))
-        top = top if degree == 1 else _chebyshev(a, q[:, :above], top, center, degree)
-    if above == len(theta):
-        return _dense.orth(top)
-    degree = max(2, _degree(float(x[above]), float(x[max(above, rank - 1)])))
-    rest = _chebyshev(a, q[:, above:], image[:, above:], center, degree, q[:, :above] if above else None)
-    return _dense.orth(torch.cat([top, rest], dim=1))
+def _damped(a: Tensor, q: Tensor) -> Tensor:
+    """A step M - c, c half the smallest Ritz value, in place of the power M: it damps what lies below 2 c at no cost
+    (arXiv 2404.09276)."""
+    image = a @ (a.mT @ q)
+    center = float(torch.linalg.eigvalsh((q.mT @ image).double())[0].clamp(min=0)) / 2
+    return _dense.orth(image - center * q)
 
 
-def start(a: Tensor, width: int, seed: int) -> Tensor:
-    return _dense.orth(sketch(a, width, kind="sparse_sign", seed=seed))
+def _start(a: Tensor, width: int, seed: int) -> Tensor:
+    """The image of a sparse-sign sketch of a^T."""
+    return _dense.orth(a @ _dense.orth(sketch(a.mT, width, kind="sparse_sign", seed=seed)))
 
 
 def factors(a: Tensor, ritz: Ritz, rank: int, norm: float, rounds: int) -> Factors:
@@ -130,26 +115,30 @@ def factors(a: Tensor, ritz: Ritz, rank: int, norm: float, rounds: int) -> Facto
 
 
 def converge(a: Tensor, rank: int, norm: float, seed: int) -> Factors | None:
-    """None where MAX_ROUNDS do not reach ANGLE (values too close together beyond the rank)."""
-    q = start(a, oversampled(rank, a.shape[0]), seed)
-    ritz = rayleigh_ritz(a, _dense.orth(a @ (a.mT @ q)), norm)
+    """None where the values beyond the rank are too close together for MAX_DEGREE steps a round, MAX_ROUNDS rounds."""
+    q = _damped(a, _start(a, min(a.shape[0], max(2 * rank, rank + 16)), seed))
+    image = a @ (a.mT @ q)
+    theta, z = torch.linalg.eigh((q.mT @ image).double())
+    theta, z = theta.flip(0), z.flip(1).to(a.dtype)
+    q, image, angle = q @ z, image @ z, 1.0
     for rounds in range(1, MAX_ROUNDS + 1):
+        center = max(float(theta[-1]), float(theta[0]) * torch.finfo(a.dtype).eps) / 2
+        degree = _degree(theta, rank, center, angle) if len(theta) < a.shape[0] else 0
+        if degree > MAX_DEGREE:
+            return None
+        ritz = rayleigh_ritz(a, _filtered(a, q, image, center, degree), norm)
+        angle = missing(ritz, rank)
         at_noise = bool((ritz.errors[:rank] <= 8 * torch.finfo(a.dtype).eps * norm).all())
-        if at_noise or missing(ritz, rank) <= ANGLE:
+        if at_noise or angle <= ANGLE:
             return factors(a, ritz, rank, norm, rounds)
-        if rounds < MAX_ROUNDS:
-            ritz = rayleigh_ritz(a, filtered(a, ritz, rank), norm)
+        q, image, theta = ritz.q, ritz.image, ritz.theta
     return None
 
 
 def power(a: Tensor, rank: int, norm: float, seed: int) -> Factors:
-    """Randomised: a sparse-sign sketch of a^T, its image, POWER_STEPS power steps, one Rayleigh-Ritz (arXiv 0909.4061,
-    algorithms 4.4 and 5.1). A step is M - c, c half the smallest Ritz value, in place of M: it damps what lies below
-    2 c at no cost (arXiv 2404.09276)."""
-    p = _dense.orth(sketch(a.mT, oversampled(rank, a.shape[0]), kind="sparse_sign", seed=seed))
-    q = _dense.orth(a @ p)
+    """Randomised: the image of a sketch, POWER_STEPS damped steps, one Rayleigh-Ritz (arXiv 0909.4061, algorithms 4.4
+    and 5.1)."""
+    q = _start(a, min(a.shape[0], rank + max(16, rank // 8)), seed)
     for _ in range(POWER_STEPS):
-        image = a @ (a.mT @ q)
-        center = float(torch.linalg.eigvalsh((q.mT @ image).double())[0].clamp(min=0)) / 2
-        q = _dense.orth(image - center * q)
+        q = _damped(a, q)
     return factors(a, rayleigh_ritz(a, q, norm, rank + 1), rank, norm, 1)

@@ -9,10 +9,15 @@ from pymerge.errors import RecipeError
 from pymerge.methods import (
     breadcrumbs,
     breadcrumbs_ties,
+    consensus,
     dare,
     dare_linear,
     dare_ties,
+    emr,
+    fisher,
     linear,
+    lines,
+    pcb,
     slerp,
     svc,
     task_arithmetic,
@@ -34,9 +39,14 @@ _BUILT_IN = (
     dare_ties,
     breadcrumbs,
     breadcrumbs_ties,
+    consensus,
+    pcb,
+    fisher,
+    emr,
     dare,
     trim,
     svc,
+    lines,
 )  # importing a module registers its method
 
 

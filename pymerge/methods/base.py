@@ -48,12 +48,16 @@ REGISTRY: dict[str, type[Method]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What may be known of a parameter before its entries are read. A whole model: name "", shape (entries,)."""
+    """What may be known of a parameter before its entries are read. A whole model: name "", shape (entries,).
+
+    depth  place of the tensor's layer in its stack, index / (layers - 1); None outside of all layers
+    """
 
     name: str
     shape: tuple[int, ...]
     tasks: int
     seed: int = 0
+    depth: float | None = None
 
     @property
     def numel(self) -> int:
@@ -83,12 +87,14 @@ class TaskGroup:
            vectors already
     tuned  T tensors as stored (any floating dtype; may differ), same shape
     first  index of the first entry within the parameter (info.shape is the whole parameter's)
+    weights  T tensors of importances beside the tuned ones (Fisher information); None: the merge has none
     """
 
     info: TensorInfo
     base: Tensor | None
     tuned: tuple[Tensor, ...]
     first: int = 0
+    weights: tuple[Tensor, ...] | None = None
     notes: Notes = field(default_factory=Notes, compare=False)
 
     def delta(self, task: int) -> Tensor:

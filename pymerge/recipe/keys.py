@@ -24,6 +24,7 @@ KEYS: Final = (
     "out_dtype",
 )
 LATER: Final = ("align", "slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
+KEYS_OF_MODEL: Final = ("model", "parameters", "fisher")
 LATER_OF_MODEL: Final = ("statistics", "data")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 RELAXATIONS: Final[dict[str, tuple[str, ...]]] = {

@@ -9,7 +9,12 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
-    """Tensor name -> t: index / (layers - 1) of its layer, 1 in a stack of one layer, 0 outside of all layers.
+    """Tensor name -> t: its `layer_depths`, 0 outside of all layers."""
+    return {name: depth or 0.0 for name, depth in layer_depths(names).items()}
+
+
+def layer_depths(names: Iterable[str]) -> dict[str, float | None]:
+    """Tensor name -> index / (layers - 1) of its layer, 1 in a stack of one layer, None outside of all layers.
 
     A tensor's layer is the first number between dots in its name; what stands before it names the stack, so an encoder
     and a decoder each run from 0 to 1.
@@ -20,8 +25,8 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
     for name, match in found.items():
         stack = name[: match.start()]
         last[stack] = max(last.get(stack, 0), int(match[1]))
-    positions = dict.fromkeys(names, 0.0)
+    depths: dict[str, float | None] = dict.fromkeys(names)
     for name, match in found.items():
         layers = last[name[: match.start()]]
-        positions[name] = int(match[1]) / layers if layers else 1.0
-    return positions
+        depths[name] = int(match[1]) / layers if layers else 1.0
+    return depths

@@ -20,11 +20,13 @@ class ModelRef:
     path    folder or file, as the recipe spells it; for a model in memory a label such as `models[0]`
     value   what the caller gave: the path, or the state dict or module itself
     params  hyperparameters given for this model
+    fisher  the file, or the tensors, with the Fisher information of its parameters
     """
 
     path: str
     value: Any = field(repr=False, compare=False)
     params: Mapping[str, Setting] = field(default_factory=dict)
+    fisher: ModelRef | None = None
 
     @property
     def in_memory(self) -> bool:

@@ -23,8 +23,6 @@ def find_method(name: Any, step: str, where: str, problems: Problems) -> type[Me
     if cls is not None:
         key = "merge_method" if cls.step == "combine" else cls.step
         problems.add(where, f"{name} is a {cls.step} step: write {key}: {name}")
-    elif not method_names(step):
-        problems.add(where, f"unknown method {name!r}: {step} steps come in a later release")
     else:
         problems.unknown(where, name, method_names(step), "method")
     return None

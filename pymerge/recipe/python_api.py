@@ -30,11 +30,14 @@ def python_mapping(
     for name, value in options.items():
         if name in KEYS or name in LATER:
             raw[name] = [_python_step(v) for v in _as_list(value)] if name in ("purify", "calibrate") else value
-        elif name in known and known[name].per_model and isinstance(value, list | tuple):
+        elif name == "fisher" or (name in known and known[name].per_model and isinstance(value, list | tuple)):
+            if name == "fisher" and not isinstance(value, list | tuple):
+                problems.add(name, "must be a list with the Fisher information of each model: paths or state dicts")
+                continue
             if len(value) != len(models):
                 problems.add(name, f"has {len(value)} entries for {len(models)} models: give one value or one a model")
             for entry, one in zip(entries, value, strict=False):
-                entry["parameters"][name] = one
+                (entry if name == "fisher" else entry["parameters"])[name] = one
         else:
             raw["parameters"][name] = value
     return raw | {"models": entries}

@@ -68,7 +68,7 @@ class Recipe(Parsed):
         none
         options       keys of a recipe (purify, calibrate, exclude, include, style, seed, strict, relax, dtype,
                       out_dtype) and hyperparameters of the method; a list for a per-model hyperparameter has one entry
-                      a model
+                      a model, and so has `fisher`, the Fisher information (paths, or mappings from name to tensor)
         """
         problems = Problems("merge")
         raw = python_mapping(base, models, method, options, problems)
@@ -189,4 +189,5 @@ class Recipe(Parsed):
 
 def _model_plain(model: ModelRef) -> dict[str, Any]:
     params = {name: setting.plain() for name, setting in model.params.items()}
-    return {"model": model.path} | ({"parameters": params} if params else {})
+    fisher = {} if model.fisher is None else {"fisher": model.fisher.path}
+    return {"model": model.path} | ({"parameters": params} if params else {}) | fisher

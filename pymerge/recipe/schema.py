@@ -14,12 +14,14 @@ from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
 from pymerge.recipe.fused import Fused, parse_fused, parse_matrices, parse_patterns
-from pymerge.recipe.keys import DTYPE_WORDS, DTYPES, KEYS, LATER, LATER_OF_MODEL, RELAXATIONS
+from pymerge.recipe.keys import DTYPE_WORDS, DTYPES, KEYS, KEYS_OF_MODEL, LATER, LATER_OF_MODEL, RELAXATIONS
 from pymerge.recipe.models import ModelRef, parse_reference
 from pymerge.recipe.params import find_method, method_names, parse_params
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.settings import Setting
 from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
+
+FISHER = "the diagonal of its Fisher information, safetensors with the names and shapes of its parameters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,8 @@ class _Parser:
         style = self._style(cls)
         base, listed = self._models(cls)
         tasks = self._tasks(cls, base, listed) if cls else ()
+        if cls:
+            self._fisher(cls, tasks)
         params = parse_params(self.raw.get("parameters"), cls, "parameters", self.problems)
         purify = self._steps("purify", len(tasks))
         calibrate = self._steps("calibrate", len(tasks))
@@ -167,8 +171,8 @@ class _Parser:
         for key, value in entry.items():
             if key in LATER_OF_MODEL and value is not None:
                 self.problems.add(where, f"{key}: not supported yet, it comes in a later release")
-            elif key not in ("model", "parameters", *LATER_OF_MODEL):
-                self.problems.unknown(where, key, ("model", "parameters", *LATER_OF_MODEL))
+            elif key not in (*KEYS_OF_MODEL, *LATER_OF_MODEL):
+                self.problems.unknown(where, key, (*KEYS_OF_MODEL, *LATER_OF_MODEL))
         ref = self._reference(entry.get("model"), where)
         if ref is None:
             return None
@@ -177,7 +181,9 @@ class _Parser:
             if cls
             else {}
         )
-        return ModelRef(path=ref.path, value=ref.value, params=params)
+        given = entry.get("fisher")
+        fisher = None if given is None else self._reference(given, f"{where}: fisher")
+        return ModelRef(path=ref.path, value=ref.value, params=params, fisher=fisher)
 
     def _reference(self, raw: Any, where: str) -> ModelRef | None:
         if self.python and not isinstance(raw, str | os.PathLike):
@@ -208,6 +214,15 @@ class _Parser:
             wanted = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
             self.problems.add("models", f"{cls.name} merges {wanted} beside the base, got {len(others)}")
         return (base, *others) if cls.base_role == "first" and base else others
+
+    def _fisher(self, cls: type[Combine], tasks: Sequence[ModelRef]) -> None:
+        """Fisher information goes with the methods that use it."""
+        needed = "fisher" in cls.needs
+        for model in tasks:
+            if needed and model.fisher is None:
+                self.problems.add("models", f"{cls.name} needs `fisher: FILE` beside {model.path}: {FISHER}")
+            elif model.fisher is not None and not needed:
+                self.problems.add("models", f"fisher of {model.path}: {cls.name} does not use it")
 
     def _steps(self, key: str, tasks: int) -> tuple[StepSpec, ...]:
         raw = self.raw.get(key)
@@ -310,6 +325,9 @@ class _Parser:
         assert issubclass(combine, Combine)
         if purify and combine.base_role != "required":
             self.problems.add("purify", f"{combine.name} merges whole weights, purify steps need task vectors")
+            return
+        if len(templates) > purify + 1 and combine.base_role != "required":
+            self.problems.add("calibrate", f"{combine.name} merges whole weights, calibrate steps need a merged update")
             return
         if not all(template.static for template in templates):
             return

@@ -17,19 +17,29 @@ from pymerge.methods.ties import Ties
 COMBINE = (
     "breadcrumbs",
     "breadcrumbs_ties",
+    "consensus",
     "dare_linear",
     "dare_ties",
+    "emr",
+    "fisher",
     "linear",
+    "pcb",
     "slerp",
     "task_arithmetic",
     "ties",
 )
 
+WEIGHTED = [  # by any finite number, negative ones too
+    name
+    for name in COMBINE
+    if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
+]
+
 
 def test_list_names_methods_by_step() -> None:
     assert methods.list("combine") == COMBINE
-    assert methods.list("purify") == ("dare", "trim") and methods.list("calibrate") == ("svc",)
-    assert methods.list() == ("dare", "trim", *COMBINE, "svc")
+    assert methods.list("purify") == ("dare", "trim") and methods.list("calibrate") == ("lines", "svc")
+    assert methods.list() == ("dare", "trim", *COMBINE, "lines", "svc")
 
 
 def test_describe() -> None:
@@ -81,7 +91,7 @@ def test_all_ranges_in_one_error() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in COMBINE if name != "slerp"])
+@pytest.mark.parametrize("name", WEIGHTED)
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), (1.0, float("nan")), "x"])
 def test_weights_must_be_finite_numbers(name: str, weight: Any) -> None:
     with pytest.raises(RecipeError, match=f"{name}: weight: must be a finite number"):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pymerge.recipe import layer_positions
+from pymerge.recipe import layer_depths, layer_positions
 
 
 def test_position_is_index_over_last_layer_and_zero_outside() -> None:
@@ -27,3 +27,8 @@ def test_stacks_are_counted_apart() -> None:
 def test_the_first_number_is_the_layer() -> None:
     positions = layer_positions(["model.layers.1.experts.7.w1.weight", "model.layers.2.experts.0.w1.weight"])
     assert list(positions.values()) == [0.5, 1.0]
+
+
+def test_depth_tells_no_layer_from_the_first() -> None:
+    depths = layer_depths(["embed.weight", "h.0.w", "h.3.w", "head.weight"])
+    assert depths == {"embed.weight": None, "h.0.w": 0.0, "h.3.w": 1.0, "head.weight": None}

@@ -116,11 +116,13 @@ def test_later_keys_say_so(key: str) -> None:
 
 
 def test_steps_in_the_wrong_place() -> None:
+    no_base = {"base_model": None, "merge_method": "linear"}
+    needs = "linear merges whole weights"
+    assert problems(raw(**no_base, purify="dare")) == [f"purify: {needs}, purify steps need task vectors"]
+    assert problems(raw(**no_base, calibrate="lines")) == [f"calibrate: {needs}, calibrate steps need a merged update"]
     assert problems(raw(merge_method="dare")) == ["merge_method: dare is a purify step: write purify: dare"]
     assert problems(raw(purify=["ties"])) == ["purify[0]: ties is a combine step: write merge_method: ties"]
-    assert problems(raw(calibrate="svc")) == [
-        "calibrate: unknown method 'svc': calibrate steps come in a later release"
-    ]
+    assert problems(raw(calibrate="linse")) == ["calibrate: unknown method 'linse': did you mean lines?"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,47 @@
+"""Combine steps that ask something of all entries before they merge any: sweeps over all their tensors come first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pymerge.methods.base import Combine
+from pymerge.methods.surveyed import SurveyedCombine
+
+if TYPE_CHECKING:
+    from pymerge.engine.arena import Block
+    from pymerge.engine.execute import Executor, Piece
+    from pymerge.engine.plan import Item
+    from pymerge.recipe import Steps
+
+
+def answered(executor: Executor, steps: Steps, items: Sequence[Item]) -> Combine:
+    """What the combine step becomes when it knows the answers for all items. One sweep a question, nothing is kept of
+    them: an interrupted merge asks again and gets the same answers."""
+    combine = steps.combine
+    while isinstance(combine, SurveyedCombine):
+        combine = combine.decide(sweep(executor, steps, combine, items) if combine.rounds else None)
+    return combine
+
+
+def sweep(executor: Executor, steps: Steps, combine: SurveyedCombine, items: Sequence[Item]) -> Any:
+    """The answer for all entries, joined from those of the tiles as they come."""
+    from pymerge.engine.generic import survey_piece
+
+    answers: list[Any] = []
+    joining = threading.Lock()
+
+    def work(block: Block, piece: Piece) -> None:
+        found = survey_piece(executor.plan, piece, executor.device, steps, combine)
+        block.release()
+        with joining:
+            answers[:] = [combine.join(answers[0], found) if answers else found]
+
+    for item in items:
+        for first in range(item.first, item.first + item.count, item.tile):
+            block, (piece,) = executor.load([(item, first, min(item.tile, item.first + item.count - first))])
+            executor.pipeline.submit(partial(work, block, piece))
+    executor.pipeline.drain()
+    return answers[0]

@@ -1,0 +1,1 @@
+"""Small modules that merged models need when they are used."""
