@@ -313,6 +313,10 @@ class Executor:
 
     # surveys over more than fits into memory
 
+    def batches(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, int, int]]]:
+        """All tiles of the items; matrices that are merged as one together."""
+        return batches((item, *tile) for item in items for tile in tiles(item, item.first, item.count))
+
     def sweep_items(self, items: Sequence[Item]) -> Callable[..., list]:
         """A function that runs another over all tiles of the items, reading ahead, and returns its results in order."""
         ranges = [(item, first, count) for item in items for first, count in tiles(item, item.first, item.count)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,19 +74,24 @@ def merge_parts(
     """As merge_group; a matrix with a split is merged part by part."""
     if split is None:
         return merge_group(steps, group, rule)
+    parts = parts_of(group, split)
+    merged = [merge_group(steps, part, rule) for part in parts]
+    group.notes.facts["parts"] = [part.notes.facts for part in parts]
+    return torch.cat(merged, split[0])
+
+
+def parts_of(group: TaskGroup, split: tuple[int, tuple[int, ...]]) -> list[TaskGroup]:
+    """The parts of a matrix that are merged one by one, with notes of their own."""
     dim, sizes = split
     bases = group.base.split(sizes, dim) if group.base is not None else (None,) * len(sizes)
     columns = [t.split(sizes, dim) for t in group.tuned]
     weights = [t.split(sizes, dim) for t in group.weights or ()]
-    merged, facts = [], []
+    parts = []
     for i, base in enumerate(bases):
-        tuned = tuple(parts[i] for parts in columns)
+        tuned = tuple(pieces[i] for pieces in columns)
         info = replace(group.info, name=f"{group.info.name}[{i}]", shape=tuple(tuned[0].shape))
-        part = TaskGroup(info=info, base=base, tuned=tuned, weights=tuple(w[i] for w in weights) or None)
-        merged.append(merge_group(steps, part, rule))
-        facts.append(part.notes.facts)
-    group.notes.facts["parts"] = facts
-    return torch.cat(merged, dim)
+        parts.append(TaskGroup(info=info, base=base, tuned=tuned, weights=tuple(w[i] for w in weights) or None))
+    return parts
 
 
 def merge_generic(
@@ -113,10 +119,15 @@ def merge_generic(
     return facts
 
 
-def survey_piece(plan: Plan, piece: Piece, device: str, steps: Steps, combine: SurveyedCombine) -> Any:
-    """What a combine step with a question finds in a piece, behind the purify steps."""
-    group = group_of(plan, [piece], [load(plan, piece, device)])
-    return combine.survey(purified(steps, group))
+def survey_pieces(plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps, combine: SurveyedCombine) -> Any:
+    """What a combine step with a question finds in what `merge_generic` merges, behind the purify steps."""
+    entry = pieces[0].item.entry
+    group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
+    groups = parts_of(group, entry.split) if entry.split is not None else [group]
+    try:
+        return reduce(combine.join, (combine.survey(purified(steps, part)) for part in groups))
+    except NumericError as error:
+        raise NumericError(f"{safe_name(entry.name)}: {error}") from error
 
 
 def group_of(plan: Plan, pieces: Sequence[Piece], loaded: Sequence[Sequence[Tensor]]) -> TaskGroup:

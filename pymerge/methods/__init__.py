@@ -9,20 +9,27 @@ from pymerge.errors import RecipeError
 from pymerge.methods import (
     breadcrumbs,
     breadcrumbs_ties,
+    cart,
     consensus,
     dare,
     dare_linear,
     dare_ties,
     emr,
+    esm,
     fisher,
+    iso_c,
+    iso_cts,
     linear,
     lines,
     pcb,
     slerp,
+    star,
     svc,
     task_arithmetic,
     ties,
     trim,
+    tsv_m,
+    wudi,
 )
 from pymerge.methods.base import REGISTRY, Combine, Method, register
 from pymerge.methods.names import nearest
@@ -47,6 +54,13 @@ _BUILT_IN = (
     trim,
     svc,
     lines,
+    tsv_m,
+    iso_c,
+    iso_cts,
+    star,
+    cart,
+    wudi,
+    esm,
 )  # importing a module registers its method
 
 

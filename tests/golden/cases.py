@@ -18,14 +18,13 @@ FOLDER = Path(os.environ.get("PYMERGE_GOLDEN_DIR") or Path(__file__).parent / "d
 
 # Bounds of golden/README.md on the relative error of the merged delta, by folder.
 BOUNDS = dict.fromkeys(("linear", "task_arithmetic", "slerp", "dare", "breadcrumbs", "ties"), 2e-5)
+BOUNDS |= {"iso_c": 5e-5, "iso_cts": 2e-4, "star": 5e-5, "tsv_m": 2e-4}
 
 # Not built yet: (folder, metadata `method`, metadata `variant`), None matches all. Their files are skipped by name.
 NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("ace", None, None): "ACE",
     ("core_space", None, None): "Core Space",
-    ("esm", None, None): "ESM and ESM++",
-    ("iso_c", None, None): "Iso-C",
-    ("iso_cts", None, None): "Iso-CTS",
+    ("esm", "esm++", None): "ESM++",
     ("knots", None, None): "KnOTS",
     ("mudsc", None, None): "MuDSC",
     ("pave", None, None): "PAVE",
@@ -33,11 +32,18 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("slerp", "slerp", "nuslerp"): "NuSLERP",
     ("slerp", "slerp", "multislerp"): "multi-model SLERP",
     ("slerp", "slerp", "karcher"): "Karcher mean",
-    ("star", None, None): "STAR",
-    ("tsv_m", None, None): "TSV-M",
 }
 
-OWN_TESTS = ("svc",)  # starts from merged updates that the files hold: tests/methods/test_svc_golden.py
+# (folder, tensor): why the file's answer is not ours.
+EXCEPTED = {
+    (
+        "star",
+        "conv.weight",
+    ): "SVC's port of STAR flattens convolutions to matrices; STAR's authors decompose"
+    " matrices only, and here a convolution gets the mean"
+}
+
+OWN_TESTS = ("svc", "esm")  # tests/methods: svc starts from merged updates that the files hold, esm from activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,8 @@ class Golden:
 
     def bound(self, name: str) -> float:
         """On the relative error of one tensor's merged delta."""
+        if (self.folder, name) in EXCEPTED:
+            return float("inf")
         base = self.base[name].double()
         update = float((self.merged[name].double() - base).norm())
         stored = 1.2e-7 * float(base.norm()) / update if update and self.precision else 0.0
@@ -106,9 +114,11 @@ def recipe_of(golden: Golden) -> tuple[str, dict[str, Any]]:
     """Method name and Python arguments for `pymerge.merge`."""
     given = golden.params
     words = {"weights": "weight", "lambda": "scale", "alpha": "scale"}
-    same = ("style", "density", "normalize", "rescale", "gamma", "t", "merge_func")
+    same = ("style", "density", "normalize", "rescale", "gamma", "t", "merge_func", "eta", "common_space_fraction")
     arguments = {words.get(key, key): value for key, value in given.items() if key in words or key in same}
     name = given.get("variant", golden.method)
+    if name in ("iso_c", "iso_cts", "tsv_m"):
+        arguments["preset"] = "released"
     if golden.method == "ties" and given["style"] == "authors":
         scope = {"global": "global", "per_tensor": "tensor"}[given["scope"]]
         arguments |= {"density": given["K"] / 100, "scope": scope}

@@ -17,18 +17,24 @@ from pymerge.methods.ties import Ties
 COMBINE = (
     "breadcrumbs",
     "breadcrumbs_ties",
+    "cart",
     "consensus",
     "dare_linear",
     "dare_ties",
     "emr",
+    "esm",
     "fisher",
+    "iso_c",
+    "iso_cts",
     "linear",
     "pcb",
     "slerp",
+    "star",
     "task_arithmetic",
     "ties",
+    "tsv_m",
+    "wudi",
 )
-
 WEIGHTED = [  # by any finite number, negative ones too
     name
     for name in COMBINE
