@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pymerge.checkpoint import AnyTensor, Checkpoint, safe_name
 from pymerge.checkpoint.tied import tied_pairs
+from pymerge.engine.inputs import InputFinder
 from pymerge.errors import (
     ExtraTensor,
     InputError,
@@ -23,6 +25,10 @@ from pymerge.errors import (
 )
 from pymerge.methods.base import TensorInfo
 from pymerge.recipe import Recipe, Steps, layer_depths
+
+if TYPE_CHECKING:
+    from pymerge.statistics import Statistics
+    from pymerge.statistics.inputs import InputOf
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that are averaged, with their bytes
 QUANTISED = (".scales", ".scale", ".weight_scale", ".weight_scale_inv", ".absmax", ".qzeros", ".g_idx", ".quant_state")
@@ -43,6 +49,8 @@ class Entry:
     base: AnyTensor | None = None  # subtracted from the tuned tensors and added back
     tuned: tuple[AnyTensor, ...] = ()
     weights: tuple[AnyTensor, ...] = ()  # importances of the tuned tensors' entries, where the method has them
+    inputs: tuple[InputOf, ...] = ()  # of the layer, in each model, where a step needs them and there are statistics
+    transposed: bool = False  # stored [in, out]; only told where there are inputs
     depth: float | None = None  # place of its layer in its stack, from 0 to 1
     steps: Steps | None = None  # None: copied
     count: int = 0  # entries that are merged
@@ -96,6 +104,7 @@ class Checker:
     models: Sequence[Checkpoint]
     labels: Sequence[str]
     fisher: Sequence[Checkpoint] = ()  # of each model, where the method has it
+    statistics: Sequence[Statistics] = ()  # likewise
     notes: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
 
@@ -110,6 +119,7 @@ class Checker:
         self.join_of: dict[str, tuple[int, int]] = {}
         self.rest: list[str] = []  # tensors that go past the steps for matrices
         self.relaxations = self.recipe.relaxations
+        self.inputs = InputFinder(self.statistics, self.labels, self.models) if self.statistics else None
 
     def run(self) -> list[Entry]:
         """Output entries in the order of the reference model's files."""
@@ -121,6 +131,10 @@ class Checker:
         entries = [entry for name in names if (entry := self.entry(name)) is not None]
         if self.relaxations.get("extra") == "copy":
             entries += self.extra_copies({entry.name for entry in entries})
+        if self.inputs is not None:
+            self.inputs.finish()
+            self.problems.found += self.inputs.problems
+            self.notes += self.inputs.notes
         self.problems.raise_all()
         if self.rest:
             listed = f"{', '.join(self.rest[:10])}{' ...' if len(self.rest) > 10 else ''}"
@@ -169,6 +183,9 @@ class Checker:
         if steps is not self.steps[name]:
             self.rest.append(safe_name(name))
         base = reference if self.recipe.subtract_base else None
+        split = self.split_of(name, reference.shape, steps)
+        finder = self.inputs if steps.need_inputs else None
+        inputs = finder.find(name, reference.shape, split and split[0]) if finder is not None else ()
         return Entry(
             name=name,
             shape=reference.shape,
@@ -177,10 +194,12 @@ class Checker:
             base=base,
             tuned=tuple(found),
             weights=weights,
+            inputs=inputs,
+            transposed=finder is not None and finder.is_transposed(name),
             depth=self.depths[name],
             steps=steps,
             count=count,
-            split=self.split_of(name, reference.shape, steps),
+            split=split,
             join=self.join_of.get(name),
         )
 
@@ -216,6 +235,8 @@ class Checker:
                     "no split, merged by a method for matrices",
                 )
             self.join_of |= {name: (number, place) for place, name in enumerate(names)}
+            if self.inputs is not None and all(self.steps[name].need_inputs for name in names):
+                self.inputs.check_join(names)
 
     def are_matrices(self, names: Sequence[str]) -> bool:
         return all(
@@ -353,9 +374,10 @@ def check(
     models: Sequence[Checkpoint],
     labels: Sequence[str],
     fisher: Sequence[Checkpoint] = (),
+    statistics: Sequence[Statistics] = (),
 ) -> tuple[list[Entry], list[str]]:
     """Output entries in reading order, and notes for the summary. Raises one error that lists every problem."""
-    checker = Checker(recipe, base, models, labels, fisher)
+    checker = Checker(recipe, base, models, labels, fisher, statistics)
     return checker.run(), checker.notes
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from pymerge import _C
 from pymerge.checkpoint import StagedOutput
 from pymerge.engine.execute import Executor, Piece, Stop
-from pymerge.engine.local import identity, open_inputs
+from pymerge.engine.local import identity, open_inputs, planned
 from pymerge.engine.pipeline import Segment
-from pymerge.engine.plan import Options, make_plan
+from pymerge.engine.plan import Options
 from pymerge.engine.progress import NoProgress
 from pymerge.recipe import Recipe
 
@@ -35,7 +35,7 @@ def main(recipe_path: str, out: str, options: Options) -> None:
     recipe = Recipe.from_yaml(Path(recipe_path))
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
-        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
+        plan = planned(recipe, inputs, options)
         items = tuple(replace(item, mode="held" if item.mode == "held" else "tiles") for item in plan.items)
         plan = replace(plan, items=items, surveys=(), questions=())
         staged = StagedOutput(

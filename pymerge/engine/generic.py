@@ -19,7 +19,7 @@ from pymerge.checkpoint import safe_name
 from pymerge.engine.non_finite import raise_bad_input, raise_overflow
 from pymerge.engine.plan import Plan
 from pymerge.errors import NumericError
-from pymerge.methods.base import TaskGroup
+from pymerge.methods.base import Method, Notes, TaskGroup
 from pymerge.methods.surveyed import SurveyedCombine
 from pymerge.ops.delta import merge_by_rule
 from pymerge.ops.delta_rule import DeltaRule
@@ -54,7 +54,7 @@ def merge_group(steps: Steps, group: TaskGroup, rule: DeltaRule | None) -> Tenso
     if rule is not None:
         update = merge_by_rule(rule, base, group.tuned)
     else:
-        update = steps.combine.combine(purified(steps, group))
+        update = combined(steps, group)
     group.notes.combine = steps.combine.name
     for step in steps.calibrate:
         update = step.calibrate(update, group)
@@ -64,8 +64,29 @@ def merge_group(steps: Steps, group: TaskGroup, rule: DeltaRule | None) -> Tenso
 def purified(steps: Steps, group: TaskGroup) -> TaskGroup:
     """What the combine step sees."""
     for step in steps.purify:
-        group = replace(group, base=None, tuned=step.purify(group))
+        view = oriented(step, group)
+        tuned = step.purify(view)
+        if view is not group:
+            tuned = tuple(t.mT.contiguous() for t in tuned)
+        group = replace(group, base=None, tuned=tuned)
     return group
+
+
+def oriented(step: Method, group: TaskGroup) -> TaskGroup:
+    """The group as a step sees it: what needs inputs gets matrices as [out, in], however they are stored."""
+    if not (group.transposed and "covariance" in step.needs):
+        return group
+    base = None if group.base is None else group.base.mT
+    info = replace(group.info, shape=group.info.shape[::-1])
+    return replace(group, info=info, base=base, tuned=tuple(t.mT for t in group.tuned), transposed=False)
+
+
+def combined(steps: Steps, group: TaskGroup) -> Tensor:
+    """The merged update."""
+    seen = purified(steps, group)
+    view = oriented(steps.combine, seen)
+    update = steps.combine.combine(view)
+    return update if view is seen else update.mT.contiguous()
 
 
 def merge_parts(
@@ -90,7 +111,8 @@ def parts_of(group: TaskGroup, split: tuple[int, tuple[int, ...]]) -> list[TaskG
     for i, base in enumerate(bases):
         tuned = tuple(pieces[i] for pieces in columns)
         info = replace(group.info, name=f"{group.info.name}[{i}]", shape=tuple(tuned[0].shape))
-        parts.append(TaskGroup(info=info, base=base, tuned=tuned, weights=tuple(w[i] for w in weights) or None))
+        part = replace(group, info=info, base=base, tuned=tuned, weights=tuple(w[i] for w in weights) or None)
+        parts.append(replace(part, notes=Notes()))
     return parts
 
 
@@ -125,7 +147,7 @@ def survey_pieces(plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps
     group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
     groups = parts_of(group, entry.split) if entry.split is not None else [group]
     try:
-        return reduce(combine.join, (combine.survey(purified(steps, part)) for part in groups))
+        return reduce(combine.join, (combine.survey(oriented(combine, purified(steps, part))) for part in groups))
     except NumericError as error:
         raise NumericError(f"{safe_name(entry.name)}: {error}") from error
 
@@ -139,7 +161,15 @@ def group_of(plan: Plan, pieces: Sequence[Piece], loaded: Sequence[Sequence[Tens
     if len(pieces) > 1:
         info = replace(info, shape=tuple(tensors[0].shape))
     weights = tuple(tensors[tasks:]) or None
-    return TaskGroup(info=info, base=base, tuned=tuple(tensors[:tasks]), first=pieces[0].first, weights=weights)
+    return TaskGroup(
+        info=info,
+        base=base,
+        tuned=tuple(tensors[:tasks]),
+        first=pieces[0].first,
+        weights=weights,
+        inputs=entry.inputs or None,
+        transposed=entry.transposed,
+    )
 
 
 def load(plan: Plan, piece: Piece, device: str) -> list[Tensor]:

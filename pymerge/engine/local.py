@@ -11,12 +11,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint
 from pymerge.checkpoint.card import write_card
 from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
 from pymerge.engine.execute import Executor, Stop
+from pymerge.engine.inputs import opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
@@ -24,6 +25,9 @@ from pymerge.errors import Interrupted, MergeError
 from pymerge.methods.emr import Emr
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.version import __version__
+
+if TYPE_CHECKING:
+    from pymerge.statistics import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +38,13 @@ class Inputs:
     models: tuple[Checkpoint, ...]
     labels: tuple[str, ...]
     fisher: tuple[Checkpoint, ...] = ()  # of each model, where the method has it
+    statistics: tuple[Statistics, ...] = ()  # likewise
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
         models = tuple(model for model in self.models if model is not self.base)
-        return ((self.base,) if self.base is not None else ()) + models + self.fisher
+        observed = tuple(found.file for found in self.statistics if found.file is not None)
+        return ((self.base,) if self.base is not None else ()) + models + self.fisher + observed
 
     def check_unchanged(self) -> None:
         for checkpoint in self.all:
@@ -60,11 +66,18 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
             stack.callback(known[model.path].close)
         return known[model.path]
 
+    def observed(model: ModelRef, reference: ModelRef) -> Statistics:
+        found = opened_statistics(reference, model)
+        if not reference.in_memory:
+            stack.callback(found.close)
+        return found
+
     return Inputs(
         base=opened(recipe.base) if recipe.base is not None else None,
         models=tuple(opened(model) for model in recipe.models),
         labels=tuple(model.path for model in recipe.models),
         fisher=tuple(opened(model.fisher) for model in recipe.models if model.fisher is not None),
+        statistics=tuple(observed(m, m.statistics) for m in recipe.models if m.statistics is not None),
     )
 
 
@@ -78,7 +91,11 @@ def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
     options = options or Options()
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
-        return make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
+        return planned(recipe, inputs, options)
+
+
+def planned(recipe: Recipe, inputs: Inputs, options: Options) -> Plan:
+    return make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher, inputs.statistics)
 
 
 def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = None) -> dict[str, Any]:
@@ -91,7 +108,7 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
         inputs = open_inputs(recipe, options, stack)
         check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan_side_files(inputs.reference)  # refuses now what could not be copied at the end
-        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
+        plan = planned(recipe, inputs, options)
         staged = StagedOutput(
             out,
             plan.layout,
@@ -116,6 +133,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "pymerge": __version__,
         "recipe": recipe.to_dict(),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
+        "statistics": [found.fingerprint() for found in inputs.statistics],
         "shard_bytes": options.shard_bytes,
         "device": options.device,
         "item_threads": plan.item_threads,

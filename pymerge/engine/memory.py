@@ -13,8 +13,8 @@ from torch import Tensor
 from pymerge.checkpoint import TORCH_NAME
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
-from pymerge.engine.local import open_inputs
-from pymerge.engine.plan import Options, make_plan
+from pymerge.engine.local import open_inputs, planned
+from pymerge.engine.plan import Options
 from pymerge.engine.progress import make_progress
 from pymerge.errors import InputError, RecipeError
 from pymerge.methods.emr import Emr
@@ -49,7 +49,7 @@ def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
         raise RecipeError("emr leaves masks beside the merged model: give folders, and out= for the result")
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
-        plan = make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher)
+        plan = planned(recipe, inputs, options)
         sink = MemorySink([item.entry for item in plan.items])
         with make_progress(plan.read_bytes, options.progress) as progress:
             Executor(

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, plan_layout
 from pymerge.engine.check import Entry, check, tensor_counts
@@ -21,6 +21,9 @@ from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
 from pymerge.methods.surveyed import SurveyedCombine
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.recipe import Recipe, Steps
+
+if TYPE_CHECKING:
+    from pymerge.statistics import Statistics
 
 Mode = Literal["copy", "tiles", "held", "swept", "generic"]
 TILE = 1 << 22  # entries of a tile where memory allows: 8 MiB of bfloat16, the block in which disks are fastest
@@ -257,6 +260,8 @@ class Planner:
     def sized(self, item: Item, info: TensorInfo, tile: int) -> Item:
         row = math.prod(info.shape[1:])
         shape = (tile // row, *info.shape[1:]) if row and tile % row == 0 else (tile,)
+        if item.entry.transposed:
+            shape = shape[::-1]
         assert item.entry.steps is not None
         return replace(item, tile=tile, workspace=self.workspace(item.entry.steps, replace(info, shape=shape)))
 
@@ -328,9 +333,10 @@ def make_plan(
     labels: Sequence[str],
     options: Options,
     fisher: Sequence[Checkpoint] = (),
+    statistics: Sequence[Statistics] = (),
 ) -> Plan:
     """Check everything that headers tell, then plan. Raises one error with all problems."""
-    entries, notes = check(recipe, base, models, labels, fisher)
+    entries, notes = check(recipe, base, models, labels, fisher, statistics)
     planner = Planner(recipe, options)
     items = planner.items(entries)
     layout = plan_layout(

@@ -22,6 +22,7 @@ from pymerge.methods import (
     linear,
     lines,
     pcb,
+    regmean,
     slerp,
     star,
     svc,
@@ -61,6 +62,7 @@ _BUILT_IN = (
     cart,
     wudi,
     esm,
+    regmean,
 )  # importing a module registers its method
 
 

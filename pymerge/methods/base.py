@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pymerge.errors import RecipeError
 from pymerge.methods.param import REQUIRED, STYLES, UNUSED, Auto, Param, Style, complete, param, params_of
 from pymerge.ops.delta_rule import DeltaRule
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 __all__ = [
     "REGISTRY",
@@ -27,6 +27,7 @@ __all__ = [
     "Combine",
     "ElementWiseCombine",
     "ElementWisePurify",
+    "LayerInput",
     "MatrixCombine",
     "Method",
     "Notes",
@@ -79,6 +80,30 @@ class Notes:
     basis: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
+class LayerInput(Protocol):
+    """What one model's linear layer was given over some samples. Everything is read when it is asked for, and anew each
+    time: ask once."""
+
+    @property
+    def rows(self) -> int:
+        """N, padding not counted."""
+        ...
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 [n]."""
+        ...
+
+    @property
+    def samples(self) -> Tensor | None:
+        """X [N, n] where the rows themselves are kept (N < n / 2)."""
+        ...
+
+    def second_moment(self, dtype: dtype) -> Tensor:
+        """X^T X [n, n], a new tensor, not divided by N; from `samples` where there are some."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskGroup:
     """One parameter of all models, or some of its rows.
@@ -88,6 +113,8 @@ class TaskGroup:
     tuned  T tensors as stored (any floating dtype; may differ), same shape
     first  index of the first entry within the parameter (info.shape is the whole parameter's)
     weights  T tensors of importances beside the tuned ones (Fisher information); None: the merge has none
+    inputs   T inputs of the layer whose weight matrix [m, n] this is; None: there are no statistics of it
+    transposed  the matrices are [n, m], as Conv1D stores them; steps that need `inputs` are given them as [m, n]
     """
 
     info: TensorInfo
@@ -95,6 +122,8 @@ class TaskGroup:
     tuned: tuple[Tensor, ...]
     first: int = 0
     weights: tuple[Tensor, ...] | None = None
+    inputs: tuple[LayerInput, ...] | None = None
+    transposed: bool = False
     notes: Notes = field(default_factory=Notes, compare=False)
 
     def delta(self, task: int) -> Tensor:

@@ -24,8 +24,9 @@ KEYS: Final = (
     "out_dtype",
 )
 LATER: Final = ("align", "slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
-KEYS_OF_MODEL: Final = ("model", "parameters", "fisher")
-LATER_OF_MODEL: Final = ("statistics", "data")
+KEYS_OF_MODEL: Final = ("model", "parameters", "fisher", "statistics")
+BESIDE_MODEL: Final = ("fisher", "statistics")  # files that go with a model; in Python a list with one a model
+LATER_OF_MODEL: Final = ("data",)
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 RELAXATIONS: Final[dict[str, tuple[str, ...]]] = {
     "missing": ("base", "skip"),

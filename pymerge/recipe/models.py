@@ -21,12 +21,14 @@ class ModelRef:
     value   what the caller gave: the path, or the state dict or module itself
     params  hyperparameters given for this model
     fisher  the file, or the tensors, with the Fisher information of its parameters
+    statistics  the file that `pymerge observe` made of it, or a Statistics object
     """
 
     path: str
     value: Any = field(repr=False, compare=False)
     params: Mapping[str, Setting] = field(default_factory=dict)
     fisher: ModelRef | None = None
+    statistics: ModelRef | None = None
 
     @property
     def in_memory(self) -> bool:

@@ -10,8 +10,13 @@ from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
 from pymerge.methods.base import Combine
 from pymerge.methods.param import params_of
-from pymerge.recipe.keys import KEYS, LATER
+from pymerge.recipe.keys import BESIDE_MODEL, KEYS, LATER
 from pymerge.recipe.problems import Problems
+
+WHAT = {
+    "fisher": "the Fisher information of each: paths or state dicts",
+    "statistics": "what `observe` found of each: paths or Statistics",
+}
 
 
 def python_mapping(
@@ -30,14 +35,14 @@ def python_mapping(
     for name, value in options.items():
         if name in KEYS or name in LATER:
             raw[name] = [_python_step(v) for v in _as_list(value)] if name in ("purify", "calibrate") else value
-        elif name == "fisher" or (name in known and known[name].per_model and isinstance(value, list | tuple)):
-            if name == "fisher" and not isinstance(value, list | tuple):
-                problems.add(name, "must be a list with the Fisher information of each model: paths or state dicts")
+        elif name in BESIDE_MODEL or (name in known and known[name].per_model and isinstance(value, list | tuple)):
+            if name in BESIDE_MODEL and not isinstance(value, list | tuple):
+                problems.add(name, f"must be a list with one entry a model, {WHAT[name]}")
                 continue
             if len(value) != len(models):
                 problems.add(name, f"has {len(value)} entries for {len(models)} models: give one value or one a model")
             for entry, one in zip(entries, value, strict=False):
-                (entry if name == "fisher" else entry["parameters"])[name] = one
+                (entry if name in BESIDE_MODEL else entry["parameters"])[name] = one
         else:
             raw["parameters"][name] = value
     return raw | {"models": entries}

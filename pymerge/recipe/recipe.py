@@ -15,7 +15,7 @@ from typing import Any, Self
 from pymerge.errors import RecipeError
 from pymerge.methods.base import Combine, MatrixCombine
 from pymerge.methods.matrices import OfTaskVectors
-from pymerge.recipe.keys import LENIENT
+from pymerge.recipe.keys import BESIDE_MODEL, LENIENT
 from pymerge.recipe.layers import layer_positions
 from pymerge.recipe.models import ModelRef
 from pymerge.recipe.problems import Problems
@@ -68,7 +68,8 @@ class Recipe(Parsed):
         none
         options       keys of a recipe (purify, calibrate, exclude, include, style, seed, strict, relax, dtype,
                       out_dtype) and hyperparameters of the method; a list for a per-model hyperparameter has one entry
-                      a model, and so has `fisher`, the Fisher information (paths, or mappings from name to tensor)
+                      a model, and so have `fisher`, the Fisher information (paths, or mappings from name to tensor),
+                      and `statistics`, what `observe` found (paths, or Statistics)
         """
         problems = Problems("merge")
         raw = python_mapping(base, models, method, options, problems)
@@ -190,5 +191,5 @@ class Recipe(Parsed):
 
 def _model_plain(model: ModelRef) -> dict[str, Any]:
     params = {name: setting.plain() for name, setting in model.params.items()}
-    fisher = {} if model.fisher is None else {"fisher": model.fisher.path}
-    return {"model": model.path} | ({"parameters": params} if params else {}) | fisher
+    beside = {key: ref.path for key in BESIDE_MODEL if (ref := getattr(model, key)) is not None}
+    return {"model": model.path} | ({"parameters": params} if params else {}) | beside

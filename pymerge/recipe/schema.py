@@ -14,14 +14,30 @@ from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
 from pymerge.recipe.fused import Fused, parse_fused, parse_matrices, parse_patterns
-from pymerge.recipe.keys import DTYPE_WORDS, DTYPES, KEYS, KEYS_OF_MODEL, LATER, LATER_OF_MODEL, RELAXATIONS
+from pymerge.recipe.keys import (
+    BESIDE_MODEL,
+    DTYPE_WORDS,
+    DTYPES,
+    KEYS,
+    KEYS_OF_MODEL,
+    LATER,
+    LATER_OF_MODEL,
+    RELAXATIONS,
+)
 from pymerge.recipe.models import ModelRef, parse_reference
 from pymerge.recipe.params import find_method, method_names, parse_params
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.settings import Setting
 from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
 
-FISHER = "the diagonal of its Fisher information, safetensors with the names and shapes of its parameters"
+# Key of a model -> the need of methods that it meets, what it is.
+BESIDE = {
+    "fisher": (
+        "fisher",
+        "the diagonal of its Fisher information, safetensors with the names and shapes of its parameters",
+    ),
+    "statistics": ("covariance", "what its linear layers see, made by `pymerge observe`"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +88,13 @@ class _Parser:
         style = self._style(cls)
         base, listed = self._models(cls)
         tasks = self._tasks(cls, base, listed) if cls else ()
-        if cls:
-            self._fisher(cls, tasks)
         params = parse_params(self.raw.get("parameters"), cls, "parameters", self.problems)
         purify = self._steps("purify", len(tasks))
         calibrate = self._steps("calibrate", len(tasks))
+        if cls:
+            self._beside(
+                [REGISTRY[spec.method] for spec in purify] + [cls, *(REGISTRY[s.method] for s in calibrate)], tasks
+            )
         dtype, out_dtype = self._dtype("dtype"), self._dtype("out_dtype")
         patterns = {key: parse_patterns(self.raw.get(key), key, self.problems) for key in ("exclude", "include")}
         matrices = parse_matrices(self.raw.get("spectral"), self.problems)
@@ -181,9 +199,10 @@ class _Parser:
             if cls
             else {}
         )
-        given = entry.get("fisher")
-        fisher = None if given is None else self._reference(given, f"{where}: fisher")
-        return ModelRef(path=ref.path, value=ref.value, params=params, fisher=fisher)
+        beside = {
+            key: self._reference(entry[key], f"{where}: {key}") for key in BESIDE_MODEL if entry.get(key) is not None
+        }
+        return ModelRef(path=ref.path, value=ref.value, params=params, **beside)
 
     def _reference(self, raw: Any, where: str) -> ModelRef | None:
         if self.python and not isinstance(raw, str | os.PathLike):
@@ -215,14 +234,17 @@ class _Parser:
             self.problems.add("models", f"{cls.name} merges {wanted} beside the base, got {len(others)}")
         return (base, *others) if cls.base_role == "first" and base else others
 
-    def _fisher(self, cls: type[Combine], tasks: Sequence[ModelRef]) -> None:
-        """Fisher information goes with the methods that use it."""
-        needed = "fisher" in cls.needs
-        for model in tasks:
-            if needed and model.fisher is None:
-                self.problems.add("models", f"{cls.name} needs `fisher: FILE` beside {model.path}: {FISHER}")
-            elif model.fisher is not None and not needed:
-                self.problems.add("models", f"fisher of {model.path}: {cls.name} does not use it")
+    def _beside(self, steps: Sequence[type[Method]], tasks: Sequence[ModelRef]) -> None:
+        """Fisher information and statistics go with the methods that use them."""
+        for key, (need, what) in BESIDE.items():
+            users = [step.name for step in steps if need in step.needs]
+            for model in tasks:
+                given = getattr(model, key) is not None
+                if users and not given:
+                    self.problems.add("models", f"{users[0]} needs `{key}: FILE` beside {model.path}: {what}")
+                elif given and not users:
+                    names = ", ".join(step.name for step in steps)
+                    self.problems.add("models", f"{key} of {model.path}: {names} does not use it")
 
     def _steps(self, key: str, tasks: int) -> tuple[StepSpec, ...]:
         raw = self.raw.get(key)

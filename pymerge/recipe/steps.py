@@ -29,6 +29,11 @@ class Steps:
         """Whether a step acts on weight matrices only."""
         return any(step.spectral for step in self.all)
 
+    @property
+    def need_inputs(self) -> bool:
+        """Whether a step asks for statistics of the layers' inputs."""
+        return any("covariance" in step.needs for step in self.all)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpec:

@@ -25,6 +25,11 @@ def linear_modules(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str,
     return found
 
 
+def stored_transposed(modules: Mapping[str, nn.Module], names: Mapping[str, str]) -> tuple[str, ...]:
+    """The stored names of the modules whose weight is [in, out]."""
+    return tuple(names[name] for name, module in modules.items() if type(module).__name__ == "Conv1D")
+
+
 class Collector:
     """Accumulates the inputs of modules while it is entered.
 

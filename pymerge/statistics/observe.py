@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pymerge.checkpoint import open_checkpoint
 from pymerge.errors import InputError
-from pymerge.statistics.collect import Collector, linear_modules
+from pymerge.statistics.collect import Collector, linear_modules, stored_transposed
 from pymerge.statistics.names import stored_module, stored_names
 from pymerge.statistics.store import Header, Statistics, StatisticsWriter, open_statistics
 
@@ -79,7 +79,12 @@ def observe(
     if count == 0:
         raise InputError("observe: there was no batch")
     holders = {names[name]: names[holder] for name, holder in collector.holders.items()}
-    header = Header(model=described, data={"batches": count, "digest": digest.hexdigest()}, modules=holders)
+    header = Header(
+        model=described,
+        data={"batches": count, "digest": digest.hexdigest()},
+        modules=holders,
+        transposed=stored_transposed(modules, names),
+    )
     held = {names[name]: accumulator.finish() for name, accumulator in collector.accumulators.items()}
     return Statistics(header=header, held=held, rows={name: m.rows for name, m in held.items()})
 
@@ -137,7 +142,8 @@ def observe_streamed(
         described = {"class": type(module).__name__, **checkpoint.fingerprint()}
         data = {"batches": 1, "digest": digest.hexdigest()}
         holders = {names[name]: names[holder] for name, holder in collector.holders.items()}
-        writer.finish(Header(model=described, data=data, modules=holders))
+        transposed = stored_transposed(modules, names)
+        writer.finish(Header(model=described, data=data, modules=holders, transposed=transposed))
     return open_statistics(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from pymerge.errors import InputError
 from pymerge.statistics.moments import Moments
 
 FORMAT = "1"
+KINDS = ("mean", "samples", "triangle")
 _CODE = {torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -28,11 +30,13 @@ class Header:
     model    fingerprint of the model that was run; `weights` is equal for equal weight files
     data     what the samples were: a digest and a description
     modules  name of each linear module -> name of the one that holds the moments of its input (several may share one)
+    transposed  the modules whose weight is stored [in, out] (GPT-2's Conv1D)
     """
 
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     modules: Mapping[str, str]
+    transposed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +65,34 @@ class Statistics:
             ) from None
         if self.file is None:
             return self.held[holder]
-        tensors = {
-            kind: self.file[f"{holder}.{kind}"].load()
-            for kind in ("mean", "samples", "triangle")
-            if f"{holder}.{kind}" in self.file
-        }
-        return Moments(rows=self.rows[holder], **tensors)
+        tensors = {kind: self.part(module, kind) for kind in KINDS}
+        mean = tensors.pop("mean")
+        assert mean is not None
+        return Moments(rows=self.rows[holder], mean=mean, **tensors)
+
+    def part(self, module: str, kind: str) -> Tensor | None:
+        """One tensor of a module's moments (`mean`, `samples`, `triangle`), read alone; None: it is not kept."""
+        holder = self.header.modules[module]
+        if self.file is None:
+            return getattr(self.held[holder], kind)
+        name = f"{holder}.{kind}"
+        return self.file[name].load() if name in self.file else None
+
+    def width(self, module: str) -> int:
+        """n of a module's input, without reading the moments."""
+        holder = self.header.modules[module]
+        return self.held[holder].width if self.file is None else self.file[f"{holder}.mean"].shape[0]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed merge must find again."""
+        if self.file is not None:
+            return self.file.fingerprint()
+        digest = hashlib.blake2b(repr(self.header).encode(), digest_size=16)
+        for holder, moments in self.held.items():
+            kept = moments.samples if moments.samples is not None else moments.triangle
+            assert kept is not None
+            digest.update(repr((holder, moments.rows, kept.dtype)).encode() + moments.mean.numpy().tobytes())
+        return {"statistics": digest.hexdigest()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file that `open_statistics` reads; it appears complete or not at all."""
@@ -94,7 +120,7 @@ class StatisticsWriter:
 
     def add(self, module: str, moments: Moments) -> None:
         self.rows[module] = moments.rows
-        for kind in ("mean", "samples", "triangle"):
+        for kind in KINDS:
             tensor: Tensor | None = getattr(moments, kind)
             if tensor is not None:
                 raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -110,6 +136,7 @@ class StatisticsWriter:
             "data": json.dumps(header.data, sort_keys=True),
             "modules": json.dumps(header.modules),
             "rows": json.dumps(self.rows),
+            "transposed": json.dumps(header.transposed),
         }
         text = json.dumps({"__metadata__": metadata} | self.tensors, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -145,6 +172,11 @@ def open_statistics(path: str | os.PathLike[str]) -> Statistics:
         raise InputError(
             f"{path}: no statistics file of format {FORMAT} (found: {found}); make one with `pymerge observe`"
         )
-    parsed = {key: json.loads(metadata[key]) for key in ("model", "data", "modules", "rows")}
-    header = Header(model=parsed["model"], data=parsed["data"], modules=parsed["modules"])
+    parsed = {key: json.loads(metadata.get(key, "[]")) for key in ("model", "data", "modules", "rows", "transposed")}
+    header = Header(
+        model=parsed["model"],
+        data=parsed["data"],
+        modules=parsed["modules"],
+        transposed=tuple(parsed["transposed"]),
+    )
     return Statistics(header=header, file=file, rows=parsed["rows"])

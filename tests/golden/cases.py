@@ -28,7 +28,6 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("knots", None, None): "KnOTS",
     ("mudsc", None, None): "MuDSC",
     ("pave", None, None): "PAVE",
-    ("regmean", None, None): "RegMean",
     ("slerp", "slerp", "nuslerp"): "NuSLERP",
     ("slerp", "slerp", "multislerp"): "multi-model SLERP",
     ("slerp", "slerp", "karcher"): "Karcher mean",
@@ -43,7 +42,8 @@ EXCEPTED = {
     " matrices only, and here a convolution gets the mean"
 }
 
-OWN_TESTS = ("svc", "esm")  # tests/methods: svc starts from merged updates that the files hold, esm from activations
+# Folders that need more than base and models: svc merged updates, esm and regmean activations. See tests/methods.
+OWN_TESTS = ("esm", "regmean", "svc")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ COMBINE = (
     "iso_cts",
     "linear",
     "pcb",
+    "regmean",
     "slerp",
     "star",
     "task_arithmetic",
