@@ -54,7 +54,7 @@ class Settings:
 
 @register("esm")
 @dataclass(frozen=True, kw_only=True)
-class Esm(SurveyedCombine, MatrixCombine):
+class Esm(SurveyedCombine, MatrixCombine):  # pyright: ignore[reportIncompatibleVariableOverride]
     """M = gain sbar(U) sbar(V) polar(U) polar(V), U = [E_1 w_1 | ..], V = [w_1 E_1^T D_1; ..], sbar the mean singular
     value.
 
@@ -98,7 +98,10 @@ class Esm(SurveyedCombine, MatrixCombine):
 
     paper = "arXiv 2602.20208"
     needs = ("covariance",)
-    unit = "tensor"  # type: ignore[assignment]
+
+    @property
+    def unit(self) -> Literal["tensor"]:  # type: ignore[override]
+        return "tensor"
 
     def settings(self, name: str) -> Settings:
         """For the tensor of this name."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pymerge.methods.base import Notes, TaskGroup, TensorInfo
 from pymerge.methods.esm import Esm
-from pymerge.statistics.moments import Accumulator, Moments
+from pymerge.statistics.moments import Moments, pack
 from tests.methods.spectral import generator, isometry, updates
 
 VIT: dict[str, Any] = {"gain": 2.0, "task_power": 2.0, "dim_power": 2.0}
@@ -24,11 +24,9 @@ def of_rows(x: Tensor) -> Moments:
 
 
 def of_covariance(x: Tensor, dtype: torch.dtype = torch.float32) -> Moments:
-    """The accumulated second moment, whatever the number of rows."""
-    accumulator = Accumulator("w", dtype)
-    accumulator.total = torch.zeros(x.shape[1], x.shape[1], dtype=dtype)
-    accumulator.add(x.float())
-    return accumulator.finish()
+    """The second moment, whatever the number of rows."""
+    wide = x.to(dtype)
+    return Moments(rows=x.shape[0], mean=x.double().mean(0).float(), triangle=pack(wide.mT @ wide))
 
 
 def inputs(rows: int, n: int, tasks: int, seed: int = 0) -> list[Tensor]:
