@@ -2,6 +2,7 @@
 
 python benchmarks/bench_truncated_svd.py [--only 768x3072] [--spectrum heavy] [--rounds 3]
 One thread, CPU seconds, candidates interleaved. overlap: ||U^T U_true||^2 / k; excess: residual^2 over the best - 1.
+--merged adds how far a merge of the decompositions of 8 tasks is from float64's (k = side / 8).
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
 import argparse  # noqa: E402
 
 import torch  # noqa: E402
+from merged_difference import differences  # noqa: E402
 from spectra import known_matrix, overlap  # noqa: E402
 from timing import best_seconds  # noqa: E402
 
 from pymerge.linalg import truncated_svd  # noqa: E402
 
 CASES = ((768, 3072, 96), (768, 768, 96), (2048, 2048, 256), (2048, 2048, 64), (4096, 4096, 128))
+TASKS = 8  # of a merge
 
 
 def by_eigh(a: torch.Tensor, k: int):
@@ -30,6 +33,17 @@ def by_eigh(a: torch.Tensor, k: int):
     return u, s, (wide.mT @ u / s).mT
 
 
+def print_merged(shapes: list[tuple[int, int]], spectrum: str) -> None:
+    for m, n in dict.fromkeys(shapes):
+        updates = [known_matrix(m, n, spectrum, seed=t)[0] for t in range(TASKS)]
+        k = min(m, n) // TASKS
+        for name, difference in differences(updates, k).items():
+            print(
+                f"{m}x{n} k={k:<4d} {name:12s} {TASKS} tasks, {spectrum}: merged difference {difference:.1e}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
@@ -37,8 +51,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--routes", action="store_true", help="time each route of the exact mode, whatever is chosen")
     parser.add_argument("--skip-svd", action="store_true", help="leave out torch.linalg.svd (minutes at 4096)")
+    parser.add_argument("--merged", action="store_true", help="differences of merges instead of times (minutes)")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.merged:
+        return print_merged([(m, n) for m, n, k in CASES if args.only in f"{m}x{n}-{k}"], args.spectrum)
     x = torch.randn(2048, 2048)
     rate = 2 * 2048**3 / best_seconds({"sgemm": lambda: x @ x})["sgemm"] / 1e9
     print(f"sgemm {rate:.0f} GFLOP/s, spectrum {args.spectrum}")

@@ -3,8 +3,9 @@
 Deterministic methods: relative error of the merged delta, ||ours - theirs|| / ||theirs - base||. Where a selection
 threshold cuts through a run of equal magnitudes, the entries of that run are excepted and counted: which of them
 mergekit keeps depends on a sort that is not stable. Random methods: the share of changed entries and the L1 norm of the
-merged delta, within six standard deviations of what two draws of the same distribution may differ by. SLERP: against
-the formula in float64, because mergekit's float32 scalar product is coarser than the bound (its distance is reported).
+merged delta, within six standard deviations of what two draws of the same distribution may differ by. SLERP,
+Multi-SLERP and the Karcher mean: against the formula in float64, because mergekit's float32 scalar products are coarser
+than the bound (its distance is reported).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ STORED = (
     2.0**-22
 )  # times ||w|| / ||delta||: both results are rounded to float32 beside the weight, not beside the delta
 SIGMAS = 6.0
-COARSE = 2e-3  # mergekit's slerp against the formula in float64, relative to the merged delta
+COARSE = 2e-3  # mergekit's slerp and kin against the formula in float64, relative to the merged delta
+ROUNDING = 2.0**-23  # times sqrt(entries) and the merged weight: the rounding of its float32 sums is a random walk
 PARALLEL = 0.9995  # |cosine| above which slerp is a straight line
 
 
@@ -90,9 +92,9 @@ def compare_exact(
     return {"error": error, "of_bound": difference / bound if bound else difference, "excepted": int(excepted.sum())}
 
 
-def slerp(base: np.ndarray, model: np.ndarray, t: float) -> np.ndarray:
+def slerp(base: np.ndarray, models: list[np.ndarray], t: float) -> np.ndarray:
     """The formula, float64."""
-    a, b = base.astype(np.float64), model.astype(np.float64)
+    a, b = base, models[0]
     cosine = float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
     if abs(cosine) > PARALLEL:
         return (1 - t) * a + t * b
@@ -100,12 +102,50 @@ def slerp(base: np.ndarray, model: np.ndarray, t: float) -> np.ndarray:
     return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
 
 
-def compare_slerp(base: np.ndarray, model: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dict:
-    truth = slerp(base, model, tools.METHODS["slerp"]["t"])
-    delta = float(np.linalg.norm(truth - base))
+def multislerp(base: np.ndarray, models: list[np.ndarray], weight: float) -> np.ndarray:
+    """The formula with equal weights, float64: direction of the mean of the unit task vectors, mean of their norms."""
+    deltas = [model - base for model in models]
+    lengths = [float(np.linalg.norm(delta)) for delta in deltas]
+    mean = sum(delta / (length + 1e-8) for delta, length in zip(deltas, lengths, strict=True))
+    size = float(np.linalg.norm(mean))
+    return base + (mean / size * (sum(lengths) / len(lengths)) if size else 0.0)
+
+
+def karcher(base: np.ndarray, models: list[np.ndarray]) -> np.ndarray:
+    """The iteration on the sphere, float64."""
+    lengths = [float(np.linalg.norm(model)) for model in models]
+    units = [model / length for model, length in zip(models, lengths, strict=True) if length > 1e-5]
+    if not units:
+        return np.zeros_like(base)
+    mean = sum(units) / len(units)
+    mean /= np.linalg.norm(mean)
+    for _ in range(10):
+        step = np.zeros_like(mean)
+        for unit in units:
+            cosine = min(1.0, float(np.dot(mean, unit)))
+            angle = math.acos(cosine)
+            if angle >= 1e-5:
+                step += angle / math.sin(angle) * (unit - cosine * mean) / len(units)
+        size = float(np.linalg.norm(step))
+        if size < 1e-5:
+            break
+        mean = math.cos(size) * mean + math.sin(size) / size * step
+    return mean * (sum(lengths) / len(lengths))
+
+
+FORMULAS = {"slerp": slerp, "multislerp": multislerp, "karcher": karcher}
+
+
+def compare_formula(
+    method: str, base: np.ndarray, models: list[np.ndarray], ours: np.ndarray, theirs: np.ndarray
+) -> dict:
+    wide = base.astype(np.float64)
+    truth = FORMULAS[method](wide, [model.astype(np.float64) for model in models], **tools.METHODS[method])
+    delta = float(np.linalg.norm(truth - wide))
     error, their_error = (float(np.linalg.norm(x - truth)) for x in (ours, theirs))
-    stored = STORED * float(np.linalg.norm(truth))
-    of_bound = max(error / (BOUND * delta + stored), their_error / (COARSE * delta + stored))
+    size = float(np.linalg.norm(truth))
+    their_bound = COARSE * delta + ROUNDING * math.sqrt(base.size) * size
+    of_bound = max(error / (BOUND * delta + STORED * size), their_error / their_bound)
     return {"error": error / delta, "mergekit_error": their_error / delta, "of_bound": of_bound}
 
 
@@ -134,8 +174,8 @@ def compare_method(root: Path, method: str, ours: Path, theirs: Path) -> dict:
         w, a, b = base[name], first[name], second[name]
         if method in tools.RANDOM:
             rows.append(compare_random(w, a, b))
-        elif method == "slerp":
-            rows.append(compare_slerp(w, sources[0][name], a, b))
+        elif method in FORMULAS:
+            rows.append(compare_formula(method, w, [model[name] for model in sources], a, b))
         else:
             rows.append(compare_exact(method, w, [model[name] for model in sources], a, b))
     worst = max(row["of_bound"] for row in rows)
@@ -144,7 +184,7 @@ def compare_method(root: Path, method: str, ours: Path, theirs: Path) -> dict:
     if method in tools.RANDOM:
         return result | {"largest_share_gap": max(abs(row["share"][0] - row["share"][1]) for row in rows)}
     result["error"] = max(row["error"] for row in rows)
-    if method == "slerp":
+    if method in FORMULAS:
         return result | {"mergekit_error": max(row["mergekit_error"] for row in rows)}
     return result | {"excepted": sum(row["excepted"] for row in rows)}
 

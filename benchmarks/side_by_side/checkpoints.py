@@ -71,7 +71,8 @@ def tensors(config: dict) -> Iterator[Entry]:
         yield layer + "input_layernorm.weight", (h,)
         yield layer + "post_attention_layernorm.weight", (h,)
     yield "model.norm.weight", (h,)
-    yield "lm_head.weight", (v, h)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (v, h)
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -111,12 +112,13 @@ def shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
     return out
 
 
-def header(entries: list[Entry]) -> bytes:
+def header(entries: list[Entry], dtype: str = "BF16") -> bytes:
+    """The first bytes of a safetensors file with those tensors one after another; dtype BF16 or F32."""
     table: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in entries:
-        end = offset + 2 * int(np.prod(shape))
-        table[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + (2 if dtype == "BF16" else 4) * int(np.prod(shape))
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -126,17 +125,6 @@ def print_method(method: str, result: dict) -> None:
         print(f"{method:16s} {program:8s} {time}  {cost['rss'] / 1e9:6.2f} GB RSS  {speed:11s} {ratio}", flush=True)
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
-
-
-def commit() -> str:
-    git = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"
-
-
 def readme_table(report: dict) -> str:
     """The block of README.md; every figure is the median of the report's runs."""
     lines = [
@@ -178,8 +166,8 @@ def main() -> int:
         "gb": args.gb,
         "threads": args.threads,
         "reps": args.reps,
-        "processor": processor(),
-        "commit": commit(),
+        "processor": tools.processor(),
+        "commit": tools.commit(REPOSITORY),
         "methods": measure(args, root),
     }
     agreed = True

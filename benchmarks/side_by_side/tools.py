@@ -5,7 +5,9 @@ Imports nothing large: on Linux a child's peak RSS starts at what its parent hel
 
 from __future__ import annotations
 
+import datetime
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 MERGEKIT = "mergekit==0.1.5"
-# Every input folder is beside the recipes; three fine-tuned models and a base (SLERP: the base and one of them).
+FUSION_BENCH = "fusion_bench==0.2.33"
+# Every input folder is beside the recipes; three fine-tuned models and a base (slerp: the base and one of them;
+# nuslerp: the base and two; linear and karcher: no base).
 TASKS = ("m1", "m2", "m3")
 METHODS: dict[str, dict] = {
     "linear": {"weight": 1.0},
@@ -25,8 +29,14 @@ METHODS: dict[str, dict] = {
     "dare_linear": {"weight": 0.4, "density": 0.5},
     "dare_ties": {"weight": 0.4, "density": 0.5},
     "breadcrumbs": {"weight": 0.4, "density": 0.9, "gamma": 0.01},
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {"weight": 0.5},
+    "karcher": {},
+    "model_stock": {},
+    "della_linear": {"weight": 0.4, "density": 0.5, "epsilon": 0.2},
+    "della": {"weight": 0.4, "density": 0.5, "epsilon": 0.2},
 }
-RANDOM = ("dare_linear", "dare_ties")
+RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
 
 
 @dataclass(frozen=True)
@@ -40,18 +50,21 @@ class Cost:
 
 def recipe_models(method: str) -> tuple[str, ...]:
     """The folders that a recipe reads."""
-    return {"linear": TASKS, "slerp": ("base", "m1")}.get(method, ("base", *TASKS))
+    few = {"linear": TASKS, "karcher": TASKS, "slerp": ("base", "m1"), "nuslerp": ("base", "m1", "m2")}
+    return few.get(method, ("base", *TASKS))
 
 
 def write_recipe(root: Path, method: str, dtype: str) -> Path:
     """The YAML that both programs run, unchanged."""
     lines = [f"merge_method: {method}", f"dtype: {dtype}", "models:"]
-    for model in ("base", "m1") if method == "slerp" else TASKS:
+    for model in recipe_models(method):
+        if model == "base" and method != "slerp":
+            continue
         lines.append(f"  - model: {root / model}")
         values = {k: v for k, v in METHODS[method].items() if k != "t"}
         if values:
             lines.append("    parameters: {" + ", ".join(f"{k}: {v}" for k, v in values.items()) + "}")
-    if method != "linear":
+    if "base" in recipe_models(method):
         lines.append(f"base_model: {root / 'base'}")
     if method == "slerp":
         lines.append(f"parameters: {{t: {METHODS[method]['t']}}}")
@@ -88,12 +101,21 @@ def synced_copy_command(source: Path, out: Path) -> list[str]:
 
 
 def make_mergekit(venv: Path) -> None:
-    """mergekit in an environment of its own; torch first, at pymerge's version, so that both run on the same one."""
-    if (venv / "bin" / "mergekit-yaml").exists():
-        return
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    for requirement in (TORCH, MERGEKIT):
-        subprocess.run([str(venv / "bin" / "pip"), "install", "--quiet", requirement], check=True)
+    if not (venv / "bin" / "mergekit-yaml").exists():
+        make_environment(venv, MERGEKIT)
+
+
+def make_environment(venv: Path, package: str) -> None:
+    """A package in an environment of its own; torch first, at pymerge's version, so that both run on the same one."""
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        constraint = venv / "constraints.txt"
+        constraint.write_text(TORCH + "\n")
+        for requirement in (TORCH, package):
+            subprocess.run([str(venv / "bin" / "pip"), "install", "-q", "-c", str(constraint), requirement], check=True)
+    except BaseException:
+        shutil.rmtree(venv, ignore_errors=True)  # half an environment would be taken for a whole one
+        raise
 
 
 def warm(folders: list[Path]) -> None:
@@ -129,3 +151,23 @@ def weight_bytes(folder: Path) -> int:
 
 def as_json(costs: list[Cost]) -> list[dict]:
     return [asdict(cost) for cost in costs]
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} CPUs" if names else platform.machine()
+
+
+def provenance(repository: Path) -> dict[str, str]:
+    """Where and when figures were taken, for their report."""
+    return {
+        "processor": processor(),
+        "commit": commit(repository),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit(repository: Path) -> str:
+    git = subprocess.run(["git", "-C", str(repository), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"

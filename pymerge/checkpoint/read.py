@@ -155,6 +155,17 @@ class MemoryTensor:
             self._flat = self._tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         torch.frombuffer(view, dtype=torch.uint8).copy_(self._flat[start : start + view.nbytes])
 
+    @property
+    def lendable(self) -> bool:
+        """Whether `lend` gives its bytes without a copy."""
+        return self._tensor.device.type == "cpu" and self._tensor.is_contiguous() and self.nbytes > 0
+
+    def lend(self, start: int, size: int) -> memoryview:
+        """Bytes start .. start + size of the tensor itself. Not to be written to."""
+        import torch
+
+        return self._tensor.reshape(-1).view(torch.uint8).numpy().data[start : start + size]
+
     def load(self) -> Tensor:
         """The tensor itself, not a copy."""
         return self._tensor

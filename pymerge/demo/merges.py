@@ -47,7 +47,7 @@ def jobs(tasks: int) -> Iterator[Job]:
 def job(name: str, tasks: int) -> Job:
     info = pymerge.methods.describe(name)
     fewest, most = info.models
-    pairwise = info.base == "first" and most == 1
+    pairwise = most is not None and most + (info.base == "first") == 2
     skipped = missing(info.needs)
     if not pairwise and (tasks < fewest or (most is not None and tasks > most)):
         skipped = f"takes {fewest} to {most} models"
@@ -60,9 +60,9 @@ def missing(needs: tuple[str, ...]) -> str:
 
 def run(job: Job, base: Path, models: list[Path], out: Path) -> dict[str, float]:
     """Merges into `out`. Returns seconds (without the start of Python) and the peak memory of the process in bytes."""
+    role = pymerge.methods.describe(job.method).base
     if not job.pairwise:
-        uses_base = pymerge.methods.describe(job.method).base != "none"
-        request = {"base": str(base) if uses_base else None, "models": [str(m) for m in models], "out": str(out)}
+        request = {"base": str(base) if role != "none" else None, "models": [str(m) for m in models], "out": str(out)}
         return in_process(request, job)
     costs = []
     while len(models) > 1:
@@ -71,7 +71,9 @@ def run(job: Job, base: Path, models: list[Path], out: Path) -> dict[str, float]
             [out] if len(models) == 2 else [out.with_name(f"{out.name}-{len(models)}-{n}") for n in range(len(pairs))]
         )
         for (first, second), half in zip(pairs, halves, strict=True):
-            costs.append(in_process({"base": str(first), "models": [str(second)], "out": str(half)}, job))
+            ends = [str(first), str(second)]
+            request = {"base": ends.pop(0) if role == "first" else str(base), "models": ends}
+            costs.append(in_process(request | {"out": str(half)}, job))
         models = halves + odd
     return {"seconds": sum(c["seconds"] for c in costs), "memory": max(c["memory"] for c in costs)}
 

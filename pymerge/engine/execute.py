@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from pymerge import _C
 from pymerge.checkpoint import ITEMSIZE, safe_name
-from pymerge.engine.arena import Arena, Block, Closed
+from pymerge.engine.arena import Arena, Block, Closed, address_of
 from pymerge.engine.check import FLOATS
 from pymerge.engine.non_finite import settle_non_finite
 from pymerge.engine.pipeline import Output, Pipeline, Segment
@@ -193,6 +193,11 @@ class Executor:
             out, size = at, count * item.out_width
             inputs, views = [], []
             for tensor, read in zip(item.inputs, item.input_bytes(count), strict=True):
+                if item.lent(tensor):
+                    view = tensor.lend(first * ITEMSIZE[tensor.dtype], read)
+                    inputs.append((address_of(view), tensor.dtype))
+                    views.append(view)
+                    continue
                 in_place = not inputs and item.mode == "copy" and tensor.dtype == item.entry.dtype
                 start = out if in_place else -(-max(at, out + size) // PAGE) * PAGE
                 tensor.read_into(block.view[start : start + read], first * ITEMSIZE[tensor.dtype])

@@ -11,12 +11,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeGuard
 
-from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, plan_layout
+from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTensor, plan_layout
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.errors import RecipeError
-from pymerge.methods.base import ElementWiseCombine, ElementWisePurify, Method, TensorInfo, chain_rule
+from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
 from pymerge.methods.surveyed import SurveyedCombine
 from pymerge.ops.delta_rule import DeltaRule
@@ -65,9 +65,14 @@ class Item:
     def out_width(self) -> int:
         return ITEMSIZE[self.entry.dtype]
 
+    def lent(self, tensor: AnyTensor) -> TypeGuard[MemoryTensor]:
+        """Whether an input is used where it is: it is in memory, and nothing is written over it."""
+        return self.mode != "copy" and isinstance(tensor, MemoryTensor) and tensor.lendable
+
     def block_bytes(self, count: int) -> int:
         """Arena bytes for the inputs and the output of `count` entries, with alignment."""
-        return sum(-(-n // 4096) * 4096 for n in self.input_bytes(count)) + count * self.out_width + 3 * 4096
+        sizes = zip(self.inputs, self.input_bytes(count), strict=True)
+        return sum(-(-n // 4096) * 4096 for t, n in sizes if not self.lent(t)) + count * self.out_width + 3 * 4096
 
     @property
     def peak_bytes(self) -> int:
@@ -217,7 +222,8 @@ class Planner:
         combine = steps.combine
         info = entry.info(self.recipe.seed)
         rule = None
-        if isinstance(combine, ElementWiseCombine) and all(isinstance(s, ElementWisePurify) for s in steps.purify):
+        if merges_by_rule(steps.purify, combine):
+            assert isinstance(combine, ElementWiseCombine)
             rule = chain_rule(steps.purify, combine, info)
         if rule is None or not self.streams(steps):
             item = Item(entry=entry, mode="generic", first=0, count=entry.count, tile=entry.count, rule=rule)
@@ -255,7 +261,8 @@ class Planner:
             return item.count if asks else 1
         if isinstance(step, SurveyedCombine) and step.unit == "entries":
             return SURVEY_BLOCK
-        return {"tensor": item.count, "rows": row if row < item.count else item.count, "entries": 1}[step.unit]
+        rows = row if len(item.entry.shape) > 1 else item.count  # a vector is one row
+        return {"tensor": item.count, "rows": rows, "entries": 1}[step.unit]
 
     def sized(self, item: Item, info: TensorInfo, tile: int) -> Item:
         row = math.prod(info.shape[1:])
@@ -267,7 +274,7 @@ class Planner:
 
     def workspace(self, steps: Steps, info: TensorInfo) -> int:
         """Bytes beside inputs and output: the merged update, purified task vectors, and what one step takes."""
-        purified = steps.purify and not all(step.element_wise for step in (*steps.purify, steps.combine))
+        purified = bool(steps.purify) and not merges_by_rule(steps.purify, steps.combine)
         kept = 4 * info.numel * (1 + (info.tasks if purified else 0))
         return kept + max(step.workspace(info) for step in steps.all)
 

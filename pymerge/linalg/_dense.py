@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
 from torch import Tensor
 
 CHUNK = 2048  # columns that are widened to float64 at a time
-MRRR_SHARE = 12  # all values of the tridiagonal form are computed: pays from a twelfth of the pairs on
+MRRR_SHARE = 12
 
 
 def wide_blocks(a: Tensor) -> list[tuple[int, int]]:
@@ -31,37 +32,35 @@ def gram(a: Tensor) -> Tensor:
 
 
 def range_eigh(g: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Eigenpairs low..high-1 (ascending order of all) of a symmetric float64 matrix given by its lower triangle.
-    Values ascending [high - low], vectors [r, high - low]."""
+    """Eigenpairs low..high-1 (ascending order of all) of a symmetric float64 matrix given by its lower triangle; may
+    overwrite it. Values ascending [high - low], vectors [r, high - low].
+
+    On the CPU syevr's steps one by one: given a range, it always takes bisection and inverse iteration, and these are
+    slower than relatively robust representations (MRRR) from a twelfth of the pairs on."""
     if g.device.type != "cpu":
         values, vectors = torch.linalg.eigh(g)
         return values[low:high], vectors[:, low:high]
-    from scipy.linalg import eigh
+    from scipy.linalg import LinAlgError, eigh_tridiagonal, get_lapack_funcs
 
-    if (high - low) * MRRR_SHARE >= g.shape[0]:
-        found = _tridiagonal_eigh(g, low, high)
-        if found is not None:
-            return found
-    bounds = None if (low, high) == (0, g.shape[0]) else (low, high - 1)
-    values, vectors = eigh(g.numpy(), lower=True, subset_by_index=bounds, check_finite=False, driver="evr")
+    r, count = g.shape[0], high - low
+    if r == 1:
+        return g[0], torch.ones_like(g)
+    tridiagonal, apply_reflectors = get_lapack_funcs(("sytrd", "ormqr"), dtype="float64")
+    form, diagonal, off, tau, _ = tridiagonal(g.numpy(), lower=1, lwork=64 * r, overwrite_a=1)
+
+    def pairs(driver: str) -> Any:
+        return eigh_tridiagonal(
+            diagonal, off, select="i", select_range=(low, high - 1), check_finite=False, lapack_driver=driver
+        )
+
+    try:
+        values, vectors = pairs("stemr" if count * MRRR_SHARE >= r else "stebz")
+    except LinAlgError:
+        values, vectors = pairs("stebz")
+    # The reflectors lie below the diagonal: the matrix that starts one row further down, without copying it.
+    reflectors = form.reshape(-1, order="F")[1 : 1 + r * (r - 1)].reshape((r, r - 1), order="F")
+    vectors[1:] = apply_reflectors("L", "N", reflectors, tau, vectors[1:], 64 * count)[0]
     return torch.from_numpy(values), torch.from_numpy(vectors)
-
-
-def _tridiagonal_eigh(g: Tensor, low: int, high: int) -> tuple[Tensor, Tensor] | None:
-    """What syevr does for all pairs (tridiagonal form, then relatively robust representations), for some of them:
-    syevr itself takes bisection and inverse iteration there, slower for many. None where LAPACK reports a failure."""
-    from scipy.linalg.lapack import dormqr, dstemr, dsytrd
-
-    n, count = g.shape[0], high - low
-    form, diagonal, off, tau, failed = dsytrd(g.numpy(), lower=1, lwork=64 * n)
-    if failed or n == 1:
-        return None
-    found, values, vectors, failed = dstemr(diagonal, np.append(off, 0.0), 2, 0.0, 0.0, low + 1, high)
-    if failed or found != count:
-        return None
-    vectors = np.asfortranarray(vectors[:, :count])
-    vectors[1:], _, failed = dormqr("L", "N", form[1:, : n - 1], tau, vectors[1:], 64 * count)
-    return None if failed else (torch.from_numpy(values[:count]), torch.from_numpy(vectors))
 
 
 def top_eigh(g: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,9 @@ from pymerge.linalg._factors import Factors
 from pymerge.ops.sketch import sketch
 
 MAX_ROUNDS = 3
-MAX_DEGREE = 20  # beyond, the Gram matrix costs less
-MARGIN = 100.0  # for a start at more than 45 degrees, and Ritz values that have not settled
+MAX_DEGREE = 12  # beyond, the Gram matrix costs less
+MARGIN = 10.0  # in what a filter has to gain: the values it is made for are not settled
+START = 50.0  # tangent of the angle between a wanted direction and the first basis, and its first values' error
 POWER_STEPS = 2  # of the fast mode: the residual is then below that of svd_lowrank(niter=2) of the same width
 ANGLE = 1e-5  # what a wanted direction may still lack: sine of its angle to the basis
 
@@ -77,8 +78,8 @@ def excess(ritz: Ritz, rank: int, norm: float) -> float:
 
 
 def _degree(theta: Tensor, rank: int, center: float, angle: float) -> int:
-    """Steps that take the wanted directions from a sine of `angle` to ANGLE; none where the basis cannot grow better,
-    more than MAX_DEGREE where the values beyond the basis are too close to the wanted ones."""
+    """Steps that take the wanted directions from `angle` to ANGLE; more than MAX_DEGREE where the values beyond the
+    basis are too close to the wanted ones."""
     rate = math.acosh(max(1.0, float(theta[rank - 1]) / center - 1))  # T_d grows by exp(rate) a degree
     steps = math.log(max(1.0, MARGIN * angle / ANGLE))
     return max(2, math.ceil(steps / rate)) if rate * MAX_DEGREE >= steps else MAX_DEGREE + 1
@@ -120,7 +121,7 @@ def converge(a: Tensor, rank: int, norm: float, seed: int) -> Factors | None:
     image = a @ (a.mT @ q)
     theta, z = torch.linalg.eigh((q.mT @ image).double())
     theta, z = theta.flip(0), z.flip(1).to(a.dtype)
-    q, image, angle = q @ z, image @ z, 1.0
+    q, image, angle = q @ z, image @ z, START
     for rounds in range(1, MAX_ROUNDS + 1):
         center = max(float(theta[-1]), float(theta[0]) * torch.finfo(a.dtype).eps) / 2
         degree = _degree(theta, rank, center, angle) if len(theta) < a.shape[0] else 0

@@ -26,7 +26,12 @@ class Solved(NamedTuple):
 
 
 def solve_psd(
-    m: Tensor, b: Tensor, *, rank_one: tuple[Tensor, Tensor] | None = None, precision: Precision = "auto"
+    m: Tensor,
+    b: Tensor,
+    *,
+    rank_one: tuple[Tensor, Tensor] | None = None,
+    precision: Precision = "auto",
+    overwrite: bool = False,
 ) -> Solved:
     """X with X (M + u v^T) = B, M symmetric positive definite: rows of B are the right-hand sides.
 
@@ -34,16 +39,20 @@ def solve_psd(
     b         [..., k, n], the same batch; M^-1 B is solve_psd(m, B.mT).x.mT
     rank_one  u, v [..., n]: by one more right-hand side, M + u v^T is never formed and need not be symmetric
     precision auto: float32 for results in float32 and estimated conditions up to 1e3, else float64
+    overwrite m (both triangles filled, in that precision) may be used up for its factor, which then takes no memory;
+              not with auto
     Error     |X - true| <= c condition eps |X|, c about 4, eps 6e-8 or 1.1e-16
     Cost      n^3 / 3 + (k + 1) n^2 multiply-adds; auto repeats the factorisation where it turns to float64.
     Raises    ValueError (shapes, dtypes); NonFinite; NumericError (not positive definite; u v^T makes it singular).
     Source    Sherman and Morrison, 1950."""
     _check_matrix("solve_psd", m)
+    if overwrite and precision == "auto":
+        raise ValueError("solve_psd: overwrite needs a precision: auto may factor m twice")
     n = m.shape[-1]
     _check("solve_psd", "b", b, (*m.shape[:-2], b.shape[-2] if b.dim() > 1 else 0, n))
     u, v = _vectors("solve_psd", rank_one, (*m.shape[:-2], n), (*m.shape[:-2], n), b)
     rows = b if v is None else torch.cat([b, v[..., None, :].to(b.dtype)], dim=-2)
-    return _corrected("solve_psd", _solve_rows("solve_psd", m, rows, precision), u)
+    return _corrected("solve_psd", _solve_rows("solve_psd", m, rows, precision, overwrite), u)
 
 
 def solve_ridge(
@@ -91,8 +100,10 @@ def condition_estimate(m: Tensor) -> Tensor:
     Cost     n^3 / 3 + 64 n^2 multiply-adds in float64."""
     _check_matrix("condition_estimate", m)
     flat = m.double().reshape(math.prod(m.shape[:-2]), *m.shape[-2:])
+    if m.shape[-1] == 0:
+        return torch.ones(m.shape[:-2], dtype=torch.float64, device=m.device)
     factor, failed = torch.linalg.cholesky_ex(flat)
-    found = _condition(flat, _valid(factor, failed))
+    found = _largest(flat) * _largest_inverse(_valid(factor, failed))
     return torch.where(failed == 0, found, torch.inf).reshape(m.shape[:-2])
 
 
@@ -132,7 +143,7 @@ def _with_ridge(m: Tensor, ridge: float) -> Tensor:
     return result
 
 
-def _solve_rows(op: str, m: Tensor, b: Tensor, precision: Precision) -> Solved:
+def _solve_rows(op: str, m: Tensor, b: Tensor, precision: Precision, overwrite: bool = False) -> Solved:
     """B M^-1, matrix by matrix on the CPU (the same bits as alone), together on CUDA."""
     if precision not in ("auto", "float32", "float64"):
         raise ValueError(f"{op}: precision must be auto, float32 or float64, got {precision!r}")
@@ -147,23 +158,34 @@ def _solve_rows(op: str, m: Tensor, b: Tensor, precision: Precision) -> Solved:
     wide = torch.full((count,), precision == "float64" or (precision == "auto" and out == torch.float64))
     groups = [slice(0, count)] if m.is_cuda else [slice(i, i + 1) for i in range(count)]
     for at in groups if x.numel() else []:
+        part = _Part(flat_m[at], flat_b[at], x[at], condition[at])
         if not bool(wide[at].any()):
-            wide[at] = _solve_into(op, flat_m[at], flat_b[at], x[at], condition[at], torch.float32, precision)
-        again = torch.arange(count)[at][wide[at]].to(m.device)
-        if again.numel():
-            part, found = x[again], condition[again]
-            _solve_into(op, flat_m[again], flat_b[again], part, found, torch.float64, "float64")
-            x[again], condition[again] = part, found
+            wide[at] = _solve_into(op, part, torch.float32, precision, overwrite)
+        if bool(wide[at].all()):
+            _solve_into(op, part, torch.float64, "float64", overwrite)
+        elif bool(wide[at].any()):
+            again = torch.arange(count)[at][wide[at]].to(m.device)
+            part = _Part(flat_m[again], flat_b[again], x[again], condition[again])
+            _solve_into(op, part, torch.float64, "float64", overwrite)
+            x[again], condition[again] = part.x, part.condition
     return Solved(x.reshape(b.shape), condition.reshape(batch), wide.to(m.device).reshape(batch))
 
 
-def _solve_into(
-    op: str, m: Tensor, b: Tensor, x: Tensor, condition: Tensor, dtype: torch.dtype, precision: Precision
-) -> Tensor:
+class _Part(NamedTuple):
+    """Some matrices of a batch; x and condition are filled in."""
+
+    m: Tensor  # [b, n, n]
+    b: Tensor  # [b, k, n]
+    x: Tensor
+    condition: Tensor  # [b]
+
+
+def _solve_into(op: str, part: _Part, dtype: torch.dtype, precision: Precision, overwrite: bool) -> Tensor:
     """Fills condition, and x where some matrix needs no more than `dtype`; returns on the host which ones need float64
     (auto only)."""
-    m = m.to(dtype)
-    factor, failed = torch.linalg.cholesky_ex(m)
+    m = part.m.to(dtype)
+    largest = _largest(m)
+    factor, failed = _in_place(m) if overwrite else torch.linalg.cholesky_ex(m)
     if precision != "auto" and bool((failed != 0).any()):
         index = int((failed != 0).nonzero()[0])
         raise NumericError(
@@ -171,10 +193,11 @@ def _solve_into(
             f"{int(failed[index])} of {m.shape[-1]}): add a ridge to its diagonal, or solve in float64"
         )
     factor = _valid(factor, failed)
-    condition.copy_(_condition(m, factor))
-    again = ((failed != 0) | (condition > FLOAT32_CONDITION)).cpu() & (precision == "auto")
+    part.condition.copy_(largest * _largest_inverse(factor))
+    again = ((failed != 0) | (part.condition > FLOAT32_CONDITION)).cpu() & (precision == "auto")
     if not bool(again.all()):
-        x.copy_(torch.cholesky_solve(b.mT.to(dtype), factor).mT)
+        half = torch.linalg.solve_triangular(factor.mT, part.b.to(dtype), upper=True, left=False)
+        part.x.copy_(torch.linalg.solve_triangular(factor, half, upper=False, left=False))
     return again
 
 
@@ -205,18 +228,25 @@ def _largest(m: Tensor, steps: int = POWER_STEPS) -> Tensor:
     return (v @ m).double().norm(dim=-1).amax(-1)
 
 
-def _condition(m: Tensor, factor: Tensor) -> Tensor:
-    if m.shape[-1] == 0:
-        return torch.ones(m.shape[0], dtype=torch.float64, device=m.device)
-    v = _vectors_like(m).mT
+def _in_place(m: Tensor) -> tuple[Tensor, Tensor]:
+    """cholesky_ex of symmetric matrices [b, n, n] with contiguous rows, in their own memory."""
+    columns = m.mT  # LAPACK's order
+    failed = torch.empty(m.shape[:-2], dtype=torch.int32, device=m.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, failed))
+    return columns, failed
+
+
+def _largest_inverse(factor: Tensor) -> Tensor:
+    """Largest eigenvalue of the inverse of each factor factor^T, from below, float64 [b]."""
+    v = _vectors_like(factor).mT
     for _ in range(POWER_STEPS):
-        v = torch.nn.functional.normalize(_solved(factor, v), dim=-2)
-    return _largest(m) * _solved(factor, v).double().norm(dim=-2).amax(-1)
+        v = torch.nn.functional.normalize(_solve_columns(factor, v), dim=-2)
+    return _solve_columns(factor, v).double().norm(dim=-2).amax(-1)
 
 
-def _solved(factor: Tensor, b: Tensor) -> Tensor:
-    """As torch.cholesky_solve, which copies the factor: for a few columns that costs more than the solution."""
-    half = torch.linalg.solve_triangular(factor, b, upper=False)
+def _solve_columns(factor: Tensor, v: Tensor) -> Tensor:
+    """As cholesky_solve, which copies the factor: for a few columns that costs several times the solve."""
+    half = torch.linalg.solve_triangular(factor, v, upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
@@ -224,13 +254,14 @@ def _corrected(op: str, solved: Solved, u: Tensor | None) -> Solved:
     """X0 - (X0 u) r / (1 + r u), r the last row of the solution."""
     if u is None:
         return solved
-    x, row = solved.x[..., :-1, :].double(), solved.x[..., -1:, :].double()
+    x, row = solved.x[..., :-1, :], solved.x[..., -1:, :].double()
     wide_u = u.double()[..., None]  # [..., n, 1]
     divisor = 1.0 + row @ wide_u  # [..., 1, 1]
-    eps = torch.finfo(solved.x.dtype).eps
+    eps = torch.finfo(x.dtype).eps
     if bool((divisor.abs() <= 8 * eps * (1.0 + row.abs() @ wide_u.abs())).any()):
         raise NumericError(f"{op}: the rank-one term makes the matrix singular (1 + v^T M^-1 u is 0 up to rounding)")
-    return solved._replace(x=(x - (x @ wide_u) @ row / divisor).to(solved.x.dtype))
+    share = (x.double() @ wide_u) / divisor  # [..., k, 1]
+    return solved._replace(x=x - share.to(x.dtype) * row.to(x.dtype))
 
 
 def _check_matrix(op: str, m: Tensor) -> None:

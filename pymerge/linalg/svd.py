@@ -38,8 +38,8 @@ def truncated_svd(
     Error    info.certified_rank: leading directions, left and right, whose angle to the true ones is proven to have a
              sine <= 0.1 (Wedin); info.residual, info.captured, info.excess.
     Cost     r = min(m, n), N = max(m, n), l = k + max(16, k/8). gram: r^2 N / 2 float64 multiply-adds, a range
-             eigensolve (CPU; a full one on CUDA) and r N k; iteration: about 2 r N l for each of up to 8 degrees a
-             round, 3-5 rounds; fast: 7 r N l.
+             eigensolve (CPU; a full one on CUDA) and r N k; iteration: with l = max(2 k, k + 16) 2 r N l for each of
+             about 12 steps, most often in one round; fast: 7 r N l.
     Raises   NonFinite (NaN/Inf in a, with batch index); ValueError (rank outside 1..min(m, n), dtype, mode, tol,
              route).
     Source   arXiv 0909.4061, algorithms 4.4 and 5.1 (fast); Rayleigh-Ritz with a Chebyshev filter (iteration)."""

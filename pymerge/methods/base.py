@@ -38,6 +38,7 @@ __all__ = [
     "TaskGroup",
     "TensorInfo",
     "chain_rule",
+    "merges_by_rule",
     "param",
     "register",
 ]
@@ -159,8 +160,8 @@ class Method:
     ignored: ClassVar[Mapping[str, str]] = {}  # names that mergekit accepts without effect here, with the reason
     element_wise: ClassVar[bool] = False
     spectral: ClassVar[bool] = False  # acts on weight matrices only; other tensors go past it
-    # What a step that is no DeltaRule must see at once: the tensor, whole rows (slices of the first dimension), or any
-    # range of entries.
+    # What a step that is no DeltaRule must see at once: the tensor, whole rows (slices of the first dimension; a tensor
+    # with fewer than two dimensions is one row), or any range of entries.
     unit: ClassVar[Literal["tensor", "rows", "entries"]] = "tensor"
 
     def __post_init__(self) -> None:
@@ -203,13 +204,18 @@ class Combine(Method):
     """T task tensors in, one merged update out."""
 
     step = "combine"
-    base_role: ClassVar[Literal["required", "none", "first"]] = (
-        "required"  # "first": the base is the first of the models
-    )
+    # "first": the base is the first of the models; "optional": with a base the method merges task vectors, without one
+    # whole weights; "none": a base is a model like any other
+    base_role: ClassVar[Literal["required", "optional", "none", "first"]] = "required"
     models: ClassVar[tuple[int, int | None]] = (1, None)  # fewest and most fine-tuned models
 
+    @classmethod
+    def subtracts(cls, has_base: bool) -> bool:
+        """Whether the method sees task vectors, in a merge with or without a base."""
+        return cls.base_role == "required" or (cls.base_role == "optional" and has_base)
+
     def combine(self, group: TaskGroup) -> Tensor:
-        """Merged update, float32: what is added to the base, or the merged weight where base_role is not "required"."""
+        """Merged update, float32: what is added to the base, or the merged weight where none is subtracted."""
         raise NotImplementedError
 
 
@@ -245,6 +251,7 @@ class ElementWiseCombine(Combine):
     """A combine step that is a `DeltaRule`: runs on torch tensors and, streamed, on byte buffers without torch."""
 
     element_wise = True
+    takes_selection: ClassVar[bool] = True  # whether element-wise purify steps may edit the rule
 
     @property
     def survey_scope(self) -> Literal["tensor", "model"]:
@@ -285,6 +292,13 @@ class ElementWisePurify(Purify):
 def _only(task: int, tasks: int, step: ElementWisePurify, info: TensorInfo) -> DeltaRule:
     """The rule whose sum is one purified task vector: the other tasks weigh nothing."""
     return step.amend(DeltaRule(weights=tuple(float(t == task) for t in range(tasks))), info)
+
+
+def merges_by_rule(purify: Sequence[Purify], combine: Combine) -> bool:
+    """Whether one `DeltaRule` does all these steps: `chain_rule` gives it."""
+    if not (isinstance(combine, ElementWiseCombine) and combine.element_wise):
+        return False
+    return not purify or (combine.takes_selection and all(step.element_wise for step in purify))
 
 
 def chain_rule(purify: Sequence[Purify], combine: ElementWiseCombine, info: TensorInfo) -> DeltaRule:

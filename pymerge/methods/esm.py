@@ -203,10 +203,10 @@ def layer_factors(norms: Mapping[str, float], power: float) -> dict[str, float]:
 
 
 def esm_bytes(info: TensorInfo) -> int:
-    """The larger of: one task's D, its float64 form, that times G, G and what it is unpacked from, and two matrices of
-    the eigenproblem; both stacks and their factors, a Gram matrix, its eigenvectors and what the solver needs."""
+    """Both stacks, and the larger of: what the directions of one task take (moments, products and eigenproblem in
+    float64), what a polar factor takes (at most 20 times its Gram matrix, 15 times a large one); both as measured."""
     m, n = info.shape[0], info.numel // max(1, info.shape[0])
-    q = min(m, n)
-    task = 4 * m * n + 2 * 8 * m * n + 4 * 8 * n * n + 3 * 8 * q * q
-    polars = 2 * 4 * (m * m + m * n) + 8 * m * n + 5 * 8 * max(m * m, q * q)
+    q, tall = min(m, n), m > n
+    task = 4 * m * n + 8 * ((6 if tall else 2) * m * n + (4 if tall else 2) * n * n + 5 * q * q)
+    polars = max(15 * 8 * m * m, 4 * m * m + 20 * 8 * q * q)
     return 4 * (m * m + m * n) + max(task, polars)

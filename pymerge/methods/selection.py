@@ -38,14 +38,12 @@ def weight_sum(weight: Any, tasks: int) -> float:
     return math.fsum(per_task(weight, tasks, "weight"))
 
 
-def zero_sum(weight: Any, normalize: bool | None) -> list[str]:
+def zero_sum(weight: Any, normalize: bool | None, switch: str = "normalize") -> list[str]:
     """The problem of weights that cannot be normalised, if they are normalised at all."""
     total = math.fsum(weight) if isinstance(weight, tuple) else weight
     if not normalize or abs(total) >= _SUM_FLOOR:
         return []
-    return [
-        f"weight: the weights sum to {total:g}, which cannot be normalised: change a weight or set normalize: false"
-    ]
+    return [f"weight: the weights sum to {total:g}, which cannot be normalised: change a weight or set {switch}: false"]
 
 
 def refuse(rule: DeltaRule, step: str, *, mask: bool = False, window: bool = False, rescale: bool = False) -> None:

@@ -20,3 +20,19 @@ def philox4x32(key: int, group: Tensor, plane: int) -> list[Tensor]:
         c = [high1 ^ c[1] ^ k0, p1 & _LOW32, high0 ^ c[3] ^ k1, p0 & _LOW32]
         k0, k1 = (k0 + _W0) & _LOW32, (k1 + _W1) & _LOW32
     return c
+
+
+def draws(key: int, index: Tensor, plane: int) -> Tensor:
+    """16 random bits of each entry, in int64: Philox4x32-7 of (entry index >> 3), half-word (entry index & 7)."""
+    group, half = index >> 3, index & 7
+    c = philox4x32(key, group, plane)
+    word = torch.stack(c)[half >> 1, torch.arange(len(index), device=index.device)]
+    return (word >> (16 * (half & 1))) & 0xFFFF
+
+
+def run_of_draws(key: int, first: int, count: int, plane: int, device: torch.device) -> Tensor:
+    """`draws` of the entries first .. first + count - 1, int64 [count]: one Philox call for eight of them."""
+    groups = torch.arange(first >> 3, (first + count + 7) >> 3, device=device)
+    words = torch.stack(philox4x32(key, groups, plane), dim=1)  # [groups, 4]
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).reshape(-1)
+    return halves[first & 7 :][:count]

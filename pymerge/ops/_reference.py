@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pymerge.ops._random import philox4x32
+from pymerge.ops._random import draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +40,13 @@ def deltas(base: Tensor | None, tuned: Sequence[Tensor]) -> list[Tensor]:
     return flat if base is None else [x - base.float().reshape(-1) for x in flat]
 
 
-def _draws(key: int, index: Tensor, plane: int) -> Tensor:
-    """16 random bits of each entry: Philox4x32-7 of (entry index >> 3), half-word (entry index & 7)."""
-    group, half = index >> 3, index & 7
-    c = philox4x32(key, group, plane)
-    word = torch.stack(c)[half >> 1, torch.arange(len(index), device=index.device)]
-    return (word >> (16 * (half & 1))) & 0xFFFF
-
-
 def random_mask(keep: float, key: int, index: Tensor) -> Tensor:
     """Which of the entries `index` (int64, within the tensor) the mask keeps: bool, of index's shape."""
     if keep >= 1.0:
         return torch.ones_like(index, dtype=torch.bool)
     limit = int(keep * 2.0**32)
-    draw = _draws(key, index, 0)
-    return (draw < limit >> 16) | ((draw == limit >> 16) & (_draws(key, index, 1) < (limit & 0xFFFF)))
+    draw = draws(key, index, 0)
+    return (draw < limit >> 16) | ((draw == limit >> 16) & (draws(key, index, 1) < (limit & 0xFFFF)))
 
 
 def masked(d: Sequence[Tensor], keep: Sequence[float] | None, keys: Sequence[int] | None) -> list[Tensor]:

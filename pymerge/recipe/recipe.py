@@ -88,7 +88,7 @@ class Recipe(Parsed):
     @property
     def subtract_base(self) -> bool:
         """Whether methods see task vectors (model minus base) and their result is added to the base."""
-        return self.combine_class.base_role == "required"
+        return self.combine_class.subtracts(self.base is not None)
 
     @property
     def output_dtype(self) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
-from pymerge.methods.base import STYLES, Combine, ElementWiseCombine, Method, Style, TensorInfo, chain_rule
+from pymerge.methods.base import STYLES, Combine, Method, Style, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
@@ -213,15 +213,12 @@ class _Parser:
     def _tasks(self, cls: type[Combine], base: ModelRef | None, listed: tuple[ModelRef, ...]) -> tuple[ModelRef, ...]:
         """The models that the method sees, by mergekit's rules for the base."""
         others = tuple(m for m in listed if base is None or not m.same_model(base))
-        if base is None and cls.base_role != "none":
+        if base is None and cls.base_role in ("required", "first"):
             self.problems.add("base_model", f"must be given: {cls.name} needs a base")
         if cls.base_role == "none":
             tasks = listed if base is None or len(others) < len(listed) else (*listed, base)
-            if len(tasks) > len(listed) and (self.python or "weight" not in (self.raw.get("parameters") or {})):
-                self.problems.add(
-                    "base_model",
-                    f"{cls.name} averages the base like any other model: list it with its weight, or drop this key",
-                )
+            if len(tasks) > len(listed):
+                self._base_among_the_models(cls, tasks[-1])
             return tasks
         for model in listed:
             if model not in others and model.params:
@@ -231,7 +228,8 @@ class _Parser:
         low, high = cls.models
         if listed and (len(others) < low or (high is not None and len(others) > high)):
             wanted = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-            self.problems.add("models", f"{cls.name} merges {wanted} beside the base, got {len(others)}")
+            beside = "" if base is None and cls.base_role == "optional" else " beside the base"
+            self.problems.add("models", f"{cls.name} merges {wanted}{beside}, got {len(others)}")
         return (base, *others) if cls.base_role == "first" and base else others
 
     def _beside(self, steps: Sequence[type[Method]], tasks: Sequence[ModelRef]) -> None:
@@ -245,6 +243,16 @@ class _Parser:
                 elif given and not users:
                     names = ", ".join(step.name for step in steps)
                     self.problems.add("models", f"{key} of {model.path}: {names} does not use it")
+
+    def _base_among_the_models(self, cls: type[Combine], base: ModelRef) -> None:
+        """A base that is not listed, of a method that subtracts none: one more model, where nothing else is missing."""
+        weighted = "weight" in params_of(cls)
+        averages = f"{cls.name} averages the base like any other model"
+        if self.python or (weighted and "weight" not in (self.raw.get("parameters") or {})):
+            how = "list it with its weight" if weighted else "list it"
+            self.problems.add("base_model", f"{averages}: {how}, or drop this key")
+        elif not weighted:
+            self.problems.note(f"{averages}: {base.path} is one of its models")
 
     def _steps(self, key: str, tasks: int) -> tuple[StepSpec, ...]:
         raw = self.raw.get(key)
@@ -345,8 +353,9 @@ class _Parser:
         """Steps that are each fine and do not go together; where hyperparameters differ by tensor, the plan checks."""
         combine = templates[purify].cls
         assert issubclass(combine, Combine)
-        if purify and combine.base_role != "required":
-            self.problems.add("purify", f"{combine.name} merges whole weights, purify steps need task vectors")
+        if purify and not combine.subtracts(self.raw.get("base_model") is not None):
+            hint = "; give base_model" if combine.base_role == "optional" else ""
+            self.problems.add("purify", f"{combine.name} merges whole weights, purify steps need task vectors{hint}")
             return
         if len(templates) > purify + 1 and combine.base_role != "required":
             self.problems.add("calibrate", f"{combine.name} merges whole weights, calibrate steps need a merged update")
@@ -355,7 +364,7 @@ class _Parser:
             return
         try:
             steps: list[Any] = [template.at("", 0.0) for template in templates]
-            if isinstance(steps[purify], ElementWiseCombine) and all(step.element_wise for step in steps[:purify]):
+            if merges_by_rule(steps[:purify], steps[purify]):
                 chain_rule(steps[:purify], steps[purify], TensorInfo(name="any", shape=(64, 64), tasks=tasks))
         except RecipeError as e:
             for line in str(e).splitlines():

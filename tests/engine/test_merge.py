@@ -43,14 +43,19 @@ SETTINGS = {
     "dare, then ties": {"method": "ties", "purify": {"method": "dare"}, "scope": "tensor"},
     "dare, then global ties": {"method": "ties", "purify": {"method": "dare"}},
     "trim, then sum": {"method": "task_arithmetic", "purify": {"method": "trim"}},
+    "nuslerp": {"method": "nuslerp", "weight": [0.3, 0.9]},
+    "nuslerp rows": {"method": "nuslerp", "weight": [0.3, 0.9], "nuslerp_flatten": False},
+    "karcher": {"method": "karcher"},
+    "model_stock": {"method": "model_stock"},
+    "dare, then model_stock": {"method": "model_stock", "purify": {"method": "dare"}},
+    "della mergekit": {"method": "della", "style": "mergekit", "weight": 0.4, "density": 0.3},
 }
 
 
 def inputs(setting, base, models):
     """Base and models as the method takes them."""
-    if setting["method"] == "slerp":
-        return base, models[:1]
-    return (None if setting["method"] == "linear" else base), models
+    few = {"slerp": 1, "nuslerp": 2}.get(setting["method"], 3)
+    return (None if setting["method"] in ("linear", "karcher") else base), models[:few]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -81,6 +86,19 @@ def test_the_torch_path_gives_the_same_bits(tmp_path, setting, monkeypatch):
     monkeypatch.setattr(planning.Planner, "streams", lambda self, steps: False)
     generic = pymerge.merge(base and read_model(base), [read_model(m) for m in models], **setting)
     assert same(streamed, generic)
+
+
+def test_an_optional_base(tmp_path):
+    """Without one whole weights are merged; on disk and in memory alike."""
+    base, models = family(tmp_path, 2, SHAPES, torch.float32)
+    zero = {name: torch.zeros_like(x) for name, x in read_model(base).items()}
+    for method in ("nuslerp", "multislerp"):
+        pymerge.merge(None, models, out=tmp_path / method, method=method)
+        without = pymerge.merge(None, [read_model(m) for m in models], method=method)
+        assert same(read_model(tmp_path / method), without)
+        assert same(without, pymerge.merge(zero, [read_model(m) for m in models], method=method))
+        around = pymerge.merge(read_model(base), [read_model(m) for m in models], method=method)
+        assert not torch.allclose(around["layers.0.w"], without["layers.0.w"], atol=1e-4)
 
 
 def test_the_tight_budget_really_sweeps(tmp_path):

@@ -25,7 +25,7 @@ FILES = golden_files()
 
 def merged_by_steps(golden: Golden, name: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Each tensor by its rule; with scope "global" all tensors, sorted by name, as one."""
-    uses_base = pymerge.methods.describe(name).base == "required"
+    uses_base = golden.with_base
     recipe = Recipe.from_kwargs(golden.base if uses_base else None, golden.tasks, name, **arguments)
     steps = recipe.steps_for("", 0.0)
     assert isinstance(steps.combine, ElementWiseCombine)
@@ -49,12 +49,11 @@ def is_rule(name: str, arguments: dict[str, Any]) -> bool:
     return issubclass(pymerge.methods.get(name), ElementWiseCombine) and not arguments.get("calibrate")
 
 
-def merged_whole(
-    name: str, arguments: dict[str, Any], base: dict[str, torch.Tensor], tasks: list[dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """By the public function, in memory."""
-    uses_base = pymerge.methods.describe(name).base == "required"
-    return pymerge.merge(base if uses_base else None, tasks, method=name, **arguments)
+def merged_whole(golden: Golden, models: list[dict[str, torch.Tensor]], **changes: Any) -> dict[str, torch.Tensor]:
+    """By the public function, in memory; models are the base and the tasks."""
+    name, arguments = recipe_of(golden)
+    base, *tasks = models
+    return pymerge.merge(base if golden.with_base else None, tasks, method=name, **arguments, **changes)
 
 
 def use_masks(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +88,7 @@ def test_golden(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for n, mine in merged_by_steps(golden, name, arguments).items():
             assert delta_error(mine, golden, n) <= golden.bound(n), n
     if not golden.masks:  # the native mask cannot be replaced from outside
-        for n, mine in merged_whole(name, arguments, golden.base, golden.tasks).items():
+        for n, mine in merged_whole(golden, [golden.base, *golden.tasks]).items():
             assert delta_error(mine, golden, n) <= golden.bound(n), n
 
 
@@ -101,9 +100,8 @@ def test_golden_inputs_in_bfloat16(path: Path) -> None:
         pytest.skip(
             f"not built yet: {golden.not_built}" if golden.not_built else "the mask cannot be given from outside"
         )
-    name, arguments = recipe_of(golden)
     stored = [{n: t.bfloat16() for n, t in model.items()} for model in (golden.base, *golden.tasks)]
     wide = [{n: t.float() for n, t in model.items()} for model in stored]
-    narrow = merged_whole(name, arguments | {"out_dtype": "float32"}, stored[0], stored[1:])
-    for n, expected in merged_whole(name, arguments, wide[0], wide[1:]).items():
+    narrow = merged_whole(golden, stored, out_dtype="float32")
+    for n, expected in merged_whole(golden, wide).items():
         assert torch.equal(narrow[n], expected), n

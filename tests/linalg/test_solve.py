@@ -53,6 +53,18 @@ def test_solve_psd(precision, dtype, condition):
             assert 0.5 * condition <= float(found.condition) <= 1.01 * condition + 1
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_overwriting_gives_the_same_bits(precision, batch):
+    m = definite(40, 100.0).to(getattr(torch, precision)).expand(*batch, 40, 40).contiguous()
+    b = randn(*batch, 7, 40).to(m)
+    expected = solve_psd(m, b, precision=precision)
+    found = solve_psd(m.clone(), b, precision=precision, overwrite=True)
+    assert torch.equal(found.x, expected.x) and torch.equal(found.condition, expected.condition)
+    with pytest.raises(ValueError, match="solve_psd: overwrite needs a precision"):
+        solve_psd(m, b, overwrite=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rank_one_term(dtype):
     """The prior of ACE: one row added to all rows of M, so the matrix is not symmetric."""

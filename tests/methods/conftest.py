@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pymerge.methods.base import Combine, Purify, TensorInfo, chain_rule
-from pymerge.methods.base import ElementWiseCombine as Rule
+from pymerge.methods.base import Combine, ElementWiseCombine, Purify, TaskGroup, TensorInfo, chain_rule, merges_by_rule
 from pymerge.ops.delta import merge_by_rule
 
 Merge = Callable[..., Tensor]
@@ -25,10 +24,16 @@ def merge() -> Merge:
         name: str = "w",
         seed: int = 0,
     ) -> Tensor:
-        assert isinstance(method, Rule)
         info = TensorInfo(name=name, shape=tuple(tuned[0].shape), tasks=len(tuned), seed=seed)
-        base = base if method.base_role == "required" else None
-        return merge_by_rule(chain_rule(purify, method, info), base, tuned, add=base)
+        base = base if method.subtracts(base is not None) else None
+        if merges_by_rule(purify, method):
+            assert isinstance(method, ElementWiseCombine)
+            return merge_by_rule(chain_rule(purify, method, info), base, tuned, add=base)
+        group = TaskGroup(info=info, base=base, tuned=tuple(tuned))
+        for step in purify:
+            group = TaskGroup(info=info, base=None, tuned=step.purify(group))
+        update = method.combine(group)
+        return update if base is None else update + base.float()
 
     return run
 

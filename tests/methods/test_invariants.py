@@ -15,7 +15,8 @@ from tests.methods.conftest import Merge
 STYLED = [
     (name, style)
     for name in methods.list("combine")
-    if name not in ("linear", "slerp") and issubclass(methods.get(name), ElementWiseCombine)
+    if name not in ("linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+    and issubclass(methods.get(name), ElementWiseCombine)
     for style in ("authors", "mergekit", "mergekit-0.1.4")
     if not (name == "breadcrumbs_ties" and style == "authors")
 ]
@@ -55,7 +56,7 @@ def test_update_is_homogeneous_in_the_task_vectors(name: str, style: str, merge:
 def test_order_of_tasks_does_not_matter(name: str, style: str, merge: Merge, tensors: Any) -> None:
     base, tuned = tensors
     weight = (0.5, 1.0, 0.25)
-    if name.startswith("dare"):
+    if name.startswith(("dare", "della")):
         method, permuted = (build(name, style, weight=w, density=1) for w in (weight, weight[::-1]))
     else:
         method, permuted = (build(name, style, weight=w) for w in (weight, weight[::-1]))

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pymerge.ops._reference import _draws, random_mask
+from pymerge.ops._random import draws
+from pymerge.ops._reference import random_mask
 from pymerge.ops.delta import merge_by_rule
 from pymerge.ops.delta_merge import delta_merge
 from pymerge.ops.delta_rule import DeltaRule
@@ -202,6 +203,6 @@ def test_bad_arguments(change, message):
 
 def test_the_mask_draws_are_philox4x32_7():
     """Counter 0, key 0 of the known-answer file of Random123 (philox4x32, 7 rounds)."""
-    draws = _draws(0, torch.arange(8), 0).tolist()
-    words = [draws[2 * i] | draws[2 * i + 1] << 16 for i in range(4)]
+    halves = draws(0, torch.arange(8), 0).tolist()
+    words = [halves[2 * i] | halves[2 * i + 1] << 16 for i in range(4)]
     assert words == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]

@@ -144,6 +144,46 @@ def test_slerp_starts_at_the_base(listed: list[str]) -> None:
     assert [value(r, attention(i), "t") for i in range(4)] == [0.0, 0.5, 0.3, 0.7] and value(r, HEAD, "t") == 0.5
 
 
+@pytest.mark.parametrize("listed", [["a", "b"], ["a", "base", "b"]])
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+def test_an_optional_base_is_the_origin_and_no_model(method: str, listed: list[str]) -> None:
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in listed]
+    with_base = Recipe.from_dict({"base_model": "base", "merge_method": method, "models": models})
+    assert [m.path for m in with_base.models] == ["a", "b"] and with_base.subtract_base
+    assert value(with_base, HEAD, "weight") == (0.5, 0.5)
+    without = Recipe.from_dict({"merge_method": method, "models": [m for m in models if m["model"] != "base"]})
+    assert [m.path for m in without.models] == ["a", "b"] and not without.subtract_base
+
+
+@pytest.mark.parametrize(("base", "wanted"), [(None, "2, got 3"), ("base", "2 beside the base, got 3")])
+def test_nuslerp_takes_two_models(base: str | None, wanted: str) -> None:
+    models = [{"model": name, "parameters": {"weight": 1}} for name in ("a", "b", "c")]
+    with pytest.raises(RecipeError, match=f"nuslerp merges {wanted}"):
+        Recipe.from_dict({"base_model": base, "merge_method": "nuslerp", "models": models})
+
+
+@pytest.mark.parametrize("base", [None, "base"])
+def test_purify_needs_the_optional_base(base: str | None) -> None:
+    models = [{"model": name, "parameters": {"weight": 1}} for name in ("a", "b")]
+    raw = {"base_model": base, "merge_method": "multislerp", "models": models, "purify": "trim"}
+    if base:
+        Recipe.from_dict(raw)
+    else:
+        with pytest.raises(RecipeError, match="purify: multislerp merges whole weights, .*; give base_model"):
+            Recipe.from_dict(raw)
+
+
+def test_karcher_averages_the_base_like_any_other_model() -> None:
+    raw = {"base_model": "base", "merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}]}
+    r = Recipe.from_dict(raw)
+    assert [m.path for m in r.models] == ["a", "b", "base"] and not r.subtract_base
+    assert r.notes == ("karcher averages the base like any other model: base is one of its models",)
+    listed = Recipe.from_dict(raw | {"models": [{"model": "base"}, {"model": "a"}]})
+    assert [m.path for m in listed.models] == ["base", "a"] and listed.notes == ()
+    with pytest.raises(RecipeError, match="karcher averages the base like any other model: list it, or drop this key"):
+        Recipe.from_kwargs("base", ["a", "b"], "karcher")
+
+
 def test_a_model_listed_twice_is_an_error() -> None:
     models = [{"model": name, "parameters": {"weight": 1}} for name in ("a", "./a")]
     with pytest.raises(RecipeError, match=r"models\[1\]: ./a is listed twice"):
@@ -166,6 +206,31 @@ def test_parameters_without_effect_become_notes() -> None:
 )
 def test_output_dtype(keys: dict[str, str], code: str | None) -> None:
     assert recipe("ties", {"weight": 1}, {"weight": 1}, **keys).output_dtype == code
+
+
+def test_defaults_of_the_methods_on_spheres_and_of_della() -> None:
+    weights: Any = ({"weight": 1}, {"weight": 1})
+    values = vars(recipe("nuslerp", *weights).steps_for(HEAD, 0.0).combine)
+    assert values == {"weight": (1.0, 1.0), "nuslerp_flatten": True, "nuslerp_row_wise": False}
+    values = vars(recipe("multislerp", *weights).steps_for(HEAD, 0.0).combine)
+    assert values == {"weight": (1.0, 1.0), "normalize_weights": True, "eps": 1e-8}
+    assert vars(recipe("karcher").steps_for(HEAD, 0.0).combine) == {"max_iter": 10, "tol": 1e-5}
+    values = vars(recipe("model_stock").steps_for(HEAD, 0.0).combine)
+    assert values == {"style": "mergekit", "filter_wise": False, "clamp": False}
+    for method, normalize in (("della", True), ("della_linear", False)):
+        values = vars(recipe(method, *weights).steps_for(HEAD, 0.0).combine)
+        assert values == {
+            "style": "mergekit",
+            "weight": (1.0, 1.0),
+            "density": (1.0, 1.0),
+            "epsilon": (0.15, 0.15),
+            "rescale": True,
+            "normalize": normalize,
+            "scale": 1.0,
+        }
+    for method in ("nuslerp", "multislerp", "della", "della_linear"):
+        with pytest.raises(RecipeError, match="weight: must be given for a, b"):
+            recipe(method)
 
 
 def test_a_required_value_that_no_filter_gives_names_the_tensors() -> None:
