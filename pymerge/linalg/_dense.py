@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from pymerge.errors import NumericError
+from pymerge.linalg import _lapack
 
 CHUNK = 2048  # columns that are widened to float64 at a time
 MRRR_SHARE = 12
@@ -21,13 +22,9 @@ def gram(a: Tensor) -> Tensor:
     if a.device.type != "cpu":
         wide = a.double()
         return wide @ wide.mT
-    from scipy.linalg import get_blas_funcs
-
-    (syrk,) = get_blas_funcs(("syrk",), dtype="float64")
-    total = torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64).mT  # Fortran order: LAPACK works in place
+    total = torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64).mT  # column-major: LAPACK works in place
     for low, high in wide_blocks(a):
-        block = a[:, low:high].double().contiguous()
-        syrk(1.0, block.mT.numpy(), beta=1.0, c=total.numpy(), trans=1, lower=1, overwrite_c=1)
+        _lapack.add_gram_(total, a[:, low:high].double().contiguous())
     return total
 
 
@@ -40,27 +37,19 @@ def range_eigh(g: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     if g.device.type != "cpu":
         values, vectors = torch.linalg.eigh(g)
         return values[low:high], vectors[:, low:high]
-    from scipy.linalg import LinAlgError, eigh_tridiagonal, get_lapack_funcs
-
     r, count = g.shape[0], high - low
     if r == 1:
         return g[0], torch.ones_like(g)
-    tridiagonal, apply_reflectors = get_lapack_funcs(("sytrd", "ormqr"), dtype="float64")
-    form, diagonal, off, tau, _ = tridiagonal(g.numpy(), lower=1, lwork=64 * r, overwrite_a=1)
-
-    def pairs(driver: str) -> Any:
-        return eigh_tridiagonal(
-            diagonal, off, select="i", select_range=(low, high - 1), check_finite=False, lapack_driver=driver
-        )
-
+    if g.stride(0) != 1:
+        g = g.mT.contiguous().mT
+    diagonal, off, tau = _lapack.tridiagonal(g)
     try:
-        values, vectors = pairs("stemr" if count * MRRR_SHARE >= r else "stebz")
-    except LinAlgError:
-        values, vectors = pairs("stebz")
-    # The reflectors lie below the diagonal: the matrix that starts one row further down, without copying it.
-    reflectors = form.reshape(-1, order="F")[1 : 1 + r * (r - 1)].reshape((r, r - 1), order="F")
-    vectors[1:] = apply_reflectors("L", "N", reflectors, tau, vectors[1:], 64 * count)[0]
-    return torch.from_numpy(values), torch.from_numpy(vectors)
+        solve = _lapack.mrrr if count * MRRR_SHARE >= r else _lapack.bisection
+        values, vectors = solve(diagonal.clone(), off.clone(), low, high)
+    except NumericError:
+        values, vectors = _lapack.bisection(diagonal, off, low, high)
+    _lapack.reflect_(g, tau, vectors)
+    return values, vectors
 
 
 def top_eigh(g: Tensor, count: int) -> tuple[Tensor, Tensor]:
