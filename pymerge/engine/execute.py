@@ -12,14 +12,17 @@ from typing import Any, Protocol, TypeVar
 from pymerge import _C
 from pymerge.checkpoint import ITEMSIZE, safe_name
 from pymerge.engine.arena import Arena, Block, Closed, address_of
+from pymerge.engine.asking import rule_part, survey_key
 from pymerge.engine.check import FLOATS
 from pymerge.engine.non_finite import settle_non_finite
 from pymerge.engine.pipeline import Output, Pipeline, Segment
-from pymerge.engine.plan import BATCH, Item, Plan, survey_key
-from pymerge.engine.questions import answered
+from pymerge.engine.plan import Item, Plan
+from pymerge.engine.questions import answered, answered_purify
+from pymerge.engine.ranges import batches, tiles
 from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
 from pymerge.errors import InputError, Interrupted
-from pymerge.methods.base import Combine, ElementWiseCombine, TensorInfo, chain_rule
+from pymerge.methods.base import Combine, ElementWiseCombine, Purify, TensorInfo, chain_rule
+from pymerge.methods.emr import Emr
 from pymerge.ops.delta_rule import DeltaRule, resolve
 from pymerge.ops.native import delta_params
 from pymerge.recipe import Steps
@@ -104,12 +107,16 @@ class Executor:
         self.forget_other_tiles()
         self.answers: list[DeltaRule] = []  # of the model-wide surveys
         self.decided: dict[tuple[int, ...], Combine] = {}  # survey_key of steps with a question -> what goes on
+        self.cleaned: dict[int, Purify] = {}  # id of a purify step with a question -> what goes on
         self.params: dict[int, _C.DeltaParams] = {}  # id of an answered tiled item -> native parameters
 
     def run(self) -> None:
         """Everything that is not done yet. Raises Interrupted after a signal, with the finished work kept."""
         try:
             with self.numeric_threads(), self.pipeline:
+                for step, items in self.plan.purify_questions:
+                    if self.needed(items):
+                        self.cleaned[id(step)] = answered_purify(self, step, items)
                 for steps, items in self.plan.surveys:
                     self.answers.append(self.survey_model(steps, items))
                 for steps, items in self.plan.questions:
@@ -124,6 +131,14 @@ class Executor:
             raise
         finally:
             self.arena.discard()
+
+    def needed(self, items: Sequence[Item]) -> bool:
+        """Whether the answer for these items is still asked for: by what is left to do, or, later, by EMR's masks."""
+        return any(
+            (item.count and not self.is_done(item, item.first, item.count))
+            or (item.entry.steps is not None and isinstance(item.entry.steps.combine, Emr))
+            for item in items
+        )
 
     def numeric_threads(self) -> AbstractContextManager[Any]:
         """Items run side by side, each with the numeric threads that the plan says."""
@@ -245,11 +260,15 @@ class Executor:
         rule = item.rule
         if rule is not None and item.survey_scope is not None:
             rule = replace(self.answers[item.survey_scope], keep=rule.keep, keys=rule.keys)
-        assert item.entry.steps is not None
-        steps = item.entry.steps
-        steps = replace(steps, combine=self.decided.get(survey_key(steps), steps.combine))
-        facts = merge_generic(self.plan, pieces, self.device, steps, rule)
+        facts = merge_generic(self.plan, pieces, self.device, self.steps_of(item), rule)
         return [segment_of(piece, facts if piece is pieces[0] else {}) for piece in pieces]
+
+    def steps_of(self, item: Item) -> Steps:
+        """An item's steps, with the questions answered that have been."""
+        steps = item.entry.steps
+        assert steps is not None
+        purify = tuple(self.cleaned.get(id(step), step) for step in steps.purify)
+        return replace(steps, purify=purify, combine=self.decided.get(survey_key(steps), steps.combine))
 
     def compute_held(self, block: Block, piece: Piece) -> Output | None:
         """Answer the rule from memory, then let all workers apply it, tile by tile."""
@@ -318,10 +337,6 @@ class Executor:
 
     # surveys over more than fits into memory
 
-    def batches(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, int, int]]]:
-        """All tiles of the items; matrices that are merged as one together."""
-        return batches((item, *tile) for item in items for tile in tiles(item, item.first, item.count))
-
     def sweep_items(self, items: Sequence[Item]) -> Callable[..., list]:
         """A function that runs another over all tiles of the items, reading ahead, and returns its results in order."""
         ranges = [(item, first, count) for item in items for first, count in tiles(item, item.first, item.count)]
@@ -331,7 +346,8 @@ class Executor:
             results: dict[int, R] = {}
 
             def work(block: Block, piece: Piece) -> None:
-                results[piece.number] = function(piece.tile)
+                tile, _held = self.tile(piece)
+                results[piece.number] = function(tile)
                 block.release()
 
             for number in numbers:
@@ -341,6 +357,14 @@ class Executor:
             return [results[number] for number in numbers]
 
         return sweep
+
+    def tile(self, piece: Piece) -> tuple[Tile, Any]:
+        """What a rule is asked about in a piece, behind the purify steps that are no rule; and what holds it."""
+        if piece.item.mode != "generic" or not rule_part(self.steps_of(piece.item))[0]:
+            return piece.tile, None
+        from pymerge.engine.generic import tile_behind
+
+        return tile_behind(self.plan, piece, self.device, self.steps_of(piece.item))
 
     def answer_swept(self, item: Item) -> None:
         assert item.rule is not None
@@ -352,7 +376,9 @@ class Executor:
         assert isinstance(steps.combine, ElementWiseCombine)
         tasks = len(items[0].entry.tuned)
         info = TensorInfo(name="", shape=(sum(item.count for item in items),), tasks=tasks, seed=self.plan.recipe.seed)
-        return resolve(chain_rule(steps.purify, steps.combine, info), SweptSurvey(self.sweep_items(items), tasks))
+        return resolve(
+            chain_rule(rule_part(steps)[1], steps.combine, info), SweptSurvey(self.sweep_items(items), tasks)
+        )
 
 
 def segment_of(piece: Piece, facts: Mapping[str, Any] | None = None) -> Segment:
@@ -360,30 +386,3 @@ def segment_of(piece: Piece, facts: Mapping[str, Any] | None = None) -> Segment:
     width = piece.item.out_width
     crc = _C.crc32c((piece.out[0], piece.count * width))
     return Segment(piece.item.entry.name, piece.first * width, piece.out_view, crc, facts or {})
-
-
-def tiles(item: Item, first: int, count: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of the tiles of a range; tile borders are multiples of the tile size from the item's start."""
-    for start in range(first, first + count, item.tile):
-        yield start, min(item.tile, first + count - start)
-
-
-def batches(todo: Iterator[tuple[Item, int, int]]) -> Iterator[list[tuple[Item, int, int]]]:
-    """Small consecutive ranges together, matrices that are merged as one together, all others alone."""
-    batch: list[tuple[Item, int, int]] = []
-    size, kind = 0, None
-    for item, first, count in todo:
-        more = item.block_bytes(count)
-        alone = item.mode in ("swept", "generic") or more > BATCH
-        found = ("join", item.entry.join[0]) if item.entry.join is not None else None if alone else ("small", None)
-        if batch and (found != kind or (kind == ("small", None) and size + more > BATCH)):
-            yield batch
-            batch, size = [], 0
-        kind = found
-        if kind is None:
-            yield [(item, first, count)]
-        else:
-            batch.append((item, first, count))
-            size += more
-    if batch:
-        yield batch

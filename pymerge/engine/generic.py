@@ -16,11 +16,13 @@ from torch import Tensor
 
 from pymerge import _C
 from pymerge.checkpoint import safe_name
+from pymerge.engine.asking import rule_part
 from pymerge.engine.non_finite import raise_bad_input, raise_overflow
 from pymerge.engine.plan import Plan
+from pymerge.engine.survey import Tile
 from pymerge.errors import NumericError
-from pymerge.methods.base import Method, Notes, TaskGroup
-from pymerge.methods.surveyed import SurveyedCombine
+from pymerge.methods.base import Method, Notes, Purify, TaskGroup
+from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 from pymerge.ops.delta import merge_by_rule
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.ops.finite_cast import finite_cast
@@ -47,12 +49,14 @@ def threads_of_numerics(count: int) -> Iterator[None]:
 
 
 def merge_group(steps: Steps, group: TaskGroup, rule: DeltaRule | None) -> Tensor:
-    """The merged weight, float32. rule: of the element-wise steps up to combine; model-wide questions are answered."""
+    """The merged weight, float32. rule: of the element-wise steps up to combine, behind those that are no rule;
+    model-wide questions are answered."""
     base = group.base
-    if rule is not None and not steps.calibrate:
+    if rule is not None and not rule_part(steps)[0] and not steps.calibrate:
         return merge_by_rule(rule, base, group.tuned, add=base)
     if rule is not None:
-        update = merge_by_rule(rule, base, group.tuned)
+        seen = purified(rule_part(steps)[0], group)
+        update = merge_by_rule(rule, seen.base, seen.tuned)
     else:
         update = combined(steps, group)
     group.notes.combine = steps.combine.name
@@ -61,15 +65,23 @@ def merge_group(steps: Steps, group: TaskGroup, rule: DeltaRule | None) -> Tenso
     return update if base is None else update.add_(base.float())
 
 
-def purified(steps: Steps, group: TaskGroup) -> TaskGroup:
-    """What the combine step sees."""
-    for step in steps.purify:
+def purified(steps: Sequence[Purify], group: TaskGroup) -> TaskGroup:
+    """What the step behind these sees."""
+    for step in steps:
         view = oriented(step, group)
         tuned = step.purify(view)
         if view is not group:
             tuned = tuple(t.mT.contiguous() for t in tuned)
         group = replace(group, base=None, tuned=tuned)
     return group
+
+
+def purified_parts(steps: Sequence[Purify], group: TaskGroup, split: tuple[int, tuple[int, ...]] | None) -> TaskGroup:
+    """As `purified`, of a matrix that is merged in parts: the whole again."""
+    if split is None:
+        return purified(steps, group)
+    parts = [purified(steps, part).tuned for part in parts_of(group, split)]
+    return replace(group, base=None, tuned=tuple(torch.cat(t, split[0]) for t in zip(*parts, strict=True)))
 
 
 def oriented(step: Method, group: TaskGroup) -> TaskGroup:
@@ -83,7 +95,7 @@ def oriented(step: Method, group: TaskGroup) -> TaskGroup:
 
 def combined(steps: Steps, group: TaskGroup) -> Tensor:
     """The merged update."""
-    seen = purified(steps, group)
+    seen = purified(steps.purify, group)
     view = oriented(steps.combine, seen)
     update = steps.combine.combine(view)
     return update if view is seen else update.mT.contiguous()
@@ -95,25 +107,28 @@ def merge_parts(
     """As merge_group; a matrix with a split is merged part by part."""
     if split is None:
         return merge_group(steps, group, rule)
-    parts = parts_of(group, split)
-    merged = [merge_group(steps, part, rule) for part in parts]
-    group.notes.facts["parts"] = [part.notes.facts for part in parts]
+    merged, facts = [], []
+    for part in parts_of(group, split):
+        merged.append(merge_group(steps, part, rule))
+        facts.append(part.notes.facts)
+    group.notes.facts["parts"] = facts
     return torch.cat(merged, split[0])
 
 
-def parts_of(group: TaskGroup, split: tuple[int, tuple[int, ...]]) -> list[TaskGroup]:
-    """The parts of a matrix that are merged one by one, with notes of their own."""
+def parts_of(group: TaskGroup, split: tuple[int, tuple[int, ...]] | None) -> Iterator[TaskGroup]:
+    """The parts that a matrix is merged in, each with notes of its own; without a split the matrix."""
+    if split is None:
+        yield group
+        return
     dim, sizes = split
     bases = group.base.split(sizes, dim) if group.base is not None else (None,) * len(sizes)
     columns = [t.split(sizes, dim) for t in group.tuned]
     weights = [t.split(sizes, dim) for t in group.weights or ()]
-    parts = []
     for i, base in enumerate(bases):
-        tuned = tuple(pieces[i] for pieces in columns)
+        tuned = tuple(parts[i] for parts in columns)
         info = replace(group.info, name=f"{group.info.name}[{i}]", shape=tuple(tuned[0].shape))
-        part = replace(group, info=info, base=base, tuned=tuned, weights=tuple(w[i] for w in weights) or None)
-        parts.append(replace(part, notes=Notes()))
-    return parts
+        shares = tuple(w[i] for w in weights) or None
+        yield replace(group, info=info, base=base, tuned=tuned, weights=shares, notes=Notes())
 
 
 def merge_generic(
@@ -145,11 +160,34 @@ def survey_pieces(plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps
     """What a combine step with a question finds in what `merge_generic` merges, behind the purify steps."""
     entry = pieces[0].item.entry
     group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
-    groups = parts_of(group, entry.split) if entry.split is not None else [group]
+    seen = (oriented(combine, purified(steps.purify, part)) for part in parts_of(group, entry.split))
     try:
-        return reduce(combine.join, (combine.survey(oriented(combine, purified(steps, part))) for part in groups))
+        return reduce(combine.join, (combine.survey(part) for part in seen))
     except NumericError as error:
         raise NumericError(f"{safe_name(entry.name)}: {error}") from error
+
+
+def survey_matrix(plan: Plan, pieces: Sequence[Piece], device: str, step: SurveyedPurify) -> list[Any]:
+    """What a purify step with a question finds in a matrix (the pieces, one below the other), part by part."""
+    group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
+    return [step.survey(oriented(step, part)) for part in parts_of(group, pieces[0].item.entry.split)]
+
+
+def tile_behind(plan: Plan, piece: Piece, device: str, steps: Steps) -> tuple[Tile, list[Tensor]]:
+    """What the rule behind the purify steps that are no rule is asked about, and the tensors that hold it."""
+    group = group_of(plan, [piece], [load(plan, piece, device)])
+    found = purified_parts(rule_part(steps)[0], group, piece.item.entry.split)
+    tensors = [t.cpu().contiguous() for t in found.tuned]
+    assert piece.item.rule is not None
+    tile = Tile(
+        base=None,
+        tuned=[(t.data_ptr(), "F32") for t in tensors],
+        count=piece.count,
+        index0=piece.first,
+        number=piece.number,
+        rule=piece.item.rule,
+    )
+    return tile, tensors
 
 
 def group_of(plan: Plan, pieces: Sequence[Piece], loaded: Sequence[Sequence[Tensor]]) -> TaskGroup:

@@ -21,7 +21,7 @@ from pymerge.engine.inputs import opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
-from pymerge.errors import Interrupted, MergeError
+from pymerge.errors import Interrupted, MergeError, RecipeError
 from pymerge.methods.emr import Emr
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.version import __version__
@@ -109,6 +109,8 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
         check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan_side_files(inputs.reference)  # refuses now what could not be copied at the end
         plan = planned(recipe, inputs, options)
+        if issubclass(recipe.combine_class, Emr) and recipe.fused.joins:
+            raise RecipeError("emr writes each task's mask tensor by tensor: no join")
         staged = StagedOutput(
             out,
             plan.layout,
@@ -118,12 +120,12 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
             inputs=inputs.all,
         )
         stack.enter_context(staged)  # whatever fails from here on lets go of the staging folder
-        run_staged(plan, staged, options)
+        executor = run_staged(plan, staged, options)
         inputs.check_unchanged()
         seconds = time.monotonic() - started
         checksums, facts = staged.checksums(), staged.facts()
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory())
-        staged.commit(lambda folder: write_side_files(folder, recipe, inputs, plan, summary))
+        staged.commit(lambda folder: write_side_files(folder, recipe, inputs, executor, summary))
     return summary
 
 
@@ -140,7 +142,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
     }
 
 
-def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> None:
+def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> Executor:
     """Runs the plan; keeps what is done after a signal or a crash, removes it after an error that is sure to recur."""
     stop = Stop()
     try:
@@ -150,6 +152,7 @@ def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> None:
             )
             with stopped_by_signals(stop, executor):
                 executor.run()
+        return executor
     except Interrupted as error:
         staged.abort(keep=True)
         raise Interrupted(
@@ -189,23 +192,23 @@ def peak_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
-def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, plan: Plan, summary: dict[str, Any]) -> None:
+def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, executor: Executor, summary: dict[str, Any]) -> None:
     """Everything beside the weights, into the staging folder."""
     copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype)
-    summary["side_files"] = copied["copied"] + extra_files(folder, recipe, inputs, plan)
+    summary["side_files"] = copied["copied"] + extra_files(folder, recipe, inputs, executor)
     summary["notes"] += copied["notes"]
     write_card(folder, recipe, summary)
     (folder / "merge.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
 
 
-def extra_files(folder: Path, recipe: Recipe, inputs: Inputs, plan: Plan) -> list[str]:
+def extra_files(folder: Path, recipe: Recipe, inputs: Inputs, executor: Executor) -> list[str]:
     """Writes the files that the method leaves beside the weights; their names. An interruption loses only these."""
     if not issubclass(recipe.combine_class, Emr):
         return []
     from pymerge.engine.masks import write_masks  # imports torch
 
     try:
-        written = write_masks(folder, plan)
+        written = write_masks(folder, executor.plan, executor.steps_of)
     except KeyboardInterrupt:
         raise Interrupted(
             "stopped while the masks were written; the merged weights are kept: the same command continues",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +12,21 @@ import torch
 
 from pymerge.checkpoint import ITEMSIZE
 from pymerge.checkpoint.side_tensors import SideTensors
-from pymerge.engine.generic import DTYPES, purified
+from pymerge.engine.generic import DTYPES, purified_parts
 from pymerge.engine.plan import Item, Plan
 from pymerge.methods.base import TaskGroup
 from pymerge.methods.emr import Emr, TaskMasks, task_masks
+from pymerge.recipe import Steps
 
 MASKS = "emr_masks.safetensors"
 SCALES = "emr.scales"  # the tensor with a scale for each task, float64
 CHUNK = 1 << 20  # entries read at once; all of a tensor where a purify step must see it
 
 
-def write_masks(folder: Path, plan: Plan) -> list[str]:
+def write_masks(folder: Path, plan: Plan, steps_of: Callable[[Item], Steps]) -> list[str]:
     """Writes the masks of all tensors merged by EMR into the folder. Returns the names of the files written.
+
+    steps_of  the steps that an item was merged by, their questions answered
 
     Memory   T + 1 tensors of CHUNK entries; with purify steps what the plan says of the largest tensor"""
     items = [i for i in plan.items if i.mode == "generic" and i.entry.steps and isinstance(i.entry.steps.combine, Emr)]
@@ -35,7 +38,7 @@ def write_masks(folder: Path, plan: Plan) -> list[str]:
     deltas, used = ([[] for _ in range(tasks)] for _ in range(2))
     with SideTensors(folder / MASKS, [(SCALES, "F64", (tasks,)), *entries], {"tasks": labels}) as file:
         for item in items:
-            sums = write_item(file, plan, item)
+            sums = write_item(file, plan, item, steps_of(item))
             for t in range(tasks):
                 deltas[t].append(sums[0][t] / max(1, item.count))
                 used[t].append(sums[1][t] / max(1, item.count))
@@ -44,12 +47,12 @@ def write_masks(folder: Path, plan: Plan) -> list[str]:
     return [MASKS]
 
 
-def write_item(file: SideTensors, plan: Plan, item: Item) -> tuple[list[float], list[float]]:
+def write_item(file: SideTensors, plan: Plan, item: Item, steps: Steps) -> tuple[list[float], list[float]]:
     """Writes the masks of one tensor; returns the sums of |D_t| and of |E M_t| of each task."""
     tasks, row = len(item.entry.tuned), -(-item.count // 8)
     deltas, used = ([[] for _ in range(tasks)] for _ in range(2))
     at = 0
-    for masks in masks_of(plan, item):
+    for masks in masks_of(plan, item, steps):
         for t in range(tasks):
             file.write(item.entry.name, t * row + at, masks.bits[t].numpy().data)
             deltas[t] += masks.deltas[t]
@@ -58,10 +61,8 @@ def write_item(file: SideTensors, plan: Plan, item: Item) -> tuple[list[float], 
     return [math.fsum(d) for d in deltas], [math.fsum(u) for u in used]
 
 
-def masks_of(plan: Plan, item: Item) -> Iterator[TaskMasks]:
+def masks_of(plan: Plan, item: Item, steps: Steps) -> Iterator[TaskMasks]:
     """The masks of a tensor's entries, block by block."""
-    steps = item.entry.steps
-    assert steps is not None
     step = max(1, item.count) if steps.purify else CHUNK
     for first in range(0, item.count, step):
         count = min(step, item.count - first)
@@ -72,5 +73,13 @@ def masks_of(plan: Plan, item: Item) -> Iterator[TaskMasks]:
             tensor.read_into(values.view(torch.uint8).numpy().data, first * ITEMSIZE[tensor.dtype])
             tensors.append(values.reshape(shape))
         base, *tuned = tensors
-        group = TaskGroup(info=item.entry.info(plan.recipe.seed), base=base, tuned=tuple(tuned), first=first)
-        yield from task_masks(replace(purified(steps, group), first=0))
+        group = TaskGroup(
+            info=item.entry.info(plan.recipe.seed),
+            base=base,
+            tuned=tuple(tuned),
+            first=first,
+            inputs=item.entry.inputs or None,
+            transposed=item.entry.transposed,
+        )
+        seen = purified_parts(steps.purify, group, item.entry.split)
+        yield from task_masks(replace(seen, first=0))

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeGuard
 
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTensor, plan_layout
+from pymerge.engine.asking import asking_purify, asks_model, rule_part, survey_key, survey_scope
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
-from pymerge.methods.surveyed import SurveyedCombine
+from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.recipe import Recipe, Steps
 
@@ -100,6 +101,10 @@ class Item:
     @property
     def survey_reads(self) -> int:
         """How often the inputs are read again for surveys of more than is held in memory."""
+        return self.rule_reads + (self.mode == "generic" and asking_purify(self.entry.steps) is not None)
+
+    @property
+    def rule_reads(self) -> int:
         if self.mode == "generic" and (asking := asks_model(self.entry.steps)) is not None:
             return asking.rounds
         if self.rule is None or not (self.mode == "swept" or self.survey_scope is not None):
@@ -156,6 +161,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     surveys: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # model-wide: the steps and the items they cover
     questions: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # likewise, of combine steps that are no rule
+    purify_questions: tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...] = ()  # of purify steps: their matrices
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
 
     @property
@@ -170,21 +176,6 @@ class Plan:
     def counts(self) -> dict[str, int]:
         entries = {id(item.entry): item.entry for item in self.items}
         return dict(tensor_counts(list(entries.values())))
-
-
-def survey_key(steps: Steps) -> tuple[int, ...]:
-    """Equal for steps whose element-wise part is the same: they are surveyed together."""
-    return (*map(id, steps.purify), id(steps.combine))
-
-
-def survey_scope(steps: Steps) -> str:
-    return steps.combine.survey_scope if isinstance(steps.combine, ElementWiseCombine) else "tensor"
-
-
-def asks_model(steps: Steps | None) -> SurveyedCombine | None:
-    """The combine step, if it asks something of all tensors before it merges any."""
-    combine = steps.combine if steps is not None else None
-    return combine if isinstance(combine, SurveyedCombine) and combine.survey_scope == "model" else None
 
 
 class Planner:
@@ -222,10 +213,17 @@ class Planner:
         combine = steps.combine
         info = entry.info(self.recipe.seed)
         rule = None
-        if merges_by_rule(steps.purify, combine):
+        before, behind = rule_part(steps)
+        if merges_by_rule(behind, combine) and not (before and survey_scope(steps) == "tensor"):
             assert isinstance(combine, ElementWiseCombine)
-            rule = chain_rule(steps.purify, combine, info)
-        if rule is None or not self.streams(steps):
+            rule = chain_rule(behind, combine, info)
+        global_scope = rule is not None or asks_model(steps) is not None
+        if before and global_scope and (entry.join is not None or any(step.element_wise for step in before)):
+            raise RecipeError(
+                f"{entry.name}: {combine.name} asks the whole model: behind {before[-1].name} it goes with no join, "
+                "and with element-wise purify steps only between the two"
+            )
+        if rule is None or before or not self.streams(steps):
             item = Item(entry=entry, mode="generic", first=0, count=entry.count, tile=entry.count, rule=rule)
             return self.generic(item, info)
         item = Item(entry=entry, mode="tiles", first=0, count=entry.count, tile=TILE, rule=rule)
@@ -304,6 +302,16 @@ def by_steps(items: Sequence[Item]) -> dict[tuple[int, ...], tuple[Steps, tuple[
     return {key: (steps[key], tuple(found)) for key, found in groups.items()}
 
 
+def purify_questions(items: Sequence[Item]) -> tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...]:
+    """Each purify step that asks, with all matrices that it acts on."""
+    found: dict[int, tuple[SurveyedPurify, list[Item]]] = {}
+    for item in items:
+        step = asking_purify(item.entry.steps)
+        if step is not None and item.mode == "generic":
+            found.setdefault(id(step), (step, []))[1].append(item)
+    return tuple((step, tuple(matrices)) for step, matrices in found.values())
+
+
 def joined(planner: Planner, items: Sequence[Item]) -> list[Item]:
     """Matrices that are merged as one moved together, in the order of the recipe; the first carries the workspace of
     all."""
@@ -369,5 +377,6 @@ def make_plan(
         notes=notes,
         item_threads=options.thread_count // at_once,
         surveys=tuple(groups.values()),
+        purify_questions=purify_questions(items),
         questions=tuple(by_steps([i for i in items if i.mode == "generic" and asks_model(i.entry.steps)]).values()),
     )

@@ -1,4 +1,4 @@
-"""Combine steps that ask something of all entries before they merge any: sweeps over all their tensors come first."""
+"""Steps that ask something of all entries before any are merged: sweeps over all their tensors come first."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pymerge.methods.base import Combine
-from pymerge.methods.surveyed import SurveyedCombine
+from pymerge.engine.ranges import batches, tiles
+from pymerge.methods.base import Combine, Purify
+from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 
 if TYPE_CHECKING:
     from pymerge.engine.arena import Block
@@ -22,11 +23,11 @@ def answered(executor: Executor, steps: Steps, items: Sequence[Item]) -> Combine
     them: an interrupted merge asks again and gets the same answers."""
     combine = steps.combine
     while isinstance(combine, SurveyedCombine):
-        combine = combine.decide(sweep(executor, steps, combine, items) if combine.rounds else None)
+        combine = combine.decide(sweep(executor, combine, items) if combine.rounds else None)
     return combine
 
 
-def sweep(executor: Executor, steps: Steps, combine: SurveyedCombine, items: Sequence[Item]) -> Any:
+def sweep(executor: Executor, combine: SurveyedCombine, items: Sequence[Item]) -> Any:
     """The answer for all entries, joined from those of the tiles as they come."""
     from pymerge.engine.generic import survey_pieces
 
@@ -34,12 +35,34 @@ def sweep(executor: Executor, steps: Steps, combine: SurveyedCombine, items: Seq
     joining = threading.Lock()
 
     def work(block: Block, pieces: Sequence[Piece]) -> None:
+        steps = executor.steps_of(pieces[0].item)
         found = survey_pieces(executor.plan, pieces, executor.device, steps, combine)
         block.release()
         with joining:
             answers[:] = [combine.join(answers[0], found) if answers else found]
 
-    for batch in executor.batches(items):
+    for batch in batches((item, *tile) for item in items for tile in tiles(item, item.first, item.count)):
         executor.pipeline.submit(partial(work, *executor.load(batch)))
     executor.pipeline.drain()
     return answers[0]
+
+
+def answered_purify(executor: Executor, step: SurveyedPurify, items: Sequence[Item]) -> Purify:
+    """What the purify step becomes when it knows the answers for all matrices, those merged as one taken as one."""
+    from pymerge.engine.generic import survey_matrix
+
+    answers: list[Any] = []
+    joining = threading.Lock()
+
+    def work(block: Block, pieces: Sequence[Piece]) -> None:
+        found = survey_matrix(executor.plan, pieces, executor.device, step)
+        block.release()
+        with joining:
+            for one in found:
+                answers[:] = [step.join(answers[0], one) if answers else one]
+
+    for batch in batches((item, item.first, item.count) for item in items if item.count):
+        block, pieces = executor.load(batch)
+        executor.pipeline.submit(partial(work, block, pieces))
+    executor.pipeline.drain()
+    return step.decide(answers[0] if answers else None)

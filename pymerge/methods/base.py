@@ -194,6 +194,7 @@ class Purify(Method):
     """One task's weight in, a cleaner task vector out."""
 
     step = "purify"
+    whole_weights: ClassVar[bool] = False  # needs the models' weights, not task vectors: must be the first such step
 
     def purify(self, group: TaskGroup) -> tuple[Tensor, ...]:
         """T task vectors, float32, of group's shape."""

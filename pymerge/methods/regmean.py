@@ -32,7 +32,7 @@ class RegMean(MatrixCombine):
     a is 0.95 for vision and 0.6 for GPT-2 in FusionBench, 0.1 to 0.9 by task in the authors' scripts.
 
     Cost: per task 2 m n^2 multiply-adds (N n^2 / 2 more where the rows are kept), n^3 / 3 + 2 m n^2 for the solve, all
-    in float64; memory four n x n and four m x n in float64, whatever the number of models. Leaves in the summary:
+    in float64; memory three n x n and four m x n in float64, whatever the number of models. Leaves in the summary:
     condition (estimated), ridge (relative to the mean diagonal), the number of features without a signal.
     """
 
@@ -46,7 +46,7 @@ class RegMean(MatrixCombine):
         if len(info.shape) != 2:
             return 0
         m, n = info.shape
-        return 8 * 4 * (n * n + m * n)  # the sum, its factor, copies of both; right-hand sides, solutions, copies
+        return 8 * (3 * n * n + 4 * m * n)  # the sum, its factor, copies of both; right-hand sides, solutions, copies
 
     def flops(self, info: TensorInfo) -> int:
         if len(info.shape) != 2:

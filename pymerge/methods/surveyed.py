@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pymerge.methods.base import Combine, TaskGroup
+from pymerge.methods.base import Combine, Purify, TaskGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,3 +56,28 @@ class SurveyedCombine(Combine):
                 return group.tuned[0].float()
             step = step.decide(step.survey(group) if step.rounds else None)
         return step.combine(group)
+
+
+class SurveyedPurify(Purify):
+    """A purify step with a question to all matrices of the model that it acts on, one at a time, as they are stored.
+
+    `survey` answers it for a matrix, `join` puts two answers together (calls come one at a time, in any order),
+    `decide` gives the step that goes on. `purify` of a step that still asks answers from its group alone. Such a step
+    is the first purify step.
+    """
+
+    whole_weights = True
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a question."""
+        raise NotImplementedError
+
+    def survey(self, group: TaskGroup) -> Any:
+        raise NotImplementedError
+
+    def join(self, one: Any, other: Any) -> Any:
+        raise NotImplementedError
+
+    def decide(self, answer: Any) -> Purify:
+        raise NotImplementedError

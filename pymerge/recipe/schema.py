@@ -9,7 +9,16 @@ from typing import Any
 
 from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
-from pymerge.methods.base import STYLES, Combine, Method, Style, TensorInfo, chain_rule, merges_by_rule
+from pymerge.methods.base import (
+    STYLES,
+    Combine,
+    Method,
+    Purify,
+    Style,
+    TensorInfo,
+    chain_rule,
+    merges_by_rule,
+)
 from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
@@ -357,6 +366,11 @@ class _Parser:
             hint = "; give base_model" if combine.base_role == "optional" else ""
             self.problems.add("purify", f"{combine.name} merges whole weights, purify steps need task vectors{hint}")
             return
+        if late := [template.cls.name for template in templates[1:purify] if _needs_weights(template.cls)]:
+            self.problems.add(
+                "purify", f"{late[0]} needs the models' weights, not task vectors: make it the first step"
+            )
+            return
         if len(templates) > purify + 1 and combine.base_role != "required":
             self.problems.add("calibrate", f"{combine.name} merges whole weights, calibrate steps need a merged update")
             return
@@ -369,6 +383,10 @@ class _Parser:
         except RecipeError as e:
             for line in str(e).splitlines():
                 self.problems.add("", line)
+
+
+def _needs_weights(cls: type[Method]) -> bool:
+    return issubclass(cls, Purify) and cls.whole_weights
 
 
 def _rows(tasks: Sequence[ModelRef]) -> list[tuple[str, Mapping[str, Setting]]]:

@@ -95,10 +95,10 @@ def test_an_interrupted_merge_writes_the_same_masks(tmp_path: Path, monkeypatch:
     pymerge.merge(base, models, method="emr", out=tmp_path / "whole")
     write = masks.write_item
 
-    def fail(file, plan, item):
+    def fail(file, plan, item, steps):
         if item.entry.name == "layers.0.w":
             raise KeyboardInterrupt
-        return write(file, plan, item)
+        return write(file, plan, item, steps)
 
     monkeypatch.setattr(masks, "write_item", fail)
     with pytest.raises(Interrupted, match="the merged weights are kept"):

@@ -164,7 +164,7 @@ def test_small_tensors_cost_little_each(tmp_path):
     shapes = {f"layers.{i}.w": (3,) for i in range(4539)}
     base, models = family(tmp_path, 3, shapes, torch.bfloat16)
     recipe = pymerge.Recipe.from_kwargs(base, models, "ties", scope="tensor")
-    from pymerge.engine.execute import batches
+    from pymerge.engine.ranges import batches
 
     plan = pymerge.plan_merge(recipe)
     turns = list(batches((item, 0, item.count) for item in plan.items))

@@ -25,14 +25,13 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("core_space", None, None): "Core Space",
     ("knots", None, None): "KnOTS",
     ("mudsc", None, None): "MuDSC",
-    ("pave", None, None): "PAVE",
 }
 
 # (folder, tensor): why the file's answer is not ours; here a convolution gets the mean.
 EXCEPTED = {("star", "conv.weight"): "SVC's port of STAR decomposes flattened convolutions, its authors matrices only"}
 
-# Folders that need more than base and models: svc merged updates, esm and regmean activations. See tests/methods.
-OWN_TESTS = ("esm", "regmean", "svc")
+# Folders that need more than base and models: svc merged updates, the others activations. See tests/methods.
+OWN_TESTS = ("esm", "pave", "regmean", "svc")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,8 +52,8 @@ WEIGHTED = [  # by any finite number, negative ones too
 
 def test_list_names_methods_by_step() -> None:
     assert methods.list("combine") == COMBINE
-    assert methods.list("purify") == ("dare", "trim") and methods.list("calibrate") == ("lines", "svc")
-    assert methods.list() == ("dare", "trim", *COMBINE, "lines", "svc")
+    assert methods.list("purify") == ("dare", "pave", "trim") and methods.list("calibrate") == ("lines", "svc")
+    assert methods.list() == ("dare", "pave", "trim", *COMBINE, "lines", "svc")
 
 
 def test_describe() -> None:

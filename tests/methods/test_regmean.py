@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,18 +10,11 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import RecipeError
-from pymerge.methods.base import TaskGroup, TensorInfo
 from pymerge.methods.regmean import RegMean
 from tests.golden.cases import FOLDER, Golden, read_golden
-from tests.methods.moments import moments_of
+from tests.methods.moments import group_of, read_acts, read_tensor, relative
 
 FILES = sorted((FOLDER / "regmean").glob("*.safetensors"))
-
-
-def group_of(base: Tensor | None, tuned: Sequence[Tensor], rows: Sequence[Tensor] | None) -> TaskGroup:
-    info = TensorInfo(name="w", shape=tuple(tuned[0].shape), tasks=len(tuned))
-    inputs = None if rows is None else tuple(moments_of(x) for x in rows)
-    return TaskGroup(info=info, base=base, tuned=tuple(tuned), inputs=inputs)
 
 
 def problem(m: int, n: int, counts: Sequence[int], seed: int = 0) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -42,10 +34,6 @@ def formula(tuned: Sequence[Tensor], rows: Sequence[Tensor], a: float) -> Tensor
         gram = a * gram + (1 - a) * torch.diag(gram.diagonal())
         total, weighted = total + gram, weighted + w.double() @ gram
     return weighted @ torch.linalg.inv(total)
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("a", [0.0, 0.1, 0.95, 1.0])
@@ -180,22 +168,3 @@ def test_golden(path: Path) -> None:
         update = RegMean(alpha=golden.params["reduce_non_diagonal_ratio"]).combine(group_of(base, tuned, rows))
         assert relative(update, golden.merged[name] - base) < 3e-4
         assert relative(update, read_tensor(path, f"intermediate/merged_fp64/{name}") - base) < 1e-4
-
-
-def read_acts(path: Path) -> list[dict[str, Tensor]]:
-    from safetensors import safe_open
-
-    acts: dict[int, dict[str, Tensor]] = {}
-    with safe_open(os.fspath(path), "pt") as file:
-        for key in file.keys():
-            if key.startswith("acts/task"):
-                task, module = key.removeprefix("acts/task").split("/", 1)
-                acts.setdefault(int(task), {})[module] = file.get_tensor(key)
-    return [acts[t] for t in sorted(acts)]
-
-
-def read_tensor(path: Path, key: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(os.fspath(path), "pt") as file:
-        return file.get_tensor(key)

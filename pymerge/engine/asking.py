@@ -1,0 +1,36 @@
+"""Which steps look at more than one tensor before anything is merged, and which of a recipe's steps are one rule."""
+
+from __future__ import annotations
+
+from pymerge.methods.base import ElementWiseCombine, Purify
+from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
+from pymerge.recipe import Steps
+
+
+def survey_key(steps: Steps) -> tuple[int, ...]:
+    """Equal for steps whose element-wise part is the same: they are surveyed together, matrices (behind the purify
+    steps that act on these alone) with the other tensors."""
+    return (*(id(step) for step in steps.purify if step.element_wise), id(steps.combine))
+
+
+def rule_part(steps: Steps) -> tuple[tuple[Purify, ...], tuple[Purify, ...]]:
+    """The purify steps up to the last that is no rule, and the element-wise ones behind, which go into the combine
+    step's rule."""
+    last = max((i + 1 for i, step in enumerate(steps.purify) if not step.element_wise), default=0)
+    return steps.purify[:last], steps.purify[last:]
+
+
+def asking_purify(steps: Steps | None) -> SurveyedPurify | None:
+    """The purify step that asks something of all matrices, if there is one."""
+    first = steps.purify[0] if steps is not None and steps.purify else None
+    return first if isinstance(first, SurveyedPurify) and first.asks else None
+
+
+def survey_scope(steps: Steps) -> str:
+    return steps.combine.survey_scope if isinstance(steps.combine, ElementWiseCombine) else "tensor"
+
+
+def asks_model(steps: Steps | None) -> SurveyedCombine | None:
+    """The combine step, if it asks something of all tensors before it merges any."""
+    combine = steps.combine if steps is not None else None
+    return combine if isinstance(combine, SurveyedCombine) and combine.survey_scope == "model" else None
