@@ -14,6 +14,8 @@ from torch import Tensor
 import pymerge
 from pymerge.engine.plan import SLACK, Options
 from pymerge.errors import RecipeError
+from pymerge.methods.base import TaskGroup, TensorInfo
+from pymerge.methods.pave import Pave
 from pymerge.statistics import Moments, Statistics
 from pymerge.statistics.store import Header
 from tests.methods.esm_problems import ROBERTA, inputs, of_covariance, of_rows, reference
@@ -152,6 +154,25 @@ def with_joined(model: Mapping[str, Tensor], pairs: list[list[str]]) -> dict[str
 def without_k(found: Statistics) -> Statistics:
     modules = {name: holder for name, holder in found.header.modules.items() if "k_proj" not in name}
     return replace(found, header=replace(found.header, modules=modules))
+
+
+def test_behind_pave() -> None:
+    """Norms and updates are those of the purified task vectors."""
+    w0, ws = models()
+    found = [statistics_of(t) for t in range(TASKS)]
+    pave = {"method": "pave", "allocation": "none", "rank_ratio": 0.8}
+    merged = pymerge.merge(w0, ws, method="esm", statistics=found, purify=pave)
+    purified = [dict(w0) for _ in range(TASKS)]
+    for name in SHAPES:
+        seen = tuple(one[name.removesuffix(".weight")] for one in found) if name in MATRICES else None
+        info = TensorInfo(name=name, shape=SHAPES[name], tasks=TASKS)
+        group = TaskGroup(info=info, base=w0[name], tuned=tuple(w[name] for w in ws), inputs=seen)
+        for t, vector in enumerate(Pave(allocation="none", rank_ratio=0.8).purify(group)):
+            purified[t][name] = (w0[name].double() + vector).double()
+    base = {name: tensor.double() for name, tensor in w0.items()}
+    expected = pymerge.merge(base, purified, method="esm", statistics=found)
+    for name in MATRICES:
+        torch.testing.assert_close(merged[name].double(), expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_kind_without_updates_stays_at_the_base() -> None:
