@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pymerge.methods.base import ElementWiseCombine, Purify
+from pymerge.methods.base import ElementWiseCombine, Purify, merges_by_rule
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 from pymerge.recipe import Steps
 
@@ -15,8 +15,10 @@ def survey_key(steps: Steps) -> tuple[int, ...]:
 
 def rule_part(steps: Steps) -> tuple[tuple[Purify, ...], tuple[Purify, ...]]:
     """The purify steps up to the last that is no rule, and the element-wise ones behind, which go into the combine
-    step's rule."""
+    step's rule where it takes them."""
     last = max((i + 1 for i, step in enumerate(steps.purify) if not step.element_wise), default=0)
+    if not merges_by_rule(steps.purify[last:], steps.combine):
+        last = len(steps.purify)
     return steps.purify[:last], steps.purify[last:]
 
 

@@ -214,11 +214,14 @@ class Planner:
         info = entry.info(self.recipe.seed)
         rule = None
         before, behind = rule_part(steps)
-        if merges_by_rule(behind, combine) and not (before and survey_scope(steps) == "tensor"):
-            assert isinstance(combine, ElementWiseCombine)
+        if (
+            isinstance(combine, ElementWiseCombine)
+            and combine.element_wise
+            and not (before and combine.survey_scope == "tensor")
+        ):
             rule = chain_rule(behind, combine, info)
-        global_scope = rule is not None or asks_model(steps) is not None
-        if before and global_scope and (entry.join is not None or any(step.element_wise for step in before)):
+        as_one = entry.join is not None and (rule is not None or asks_model(steps) is not None)
+        if before and (as_one or (rule is not None and any(step.element_wise for step in before))):
             raise RecipeError(
                 f"{entry.name}: {combine.name} asks the whole model: behind {before[-1].name} it goes with no join, "
                 "and with element-wise purify steps only between the two"

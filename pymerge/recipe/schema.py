@@ -9,16 +9,7 @@ from typing import Any
 
 from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
-from pymerge.methods.base import (
-    STYLES,
-    Combine,
-    Method,
-    Purify,
-    Style,
-    TensorInfo,
-    chain_rule,
-    merges_by_rule,
-)
+from pymerge.methods.base import STYLES, Combine, Method, Purify, Style, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of

@@ -49,6 +49,12 @@ WEIGHTED = [  # by any finite number, negative ones too
     if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
 ]
 
+WEIGHTED = [  # by any finite number, negative ones too
+    name
+    for name in COMBINE
+    if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
+]
+
 
 def test_list_names_methods_by_step() -> None:
     assert methods.list("combine") == COMBINE
