@@ -168,11 +168,15 @@ def merge_generic(
     return facts
 
 
-def survey_piece(plan: Plan, piece: Piece, device: str, steps: Steps, combine: SurveyedCombine) -> Any:
-    """What a combine step with a question finds in a piece, behind the purify steps."""
-    group = group_of(plan, [piece], [load(plan, piece, device)])
-    split = piece.item.entry.split
-    return reduce(combine.join, (combine.survey(purified(steps.purify, part)) for part in parts_of(group, split)))
+def survey_pieces(plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps, combine: SurveyedCombine) -> Any:
+    """What a combine step with a question finds in what `merge_generic` merges, behind the purify steps."""
+    entry = pieces[0].item.entry
+    group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
+    seen = (oriented(combine, purified(steps.purify, part)) for part in parts_of(group, entry.split))
+    try:
+        return reduce(combine.join, (combine.survey(part) for part in seen))
+    except NumericError as error:
+        raise NumericError(f"{safe_name(entry.name)}: {error}") from error
 
 
 def survey_matrix(plan: Plan, pieces: Sequence[Piece], device: str, step: SurveyedPurify) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pymerge.engine.ranges import batches
+from pymerge.engine.ranges import batches, tiles
 from pymerge.methods.base import Combine, Purify
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 
@@ -29,21 +29,20 @@ def answered(executor: Executor, steps: Steps, items: Sequence[Item]) -> Combine
 
 def sweep(executor: Executor, combine: SurveyedCombine, items: Sequence[Item]) -> Any:
     """The answer for all entries, joined from those of the tiles as they come."""
-    from pymerge.engine.generic import survey_piece
+    from pymerge.engine.generic import survey_pieces
 
     answers: list[Any] = []
     joining = threading.Lock()
 
-    def work(block: Block, piece: Piece) -> None:
-        found = survey_piece(executor.plan, piece, executor.device, executor.steps_of(piece.item), combine)
+    def work(block: Block, pieces: Sequence[Piece]) -> None:
+        steps = executor.steps_of(pieces[0].item)
+        found = survey_pieces(executor.plan, pieces, executor.device, steps, combine)
         block.release()
         with joining:
             answers[:] = [combine.join(answers[0], found) if answers else found]
 
-    for item in items:
-        for first in range(item.first, item.first + item.count, item.tile):
-            block, (piece,) = executor.load([(item, first, min(item.tile, item.first + item.count - first))])
-            executor.pipeline.submit(partial(work, block, piece))
+    for batch in batches((item, *tile) for item in items for tile in tiles(item, item.first, item.count)):
+        executor.pipeline.submit(partial(work, *executor.load(batch)))
     executor.pipeline.drain()
     return answers[0]
 

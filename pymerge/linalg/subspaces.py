@@ -140,7 +140,7 @@ def covariance_subspace(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor
         if norm == 0.0 or weight == 0.0:
             basis, theta = torch.eye(m, rank, device=d.device), torch.zeros(rank, dtype=torch.float64, device=d.device)
         else:
-            basis, theta = _covariance_top(x.double(), (y.double() + y.double().mT) / 2, rank)
+            basis, theta = _covariance_top(x.double(), y.double(), rank)
         bases.append(_column_signs(basis.to(d.dtype)))
         values.append(theta * power**2 * scale)
     empty = d.new_empty((*batch, m, rank))
@@ -149,9 +149,10 @@ def covariance_subspace(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 def _covariance_top(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if d.shape[0] <= d.shape[1]:
-        theta, basis = _dense.top_eigh((d @ c) @ d.mT, rank)
+        product = (d @ c) @ d.mT
+        theta, basis = _dense.top_eigh((product + product.mT) / 2, rank)
         return basis, theta
-    b = d @ _square_root(c)  # [m, n]
+    b = d @ _square_root((c + c.mT) / 2)  # [m, n]
     theta, right = _dense.top_eigh(_dense.gram(b.mT), rank)
     return _dense.unit_columns(b @ right, theta.sqrt()), theta
 

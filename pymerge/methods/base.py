@@ -224,7 +224,7 @@ class MatrixCombine(Combine):
     """A combine step for the weight matrices [out, in] of linear layers (`methods.matrices` says which tensors are).
 
     All other tensors get the mean of the task vectors times `scale` where the method has that field, the sum, or stay
-    at the base, by the recipe's `spectral: {rest: ...}` or by `rest`.
+    at the base, by the recipe's `spectral: {rest: ...}` or by `rest_of`.
     """
 
     spectral = True
@@ -232,6 +232,10 @@ class MatrixCombine(Combine):
     @property
     def rest(self) -> Literal["mean", "sum", "base"]:
         return "mean"
+
+    def rest_of(self, name: str) -> tuple[Literal["mean", "sum", "base"], float]:
+        """What the tensor of this name, no weight matrix, gets; and times what."""
+        return self.rest, getattr(self, "scale", 1.0)
 
 
 class Calibrate(Method):

@@ -130,10 +130,11 @@ class Recipe(Parsed):
             return steps
         combine = steps.combine
         if isinstance(combine, MatrixCombine):
-            how = self.matrices.rest or combine.rest
+            how, scale = combine.rest_of(name)
+            how = self.matrices.rest or how
             if how == "base":
                 return None
-            combine = OfTaskVectors(how=how, scale=getattr(combine, "scale", 1.0))
+            combine = OfTaskVectors(how=how, scale=scale)
         key = (id(steps), combine)
         if key not in self._steps:
             purify = tuple(step for step in steps.purify if not step.spectral)

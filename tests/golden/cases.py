@@ -23,7 +23,6 @@ BOUNDS |= {"ace": 1e-5, "iso_c": 5e-5, "iso_cts": 2e-4, "star": 5e-5, "tsv_m": 2
 # Not built yet: (folder, metadata `method`, metadata `variant`), None matches all. Their files are skipped by name.
 NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("core_space", None, None): "Core Space",
-    ("esm", None, None): "ESM and ESM++",
     ("knots", None, None): "KnOTS",
     ("mudsc", None, None): "MuDSC",
 }
@@ -32,7 +31,7 @@ NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
 EXCEPTED = {("star", "conv.weight"): "SVC's port of STAR decomposes flattened convolutions, its authors matrices only"}
 
 # Folders that need more than base and models: svc merged updates, the others activations. See tests/methods.
-OWN_TESTS = ("pave", "regmean", "svc")
+OWN_TESTS = ("esm", "pave", "regmean", "svc")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ COMBINE = (
     "della",
     "della_linear",
     "emr",
+    "esm",
     "fisher",
     "iso_c",
     "iso_cts",
@@ -42,6 +43,11 @@ COMBINE = (
     "tsv_m",
     "wudi",
 )
+WEIGHTED = [  # by any finite number, negative ones too
+    name
+    for name in COMBINE
+    if any(p.name == "weight" and p.range == "a finite number" for p in methods.describe(name).parameters)
+]
 
 WEIGHTED = [  # by any finite number, negative ones too
     name
