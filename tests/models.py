@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -72,3 +74,21 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
         a[n].dtype == b[n].dtype and torch.equal(a[n].reshape(-1).view(torch.uint8), b[n].reshape(-1).view(torch.uint8))
         for n in a
     )
+
+
+@contextmanager
+def interrupted_after(segments: int) -> Iterator[None]:
+    """The merge inside is interrupted when it has written so many segments."""
+    from pymerge.engine.execute import Executor
+
+    written, count = Executor.write, []
+
+    def fail_later(self, segment):
+        if len(count) == segments:
+            raise KeyboardInterrupt
+        written(self, segment)
+        count.append(segment)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Executor, "write", fail_later)
+        yield

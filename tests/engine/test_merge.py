@@ -12,7 +12,7 @@ import pymerge
 from pymerge.engine import plan as planning
 from pymerge.engine.plan import SLACK, Options
 from pymerge.methods.base import Calibrate, Combine, Purify, register
-from tests.models import family, read_model, same, write_model
+from tests.models import family, interrupted_after, read_model, same, write_model
 
 SHAPES = {
     "model.embed_tokens.weight": (1100, 1024),  # more than one block of partial sums
@@ -215,26 +215,14 @@ def test_steps_that_are_no_rules_compose(tmp_path, outside_methods):
 
 
 @pytest.mark.parametrize("failing", [1, 2, 4])
-def test_resume_with_another_budget_gives_the_same_bytes(tmp_path, monkeypatch, failing):
+def test_resume_with_another_budget_gives_the_same_bytes(tmp_path, failing):
     """Interrupted with small tiles, continued with large ones."""
     base, models = family(tmp_path, 3, SHAPES)
     setting = {"method": "ties", "style": "mergekit", "weight": 1.0, "density": 0.3}
     pymerge.merge(base, models, out=tmp_path / "whole", **setting)
-    from pymerge.engine.execute import Executor
-
-    written, count = Executor.write, []
-
-    def fail_later(self, segment):
-        if len(count) == failing:
-            raise KeyboardInterrupt
-        written(self, segment)
-        count.append(segment)
-
-    monkeypatch.setattr(Executor, "write", fail_later)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(failing):
         pymerge.merge(base, models, out=tmp_path / "out", options=Options(memory=TIGHT, threads=1), **setting)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
-    monkeypatch.setattr(Executor, "write", written)
     pymerge.merge(base, models, out=tmp_path / "out", **setting)
     assert same(read_model(tmp_path / "out"), read_model(tmp_path / "whole"))
 

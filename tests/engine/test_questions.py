@@ -19,7 +19,7 @@ from pymerge.recipe import Recipe
 from tests.methods.test_consensus import consensus_truth
 from tests.methods.test_fisher import fisher_truth
 from tests.methods.test_pcb import pcb_truth
-from tests.models import family, random_tensors, read_model, same, write_model
+from tests.models import family, interrupted_after, random_tensors, read_model, same, write_model
 
 SHAPES = {
     "model.embed_tokens.weight": (700, 300),
@@ -151,27 +151,13 @@ def test_lines_follows_the_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failing", [1, 3])
 @pytest.mark.parametrize("name", ["pcb", "fisher"])
-def test_an_interrupted_merge_asks_again(
-    tmp_path: Path, name: str, failing: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pymerge.engine.execute import Executor
-
+def test_an_interrupted_merge_asks_again(tmp_path: Path, name: str, failing: int) -> None:
     base, models, setting = inputs(SETTINGS[name], tmp_path)
     options = Options(memory=TIGHT, threads=1)
     pymerge.merge(base, models, out=tmp_path / "whole", **setting)
-    written, count = Executor.write, []
-
-    def fail_later(self, segment):
-        if len(count) == failing:
-            raise KeyboardInterrupt
-        written(self, segment)
-        count.append(segment)
-
-    monkeypatch.setattr(Executor, "write", fail_later)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(failing):
         pymerge.merge(base, models, out=tmp_path / "out", options=options, **setting)
     assert (tmp_path / "out.partial").exists()
-    monkeypatch.setattr(Executor, "write", written)
     pymerge.merge(base, models, out=tmp_path / "out", options=options, **setting)
     assert same(read_model(tmp_path / "out"), read_model(tmp_path / "whole"))
 
