@@ -22,6 +22,14 @@ def address_of(buffer: mmap.mmap | memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
+def trim() -> None:
+    """Hands memory that is freed, but kept by the C library, back to the system: what one matrix left behind must not
+    add to what the next one takes."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if give_back is not None:
+        give_back(0)
+
+
 class Closed(MergeError):
     """The arena was closed while somebody waited for memory: the merge is being stopped."""
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from pymerge import _C
 from pymerge.checkpoint import ITEMSIZE, safe_name
-from pymerge.engine.arena import Arena, Block, Closed, address_of
+from pymerge.engine.arena import Arena, Block, Closed, address_of, trim
 from pymerge.engine.asking import rule_part, survey_key
 from pymerge.engine.check import FLOATS
 from pymerge.engine.non_finite import settle_non_finite
@@ -28,6 +28,7 @@ from pymerge.ops.native import delta_params
 from pymerge.recipe import Steps
 
 PAGE = 4096
+TRIMMED = 64 << 20  # bytes of workspace from which freed memory is handed back at once: milliseconds, among seconds
 IDENTITY = DeltaRule(weights=(1.0,))  # copies one tensor, changing its dtype
 R = TypeVar("R")
 
@@ -261,6 +262,8 @@ class Executor:
         if rule is not None and item.survey_scope is not None:
             rule = replace(self.answers[item.survey_scope], keep=rule.keep, keys=rule.keys)
         facts = merge_generic(self.plan, pieces, self.device, self.steps_of(item), rule)
+        if item.workspace >= TRIMMED:
+            trim()
         return [segment_of(piece, facts if piece is pieces[0] else {}) for piece in pieces]
 
     def steps_of(self, item: Item) -> Steps:
