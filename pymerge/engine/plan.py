@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeGuard
 
@@ -352,9 +352,13 @@ def make_plan(
     options: Options,
     fisher: Sequence[Checkpoint] = (),
     statistics: Sequence[Statistics] = (),
+    change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
-    """Check everything that headers tell, then plan. Raises one error with all problems."""
+    """Check everything that headers tell, then plan. Raises one error with all problems.
+
+    change  makes other entries of those that the recipe asks for (`engine.scaled`)"""
     entries, notes = check(recipe, base, models, labels, fisher, statistics)
+    entries = change(entries) if change is not None else entries
     planner = Planner(recipe, options)
     items = planner.items(entries)
     layout = plan_layout(
