@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from pymerge.tuning.over import Axis
 from pymerge.tuning.record import Try
+from pymerge.tuning.show import values_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
 TASKS_NAMED = 12  # tasks that a legend has room for
 ROOM_FOR_TEXT = 100  # cells of a heat map that have room for their score
@@ -25,18 +26,18 @@ def draw(path: Path, tries: Sequence[Try], best: Try, axes: Sequence[Axis]) -> t
         return None, 'no curve.png: matplotlib is missing (pip install "pymerge[report]")'
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    place = figure.add_subplot()
+    figure = Figure(figsize=(9, 6), layout="constrained")
     if len(axes) == 1:
-        _curve(place, tries, best, axes[0].name)
+        _curve(figure, tries, best, axes[0].name)
     else:
-        _heat_map(figure, place, tries, best, [axis.name for axis in axes])
+        _heat_map(figure, tries, best, [axis.name for axis in axes])
     figure.savefig(path, dpi=120)
     return path, ""
 
 
-def _curve(place: Axes, tries: Sequence[Try], best: Try, name: str) -> None:
-    """The score as points, numbered in the order of trying; tasks as thin lines."""
+def _curve(figure: Figure, tries: Sequence[Try], best: Try, name: str) -> None:
+    """The score against the value, tasks as thin lines; below, when each value was tried."""
+    place, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     ordered = sorted(tries, key=lambda one: one.values[name])
     at = [one.values[name] for one in ordered]
     for task in best.tasks:
@@ -44,32 +45,24 @@ def _curve(place: Axes, tries: Sequence[Try], best: Try, name: str) -> None:
         place.plot(at, [one.tasks[task] for one in ordered], linewidth=0.8, alpha=0.7, label=label)
     mean = "mean" if best.tasks else "score"
     place.plot(at, [one.score for one in ordered], "o-", color="black", markersize=4, linewidth=1.6, label=mean)
-    for one in ordered:
-        place.annotate(
-            str(one.number),
-            (one.values[name], one.score),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-        )
-    place.plot(
-        best.values[name],
-        best.score,
-        "*",
-        color="tab:red",
-        markersize=14,
-        zorder=3,
-        label=f"best: {best.values[name]:g}, {best.score:.4g}",
-    )
-    place.set_xlabel(name)
+    below.plot([one.values[name] for one in tries], [one.number for one in tries], ".-", color="grey", linewidth=0.6)
+    for part, height in ((place, best.score), (below, best.number)):
+        label = f"best: {best.values[name]:g}\nscore {best.score:.4g}\ntry {best.number}" if part is place else None
+        part.plot(best.values[name], height, "*", color="tab:red", markersize=12, zorder=3, label=label)
+        part.grid(alpha=0.3)
     place.set_ylabel("score")
-    place.grid(alpha=0.3)
-    place.legend(fontsize=8)
+    below.set_ylabel("try")
+    below.yaxis.get_major_locator().set_params(integer=True)
+    below.invert_yaxis()
+    below.set_xlabel(name)
+    figure.legend(loc="outside right upper", fontsize=8)
 
 
-def _heat_map(figure, place: Axes, tries: Sequence[Try], best: Try, names: Sequence[str]) -> None:
+def _heat_map(figure: Figure, tries: Sequence[Try], best: Try, names: Sequence[str]) -> None:
     """A cell a pair of values, empty where none was tried."""
+    from matplotlib.patches import Rectangle  # pyright: ignore[reportMissingImports]
+
+    place = figure.add_subplot()
     across, up = (sorted({one.values[name] for one in tries}) for name in names)
     cells = [[float("nan")] * len(across) for _ in up]
     for one in tries:
@@ -85,8 +78,8 @@ def _heat_map(figure, place: Axes, tries: Sequence[Try], best: Try, names: Seque
                 *where, f"{one.score:.4g}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
             )
     where = across.index(best.values[names[0]]), up.index(best.values[names[1]])
-    place.plot(*where, "s", markerfacecolor="none", color="tab:red", markersize=40, markeredgewidth=2)
-    place.set_title(f"best: {best.score:.4g}", fontsize=10)
+    place.add_patch(Rectangle((where[0] - 0.5, where[1] - 0.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=3))
+    place.set_title(f"best: {values_text(best.values)}, score {best.score:.4g}", fontsize=10)
     place.set_xticks(range(len(across)), [f"{value:g}" for value in across])
     place.set_yticks(range(len(up)), [f"{value:g}" for value in up])
     place.set_xlabel(names[0])

@@ -97,7 +97,7 @@ def opened(folder: Path, identity: dict[str, Any], *, restart: bool) -> Iterator
 
     Raises   OutputError: another search is in the folder (it says in what they differ), other files are, or another
              process works there."""
-    if folder.is_dir() and os.listdir(folder) and not any(folder.glob(pattern) for pattern in OURS):
+    if folder.is_dir() and os.listdir(folder) and not any(any(folder.glob(pattern)) for pattern in OURS):
         raise OutputError(f"{folder}: holds files that are not of a search: choose another --work folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

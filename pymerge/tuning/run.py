@@ -35,16 +35,17 @@ HOW = {
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """tries: all that search.json holds, in order; anew: why each try was merged anew, "" where updates were scaled."""
+    """tries    all that search.json holds, in order
+    anew     why each try was a merge of its own; "" where updates were scaled
+    updates  seconds of merging each of these"""
 
     best: Try
     tries: tuple[Try, ...]
-    axes: tuple[Axis, ...]
-    minimize: bool
     work: Path
     out: Path | None
     figure: Path | None
     anew: str
+    updates: tuple[float, ...]
     notes: tuple[str, ...]
 
 
@@ -138,12 +139,11 @@ class _Run:
         return SearchResult(
             best=best,
             tries=tuple(self.record.tries),
-            axes=tuple(self.axes),
-            minimize=self.minimize,
             work=folder,
             out=out,
             figure=figure,
             anew=self.anew,
+            updates=tuple(one["seconds"] for one in self.record.updates),
             notes=tuple(text for text in (note, _at_an_end(self.axes[0], best, tolerance)) if text),
         )
 

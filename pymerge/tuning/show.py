@@ -67,13 +67,20 @@ def describe(result: SearchResult) -> str:
     tasks = ", ".join(f"{task} {score:.4g}" for task, score in best.tasks.items())
     lines = [bars(result.tries, best), f"best: {values_text(best.values)}, score {best.score:.6g} (try {best.number})"]
     lines += [f"  {tasks}"] if tasks else []
-    lines.append(
-        f"each try was merged anew: {result.anew}" if result.anew else "the update was merged once for all scales"
-    )
+    lines.append(how(result))
     lines += [f"note: {note}" for note in result.notes]
     lines.append(f"tries: {result.work / FILE}" + (f", curve: {result.figure}" if result.figure else ""))
     lines += [f"model: {result.out}"] if result.out else []
     return "\n".join(lines)
+
+
+def how(result: SearchResult) -> str:
+    """How the models were made."""
+    if result.anew:
+        return f"each try was a merge of its own: {result.anew}"
+    merged = f"{len(result.updates)} update(s) merged at scale 1 in {sum(result.updates):.1f} s"
+    passes = sorted(one.merge_seconds for one in result.tries)
+    return f"{merged}; each try is one pass over base and update, {passes[len(passes) // 2]:.1f} s"
 
 
 def bars(tries: Sequence[Try], best: Try) -> str:
