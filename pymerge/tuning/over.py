@@ -105,9 +105,9 @@ def recipe_at(recipe: Recipe, axes: Sequence[Axis], values: Mapping[str, float])
 
 
 def _axis(recipe: Recipe, name: str, spec: str | Sequence[float]) -> Axis:
-    key, index, field = _place(recipe, name)
+    key, index, field = place = _place(recipe, name)
     label = field if key == "parameters" else f"{_steps(recipe)[key, index]}.{field}"
-    param = params_of(REGISTRY[_steps(recipe)[key, index]])[field]
+    param = _param(recipe, place)
     if param.kind not in (int, float):
         raise RecipeError(f"over: {name} is no number ({param.range})")
     _refuse_per_model(recipe, name, key, index, field)
@@ -146,11 +146,18 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, tuple[str, int, str]]]:
                 yield f"{method}.{name}", (key, index, field)
 
 
+def _param(recipe: Recipe, place: tuple[str, int, str]) -> Param:
+    key, index, field = place
+    return params_of(REGISTRY[_steps(recipe)[key, index]])[field]
+
+
 def _place(recipe: Recipe, name: str) -> tuple[str, int, str]:
     places = list(_places(recipe))
     fits = [place for known, place in places if known == name]
     if not fits:
-        raise RecipeError(f"over: unknown hyperparameter {name!r}: {nearest(name, dict(places))}")
+        numbers = [known for known, place in places if _param(recipe, place).kind in (int, float)]
+        alike = [known for known in dict.fromkeys(numbers) if ("." in known) == ("." in name)]
+        raise RecipeError(f"over: unknown hyperparameter {name!r}: {nearest(name, alike)}")
     combine = [place for place in fits if place[0] == "parameters" and name in SCALE]
     if len(fits) > 1 and not combine:
         methods = [_steps(recipe)[key, index] for key, index, _ in fits]

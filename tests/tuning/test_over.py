@@ -58,6 +58,8 @@ def test_values_of_a_range_are_rounded() -> None:
 WRONG = {
     "scalng=0..1": "unknown hyperparameter 'scalng': did you mean .*scaling",
     "densty=0..1": "unknown hyperparameter 'densty'",
+    "xyz=0..1": "known: weight, scale, lambda, scaling$",
+    "ties.scale=0..1": "did you mean .*task_arithmetic.scale|known: task_arithmetic.weight",
     "scale=1..0.5": "the range 1..0.5 is empty: its low end must be below its high end",
     "scale=1..1": "the range 1..1 is empty",
     "scale=..": "must be a finite number, got ''",
