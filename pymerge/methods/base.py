@@ -204,7 +204,7 @@ class Purify(Method):
 class Combine(Method):
     """T task tensors in, one merged update out.
 
-    A field called `scale` multiplies the update, last of all and in float32: `engine.scaled` relies on it.
+    A field called `scale` multiplies the update, last of all and in float32: an update at scale 1 serves every scale.
     """
 
     step = "combine"

@@ -12,6 +12,7 @@ from pymerge.methods import REGISTRY
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
 from pymerge.recipe import Recipe
+from pymerge.recipe.settings import Constant
 
 SCALE: Final = ("scale", "lambda", "scaling")  # names of the combine step's overall coefficient
 MOST_WHOLE = 50  # whole numbers that a range stands for
@@ -110,7 +111,7 @@ def _axis(recipe: Recipe, name: str, spec: str | Sequence[float]) -> Axis:
     param = _param(recipe, place)
     if param.kind not in (int, float):
         raise RecipeError(f"over: {name} is no number ({param.range})")
-    _refuse_per_model(recipe, name, key, index, field)
+    _refuse_several(recipe, name, key, index, field)
     given = {"name": label, "key": key, "index": index, "field": field, "param": param}
     if isinstance(spec, str) and ".." in spec:
         low, high = _range(name, spec, param)
@@ -167,17 +168,19 @@ def _place(recipe: Recipe, name: str) -> tuple[str, int, str]:
     return (combine or fits)[0]
 
 
-def _refuse_per_model(recipe: Recipe, name: str, key: str, index: int, field: str) -> None:
-    """A value that models have of their own would win over the one that is tried."""
+def _refuse_several(recipe: Recipe, name: str, key: str, index: int, field: str) -> None:
+    """Values of models, layers or tensors would win over the one that is tried, or be lost to it."""
     if key == "parameters":
+        params = recipe.params
         own = [model.path for model in recipe.models if field in model.params]
     else:
+        params = getattr(recipe, key)[index].params
         own = ["per_model"] if field in getattr(recipe, key)[index].per_model else []
+    one = "a search tries one value for all of them, take it out there"
     if own:
-        raise RecipeError(
-            f"over: {name} is given model by model ({', '.join(own)}): a search tries one value for all of them, take "
-            "it out there"
-        )
+        raise RecipeError(f"over: {name} is given model by model ({', '.join(own)}): {one}")
+    if not isinstance(params.get(field, Constant(None)), Constant):
+        raise RecipeError(f"over: {name} is given by layer or tensor ({params[field].plain()}): {one}")
 
 
 def _range(name: str, spec: str, param: Param) -> tuple[float, float]:

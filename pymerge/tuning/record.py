@@ -18,7 +18,7 @@ from pymerge.version import __version__
 
 FORMAT = 1
 FILE = "search.json"
-OURS = (FILE, "curve.png", "update-*", "try-*")
+OURS = (f"{FILE}*", "curve.png", "update-*", "try-*")
 
 How = Literal["scaled", "merged"]
 

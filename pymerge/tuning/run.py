@@ -17,7 +17,7 @@ from pymerge.checkpoint import check_output_path, plan_side_files
 from pymerge.engine.local import merge_to_disk, open_inputs, planned
 from pymerge.engine.plan import Options
 from pymerge.engine.scaled import merge_scaled, merge_update, why_merged_anew
-from pymerge.errors import EvaluationError, Interrupted, NumericError, RecipeError
+from pymerge.errors import EvaluationError, Interrupted, NumericError, OutputError, RecipeError
 from pymerge.recipe import Recipe
 from pymerge.tuning.evaluate import Evaluation
 from pymerge.tuning.figure import draw
@@ -71,7 +71,7 @@ def search(
     over      name -> "LOW..HIGH": golden-section search for the only maximum; or -> values (a list, or "v1,v2"): all
               combinations. Names: scale (lambda, scaling), or any number of the combine, purify and calibrate steps,
               as METHOD.NAME where two have it
-    out       folder for the model with the best of all values tried: what `merge` writes at that value
+    out       folder for the model with the best of all values tried, of equal ones the first: what `merge` writes there
     tolerance of a range: searching stops when the best is bracketed that closely
     minimize  the evaluation is a loss
     work      folder for search.json, curve.png, and while it runs one model and one update in float32; default: the
@@ -271,7 +271,7 @@ def _combinations(axes: Sequence[Axis]) -> list[dict[str, float]]:
 
 def _at_an_end(axis: Axis, best: Try, tolerance: float) -> str:
     value = best.values[axis.name]
-    if axis.is_range and min(value - axis.low, axis.high - value) < 2 * tolerance:
+    if axis.is_range and min(abs(value - axis.low), abs(axis.high - value)) < 2 * tolerance:
         return f"the best is at an end of the range of {axis.name}: a wider range may have a better one"
     return ""
 
@@ -310,6 +310,8 @@ def _inputs(recipe: Recipe, work: Path, out: Path | None, options: Options) -> d
         check_output_path(work / "try", inputs.all)
         if out is not None:
             check_output_path(out, inputs.all, overwrite=options.overwrite)
+            if work.resolve().is_relative_to(out.resolve()):
+                raise OutputError(f"{out}: the tries are kept in {work}, which is not beside it: choose another --work")
         plan_side_files(inputs.reference)
         planned(recipe, inputs, options)
         return {

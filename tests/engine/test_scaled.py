@@ -85,7 +85,6 @@ KEYS: dict[str, dict[str, Any]] = {
         "join": [["layers.0.q.weight", "layers.0.k.weight"]],
     },
     "excluded": {"name": "ties", "exclude": ["embed*"], "out_dtype": "float32"},
-    "clamped": {"name": "task_arithmetic", "out_dtype": "float16", "relax": {"overflow": "clamp"}},
 }
 
 
@@ -102,6 +101,15 @@ def test_a_larger_vocabulary_keeps_its_rows(tmp_path: Path) -> None:
         write_model(path, tensors | {"embed_tokens.weight": tensors["embed_tokens.weight"][:7].contiguous()})
     keys = {"relax": {"vocabulary": "base_rows"}}
     check_bytes((base, tuned, []), "task_arithmetic", tmp_path, Options(threads=1), **keys)
+
+
+def test_what_overflows_is_clamped_alike(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"w": torch.full((3, 4), 6e4)})
+    tuned = [write_model(tmp_path / f"tuned{t}", {"w": torch.linspace(5e4, 7.5e4, 12).reshape(3, 4)}) for t in (0, 1)]
+    keys: dict[str, Any] = {"out_dtype": "float16", "relax": {"overflow": "clamp"}}
+    check_bytes((base, tuned, []), "task_arithmetic", tmp_path, Options(threads=1), **keys)
+    for found in (read_model(tmp_path / f"scaled{i}")["w"].float() for i in (0, 1)):
+        assert found.max() == torch.finfo(torch.float16).max and bool((found < found.max()).any())
 
 
 def test_calibrate_steps_are_merged_anew(models: Any) -> None:

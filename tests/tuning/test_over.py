@@ -96,6 +96,12 @@ def test_what_is_given_model_by_model_is_refused() -> None:
         axes_of(recipe(purify=rows), {"trim.density": "0..1"})
 
 
+@pytest.mark.parametrize("value", [[0.1, 0.5], [{"filter": "mlp", "value": 0.3}, {"value": 0.5}]], ids=str)
+def test_what_is_given_layer_by_layer_is_refused(value: Any) -> None:
+    with pytest.raises(RecipeError, match="scale is given by layer or tensor"):
+        axes_of(recipe(parameters={"weight": 1.0, "lambda": value}), {"scale": "0..1"})
+
+
 def test_names_that_two_steps_have() -> None:
     steps = recipe("ties", purify=[{"method": "dare", "density": 0.5}])
     with pytest.raises(RecipeError, match="density: say which: ties.density or dare.density"):

@@ -177,6 +177,10 @@ def test_places_that_are_taken_are_refused_first(problem: Problem, tmp_path: Pat
         pymerge.search(problem.recipe(), problem.parabola, {"scale": [1]}, out=tmp_path / "mine")
     with pytest.raises(OutputError, match="inputs are never changed"):
         pymerge.search(problem.recipe(), problem.parabola, {"scale": [1]}, work=problem.base / "work")
+    for work in ("best", "best/work"):
+        with pytest.raises(OutputError, match="the tries are kept in"):
+            here = {"out": tmp_path / "best", "work": tmp_path / work}
+            pymerge.search(problem.recipe(), problem.parabola, {"scale": [1]}, **here)
     assert problem.calls == [] and not problem.work.exists()
 
 
