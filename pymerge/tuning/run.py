@@ -100,7 +100,11 @@ def search(
     }
     with opened(folder, identity, restart=restart) as record:
         run = _Run(described, axes, evaluation, record, replace(options, overwrite=True), minimize, make_display(show))
-        return run.search(tolerance, target, options)
+        try:
+            return run.search(tolerance, target, options)
+        except KeyboardInterrupt:
+            known = f"{len(record.tries)} tries are kept"
+            raise Interrupted(f"stopped; {known}: the same command continues", signal.SIGINT) from None
 
 
 @dataclass
@@ -191,11 +195,6 @@ class _Run:
             self.record.failure = str(e)
             self.record.save()
             raise
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped in the evaluation of {where}; the tries before it are kept: the same command continues",
-                signal.SIGINT,
-            ) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return Try(
