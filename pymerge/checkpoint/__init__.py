@@ -1,5 +1,6 @@
 """Weights at rest: crash safety and untrusted input live in this room and nowhere else."""
 
+from pymerge.checkpoint.adapted import AdaptedTensor
 from pymerge.checkpoint.card import write_card
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, safe_name
 from pymerge.checkpoint.layout import Layout, Shard, Slot, plan_layout
@@ -11,6 +12,7 @@ from pymerge.checkpoint.write import StagedOutput
 __all__ = [
     "ITEMSIZE",
     "TORCH_NAME",
+    "AdaptedTensor",
     "AnyTensor",
     "Checkpoint",
     "Layout",

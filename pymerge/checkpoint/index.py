@@ -72,8 +72,7 @@ def _resolve_folder(folder: Path, allow_pickle: bool, prefer: Prefer | None) -> 
     )
     if "adapter_config.json" in names and SINGLE not in names and INDEX not in names:
         raise InputError(
-            f"{_shown(folder)}: a PEFT adapter (adapter_config.json), not a whole model; merge it into its base model "
-            "first"
+            f"{_shown(folder)}: a PEFT adapter (adapter_config.json), not a whole model; here a whole one is needed"
         )
     if index and SINGLE in names:
         if prefer is None:

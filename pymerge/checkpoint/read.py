@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymerge.checkpoint.adapted import AdaptedTensor
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_header, safe_name
 from pymerge.checkpoint.index import Prefer, check_index, read_json_object, resolve
 from pymerge.errors import ChangedInput, InputError, UnsupportedDtype
@@ -175,7 +176,7 @@ class MemoryTensor:
 
 
 _CODE = {torch_name: code for code, torch_name in TORCH_NAME.items()}
-AnyTensor = LazyTensor | MemoryTensor
+AnyTensor = LazyTensor | MemoryTensor | AdaptedTensor
 
 
 class Checkpoint(Mapping[str, AnyTensor]):
@@ -258,7 +259,8 @@ class Checkpoint(Mapping[str, AnyTensor]):
 def open_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any], *, allow_pickle: bool = False, prefer: Prefer | None = None
 ) -> Checkpoint:
-    """Open a model: a Hugging Face folder, a .safetensors file, an index file, or a mapping from names to tensors.
+    """Open a model: a Hugging Face folder, a .safetensors file, an index file, a PEFT adapter folder (over
+    the base that it names), or a mapping from names to tensors.
 
     allow_pickle  read pytorch_model*.bin too, with a loader that builds tensors only
     prefer        "single" or "sharded", for a folder that holds both
@@ -267,6 +269,10 @@ def open_checkpoint(
         return source
     if isinstance(source, Mapping):
         return _from_mapping(source)
+    from pymerge.checkpoint.lora import is_adapter, open_adapter  # made of checkpoints
+
+    if is_adapter(source):
+        return open_adapter(source, allow_pickle=allow_pickle)
     found = resolve(source, allow_pickle=allow_pickle, prefer=prefer)
     with contextlib.ExitStack() as on_error:
         files: list[WeightFile] = []

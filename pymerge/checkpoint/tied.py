@@ -44,6 +44,13 @@ def tied_pairs(model: Checkpoint) -> dict[str, str]:
     return pairs
 
 
+def feeds_head(model: Checkpoint, name: str) -> bool:
+    """Whether the output head uses this embedding: by the config or, where it does not say, as no head is stored."""
+    if name not in tied_pairs(model).values():
+        return False
+    return tie_setting(model.config) is True or not any(n.endswith(_OUTPUT) for n in model)
+
+
 def tie_setting(config: Mapping[str, Any] | None) -> bool | None:
     """`tie_word_embeddings` of a config, or of the text config inside it; None where neither says."""
     if config is None:

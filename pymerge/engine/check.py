@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pymerge.checkpoint import AnyTensor, Checkpoint, safe_name
+from pymerge.checkpoint import AdaptedTensor, AnyTensor, Checkpoint, safe_name
 from pymerge.checkpoint.tied import tied_pairs
+from pymerge.engine.asking import asks_model, survey_scope
 from pymerge.engine.inputs import InputFinder
 from pymerge.errors import (
     ExtraTensor,
@@ -154,7 +155,8 @@ class Checker:
 
     def out_dtype(self, tensor: AnyTensor) -> str:
         asked = self.recipe.output_dtype
-        return asked if asked and tensor.dtype in FLOATS else tensor.dtype
+        stored = tensor.weight.dtype if isinstance(tensor, AdaptedTensor) else tensor.dtype
+        return asked if asked and stored in FLOATS else stored
 
     def copied(self, name: str, tensor: AnyTensor, equal_to: tuple[AnyTensor, ...] = ()) -> Entry:
         return Entry(name=name, shape=tensor.shape, dtype=self.out_dtype(tensor), reference=tensor, equal_to=equal_to)
@@ -168,6 +170,8 @@ class Checker:
         if found is None:
             return None
         if found == [] and self.models:
+            return self.copied(name, reference)
+        if self.is_untouched(name, found):
             return self.copied(name, reference)
         if not self.dtypes_fit(name, [reference, *found]):
             return None
@@ -204,6 +208,13 @@ class Checker:
             split=split,
             join=self.join_of.get(name),
         )
+
+    def is_untouched(self, name: str, found: Sequence[AnyTensor]) -> bool:
+        """Whether all models are adapters that leave this tensor to the base. Where a step looks at the whole model,
+        such tensors count too."""
+        steps, reference = self.steps[name], self.reference[name]
+        whole = survey_scope(steps) == "model" or asks_model(steps) is not None
+        return self.recipe.subtract_base and not whole and all(tensor is reference for tensor in found)
 
     def split_of(self, name: str, shape: tuple[int, ...], steps: Steps) -> tuple[int, tuple[int, ...]] | None:
         split = self.recipe.fused.split_of(name)

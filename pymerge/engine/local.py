@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint
+from pymerge.checkpoint.lora import base_of_adapter, is_adapter, open_adapter
 from pymerge.checkpoint.card import write_card
 from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
 from pymerge.engine.check import Entry
@@ -25,6 +27,7 @@ from pymerge.engine.summary import summary_of
 from pymerge.errors import Interrupted, MergeError, RecipeError
 from pymerge.methods.emr import Emr
 from pymerge.recipe import ModelRef, Recipe
+from pymerge.recipe.models import split_adapter
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
@@ -58,14 +61,34 @@ class Inputs:
 
 
 def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
-    known: dict[str, Checkpoint] = {}  # a base may be one of the models too
+    known: dict[str, Checkpoint] = {}  # a base may be one of the models too, and that of several adapters
 
     def opened(model: ModelRef) -> Checkpoint:
+        if not model.in_memory:
+            return opened_path(model.path)
         if model.path not in known:
-            source = state_of(model.value) if model.in_memory else model.path
-            known[model.path] = open_checkpoint(source, allow_pickle=options.allow_pickle, prefer=options.prefer)
-            stack.callback(known[model.path].close)
+            known[model.path] = open_checkpoint(state_of(model.value))
         return known[model.path]
+
+    def opened_path(path: str) -> Checkpoint:
+        key = os.path.realpath(path)
+        if key not in known:
+            found = adapted(path)
+            if found is None:
+                found = open_checkpoint(path, allow_pickle=options.allow_pickle, prefer=options.prefer)
+            known[key] = found
+            stack.callback(found.close)
+        return known[key]
+
+    def adapted(path: str) -> Checkpoint | None:
+        """`base+adapter`, or an adapter alone: over the recipe's base, or the one that it names."""
+        base, adapter = split_adapter(path) or (None, path)
+        if not is_adapter(adapter):
+            return None
+        if base is None and recipe.base is not None and recipe.base.path != path:
+            base = recipe.base.path
+        base = base if base is not None else base_of_adapter(adapter)
+        return open_adapter(adapter, opened_path(base), allow_pickle=options.allow_pickle)
 
     def observed(model: ModelRef, reference: ModelRef) -> Statistics:
         found = opened_statistics(reference, model)

@@ -41,10 +41,18 @@ class ModelRef:
         return os.path.realpath(self.path) == os.path.realpath(other.path)
 
 
-def parse_reference(raw: Any, where: str, problems: Problems, *, must_exist: bool) -> str | None:
-    """The local path that a model reference names: text, or {model: {path, revision}, lora, override_architecture}.
+def split_adapter(path: str) -> tuple[str, str] | None:
+    """(base, adapter) of `base+adapter`, where that is no path itself and both parts are; else None."""
+    if os.path.exists(path):
+        return None
+    cuts = [(path[:i], path[i + 1 :]) for i, letter in enumerate(path) if letter == "+"]
+    return next((parts for parts in cuts if all(os.path.exists(part) for part in parts)), None)
 
-    Text that exists as a path is that path, whatever characters it has; else `path@revision+lora@revision`.
+
+def parse_reference(raw: Any, where: str, problems: Problems, *, must_exist: bool) -> str | None:
+    """The local path that a model reference names, or `base+adapter`: text, or {model: {path, revision}, lora, ...}.
+
+    Text that exists as a path is that path, whatever characters it has; else `path@revision+adapter@revision`.
     """
     if isinstance(raw, os.PathLike):
         raw = os.fspath(raw)
@@ -53,12 +61,12 @@ def parse_reference(raw: Any, where: str, problems: Problems, *, must_exist: boo
     if not isinstance(raw, str) or not raw or "\0" in raw:
         problems.add(where, f"must be the path of a model, got {raw!r}")
         return None
-    if os.path.exists(raw):
+    if os.path.exists(raw) or split_adapter(raw) is not None:
         return raw
     path, plus, lora = raw.partition("+")
     name, at, revision = path.partition("@")
     if plus and os.path.exists(name if at else path):
-        problems.add(where, f"{raw}: LoRA adapters (+{lora}) are {_LATER}: merge the adapter first and give the result")
+        problems.add(where, f"{raw}: the adapter {lora} is no folder here (paths start from {os.getcwd()})")
     elif at and os.path.exists(name):
         problems.add(where, f"{raw}: revisions (@{revision}) are {_LATER}: give the folder that holds that revision")
     elif must_exist:
@@ -72,17 +80,29 @@ def parse_reference(raw: Any, where: str, problems: Problems, *, must_exist: boo
 
 def _parse_mapping(raw: dict[Any, Any], where: str, problems: Problems, *, must_exist: bool) -> str | None:
     for key, value in raw.items():
-        if key in ("lora", "override_architecture"):
+        if key == "override_architecture":
             if value is not None:
                 problems.add(where, f"{key} is {_LATER}")
-        elif key not in ("model", "path", "revision"):
+        elif key not in ("model", "lora", "path", "revision"):
             problems.unknown(where, key, ("model", "lora", "path", "revision"))
-    inner = raw.get("model", raw)
-    if isinstance(inner, dict):
-        if inner.get("revision") is not None:
-            problems.add(where, f"revision is {_LATER}: give the folder that holds that revision")
-        for key in inner if inner is not raw else ():
-            if key not in ("path", "revision"):
-                problems.unknown(f"{where}: model", key, ("path", "revision"))
-        inner = inner.get("path")
-    return parse_reference(inner, where, problems, must_exist=must_exist)
+    path = _path_of(raw.get("model", raw), raw, where, problems)
+    adapter = raw.get("lora")
+    if adapter is None:
+        return parse_reference(path, where, problems, must_exist=must_exist)
+    adapter = _path_of(adapter, None, f"{where}: lora", problems)
+    if not isinstance(path, str) or not isinstance(adapter, str):
+        problems.add(where, f"model and lora must be paths, got {path!r} and {adapter!r}")
+        return None
+    return parse_reference(f"{path}+{adapter}", where, problems, must_exist=must_exist)
+
+
+def _path_of(inner: Any, outer: Any, where: str, problems: Problems) -> Any:
+    """The path in {path, revision}."""
+    if not isinstance(inner, dict):
+        return inner
+    if inner.get("revision") is not None:
+        problems.add(where, f"revision is {_LATER}: give the folder that holds that revision")
+    for key in inner if inner is not outer else ():
+        if key not in ("path", "revision"):
+            problems.unknown(f"{where}: model", key, ("path", "revision"))
+    return inner.get("path")

@@ -129,7 +129,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a model that pymerge reads"):
         open_checkpoint(tmp_path / "w.gguf")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="PEFT adapter"):
+    with pytest.raises(InputError, match="peft_type None"):
         open_checkpoint(tmp_path)
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="not a regular file"):

@@ -30,18 +30,20 @@ def test_mapping_form() -> None:
     assert path_of({"model": {"path": "a"}}) == "a"
     assert path_of({"model": "a", "lora": None}) == "a"
     assert path_of({"path": "a", "revision": None}) == "a"
+    assert path_of({"model": {"path": "a"}, "lora": {"path": "b"}}) == path_of("a+b") == "a+b"
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("a+b", "LoRA adapters (+b) are not supported yet"),
-        ("a@main+b@main", "LoRA adapters (+b@main) are not supported yet"),
+        ("a+d", "a+d: the adapter d is no folder here"),
+        ("a@main+b@main", "a@main+b@main: the adapter b@main is no folder here"),
         ("a@main", "revisions (@main) are not supported yet"),
         ("org/model", "names on the Hugging Face hub are not supported yet"),
         ("org/model@main", "names on the Hugging Face hub are not supported yet"),
         ({"model": {"path": "a", "revision": "main"}}, "revision is not supported yet"),
-        ({"model": "a", "lora": "b"}, "lora is not supported yet"),
+        ({"model": "a", "lora": "d"}, "a+d: the adapter d is no folder here"),
+        ({"model": "a", "lora": {"path": "d", "revision": "main"}}, "lora: revision is not supported yet"),
         ({"model": "a", "override_architecture": "X"}, "override_architecture is not supported yet"),
         ({"modle": "a"}, "unknown key 'modle': did you mean model?"),
         ({"model": {"pth": "a"}}, "unknown key 'pth': did you mean path?"),
