@@ -136,8 +136,8 @@ def base_of_adapter(folder: str | os.PathLike[str]) -> str:
     if isinstance(named, str) and os.path.exists(named):
         return named
     raise InputError(
-        f"{safe_name(os.fspath(folder), 400)}: an adapter whose base, {safe_name(str(named), 400)!r}, is no folder here: "
-        "give the base, as base_model or as `base+adapter`"
+        f"{safe_name(os.fspath(folder), 400)}: an adapter whose base, {safe_name(str(named), 400)!r}, is no folder "
+        "here: give the base, as base_model or as `base+adapter`"
     )
 
 
@@ -150,8 +150,8 @@ def open_adapter(
     """The model that an adapter makes of its base (opened, which stays the caller's to close, or a path; None: the base
     that the adapter names).
 
-    Raises   InputError (kinds of adapters that are not s B A, tensors that do not belong to one, no base), ShapeMismatch,
-             CorruptFile."""
+    Raises   InputError (kinds of adapters that are not s B A, tensors that do not belong to one, no base),
+             ShapeMismatch, CorruptFile."""
     where = Path(folder)
     config = AdapterConfig.read(where)
     own = not isinstance(base, Checkpoint)
@@ -180,8 +180,8 @@ def _tensors(config: AdapterConfig, base: Checkpoint, adapter: Checkpoint) -> di
         tensors[name] = _adapted(config, module, base[name], sides)
         if sides["embedding"] and feeds_head(base, name):
             raise InputError(
-                f"{where}: {safe_name(module)} is tied to the output head, which the adapter leaves as it is; one weight "
-                "cannot be both"
+                f"{where}: {safe_name(module)} is tied to the output head, which the adapter leaves as it is: "
+                "one weight cannot be both"
             )
     for name, tensor in saved.items():
         tensors[rename(name)] = tensor

@@ -24,7 +24,7 @@ from pymerge.errors import (
     UnsupportedDtype,
     VocabMismatch,
 )
-from pymerge.methods.base import TensorInfo
+from pymerge.methods.base import AdapterCombine, TensorInfo
 from pymerge.recipe import Recipe, Steps, layer_depths
 
 if TYPE_CHECKING:
@@ -210,10 +210,10 @@ class Checker:
         )
 
     def is_untouched(self, name: str, found: Sequence[AnyTensor]) -> bool:
-        """Whether all models are adapters that leave this tensor to the base. Where a step looks at the whole model,
-        such tensors count too."""
+        """Whether all are adapters that leave it to the base. Where a step looks at the whole model, it counts too."""
         steps, reference = self.steps[name], self.reference[name]
         whole = survey_scope(steps) == "model" or asks_model(steps) is not None
+        whole &= not isinstance(steps.combine, AdapterCombine)
         return self.recipe.subtract_base and not whole and all(tensor is reference for tensor in found)
 
     def split_of(self, name: str, shape: tuple[int, ...], steps: Steps) -> tuple[int, tuple[int, ...]] | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pymerge import _C
 from pymerge.checkpoint import safe_name
 from pymerge.engine.asking import rule_part
+from pymerge.engine.factored import factored_group, merge_factored, oriented_factors
 from pymerge.engine.non_finite import raise_bad_input, raise_overflow
 from pymerge.engine.plan import Plan
 from pymerge.engine.survey import Tile
@@ -151,6 +152,9 @@ def merge_generic(
 
     steps  those of the pieces, with every model-wide question answered"""
     entry = pieces[0].item.entry
+    if pieces[0].item.factored:
+        (weight,) = load(plan, pieces[0], "cpu")
+        return merge_factored(plan, pieces[0], weight, steps, rule, store)
     loaded = [load(plan, piece, device) for piece in pieces]
     group = group_of(plan, pieces, loaded)
     try:
@@ -171,6 +175,9 @@ def merge_generic(
 def survey_pieces(plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps, combine: SurveyedCombine) -> Any:
     """What a combine step with a question finds in what `merge_generic` merges, behind the purify steps."""
     entry = pieces[0].item.entry
+    if pieces[0].item.factored:
+        use_threads(plan.item_threads)
+        return combine.survey(oriented_factors(factored_group(plan, pieces[0])))
     group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
     seen = (oriented(combine, purified(steps.purify, part)) for part in parts_of(group, entry.split))
     try:

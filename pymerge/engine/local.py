@@ -15,8 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint
-from pymerge.checkpoint.lora import base_of_adapter, is_adapter, open_adapter
 from pymerge.checkpoint.card import write_card
+from pymerge.checkpoint.lora import base_of_adapter, is_adapter, open_adapter
 from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop

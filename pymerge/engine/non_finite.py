@@ -34,6 +34,8 @@ def labels(recipe: Recipe, piece: Piece) -> list[str]:
     """What the piece's inputs are called, base first where there is one."""
     models = [model.path for model in recipe.models]
     inputs = piece.item.inputs
+    if piece.item.factored:
+        return ["base"]
     fisher = [f"Fisher information of {model}" for model in models] if piece.item.entry.weights else []
     has_base = recipe.base is not None and (piece.item.mode == "copy" or len(inputs) > len(models) + len(fisher))
     return (["base"] if has_base else []) + models + fisher

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn, TypeGuard
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTensor, plan_layout
 from pymerge.engine.asking import asking_purify, asks_model, rule_part, survey_key, survey_scope
 from pymerge.engine.check import Entry, check, tensor_counts
+from pymerge.engine.factored import factored_item, rank_sum, weight_under
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
@@ -46,6 +47,7 @@ class Item:
     rule: DeltaRule | None = None  # of the element-wise steps up to combine, unanswered
     survey_scope: int | None = None  # number of the model-wide survey that answers the rule
     workspace: int = 0  # bytes that the steps of a generic item take beside inputs and output, for a tile
+    factored: bool = False  # adapters, merged by their factors: of the models only the weight under them is read
 
     @property
     def read_bytes(self) -> int:
@@ -60,6 +62,8 @@ class Item:
         entry = self.entry
         if self.mode == "copy":
             return (entry.reference, *entry.equal_to)
+        if self.factored and (weight := weight_under(entry)) is not None:
+            return (weight,)
         return ((entry.base,) if entry.base is not None else ()) + entry.tuned + entry.weights
 
     @property
@@ -95,6 +99,8 @@ class Item:
     def spectral_flops(self) -> int:
         """Estimate of what the steps for matrices compute."""
         assert self.entry.steps is not None
+        if self.factored:
+            return 2 * self.count * rank_sum(self.entry)
         info = self.entry.info(seed=0)
         return sum(step.flops(info) for step in self.entry.steps.all)
 
@@ -226,10 +232,12 @@ class Planner:
                 f"{entry.name}: {combine.name} asks the whole model: behind {before[-1].name} it goes with no join, "
                 "and with element-wise purify steps only between the two"
             )
+        item = Item(entry=entry, mode="generic", first=0, count=entry.count, tile=entry.count, rule=rule)
+        if (factored := factored_item(item, info, self.arena_bytes)) is not None:
+            return self.fitting(factored)
         if rule is None or before or not self.streams(steps):
-            item = Item(entry=entry, mode="generic", first=0, count=entry.count, tile=entry.count, rule=rule)
             return self.generic(item, info)
-        item = Item(entry=entry, mode="tiles", first=0, count=entry.count, tile=TILE, rule=rule)
+        item = replace(item, mode="tiles", tile=TILE)
         if survey_scope(steps) == "model":
             return self.tiled(item)
         if rule.needs_survey:
@@ -250,10 +258,12 @@ class Planner:
         tile = max(together, TILE // max(1, together) * together)
         while tile > together and self.sized(item, info, tile).peak_bytes > self.arena_bytes // 4:
             tile = max(together, tile // 2 // together * together)
-        found = self.sized(item, info, max(1, min(tile, item.count)))
-        if found.peak_bytes > self.arena_bytes:
-            self.refuse(found.peak_bytes + SLACK, item.entry.name)
-        return found
+        return self.fitting(self.sized(item, info, max(1, min(tile, item.count))))
+
+    def fitting(self, item: Item) -> Item:
+        if item.peak_bytes > self.arena_bytes:
+            self.refuse(item.peak_bytes + SLACK, item.entry.name)
+        return item
 
     def together(self, step: Method, item: Item, row: int) -> int:
         """Entries that a step must see at once: it sees multiples of them."""

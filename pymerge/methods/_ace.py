@@ -39,9 +39,8 @@ class Updates:
 
 def merge_matrix(method: Ace, group: TaskGroup) -> Tensor:
     """The update of `Ace` on one matrix; fills in group.notes.facts."""
-    m, n = group.info.shape
-    if m * n == 0:
-        return torch.zeros((m, n), device=group.tuned[0].device)
+    if group.tuned[0].numel() == 0:
+        return torch.zeros_like(group.tuned[0], dtype=torch.float32)
     updates = read_updates(group)
     kept = _tasks_with_update(method, updates)
     facts = group.notes.facts
@@ -55,8 +54,8 @@ def merge_matrix(method: Ace, group: TaskGroup) -> Tensor:
 
 def read_updates(group: TaskGroup) -> Updates:
     """One pass, sums in float64."""
-    found = Updates([], [], [], torch.zeros(group.info.shape, device=group.tuned[0].device))
-    m = group.info.shape[0]
+    found = Updates([], [], [], torch.zeros_like(group.tuned[0], dtype=torch.float32))
+    m = group.tuned[0].shape[0]
     for t in range(len(group.tuned)):
         d = group.delta(t)
         energy, sums = 0.0, torch.zeros(d.shape[1], dtype=torch.float64, device=d.device)
@@ -133,7 +132,8 @@ def _merged(method: Ace, group: TaskGroup, updates: Updates, kept: list[int]) ->
     facts.update(route=found.route, precision=found.precision, condition=found.condition)
     x = found.x.float()
     if found.residual is not None:
-        x += _isotropic(found.x + found.residual.to(found.x.dtype), method.k_frac, facts)
+        k = max(1, int(method.k_frac * min(group.info.shape)))
+        x += _isotropic(found.x + found.residual.to(found.x.dtype), k, facts)
     return x.mul_(unit) if unit != 1.0 else x
 
 
@@ -148,17 +148,18 @@ def _refines(method: Ace, facts: dict) -> bool:
     return facts["refinement"] == "added"
 
 
-def _isotropic(f: Tensor, k_frac: float, facts: dict) -> Tensor:
+def _isotropic(f: Tensor, k: int, facts: dict) -> Tensor:
     """sigma sum of u_i v_i^T over the top k singular directions of f [m, n], sigma the mean of their values. From the
-    subspace alone: with Q an orthonormal basis of the u_i, the sum is Q polar(Q^T f)."""
+    subspace alone: with Q an orthonormal basis of the u_i, the sum is Q polar(Q^T f). A core f has fewer
+    rows: the values beyond count as zeros."""
     f = f.float()
     turned = f.shape[0] > f.shape[1]
     wide = f.mT if turned else f
-    k = max(1, int(k_frac * wide.shape[0]))
-    basis = subspace(wide, k)  # [min(m, n), k]
+    here = min(k, wide.shape[0])
+    basis = subspace(wide, here)  # [min(m, n), k]
     part = basis.mT @ wide
     factor = polar(part).factor
-    sigma = float(mean_singular_value(factor, part))
+    sigma = float(mean_singular_value(factor, part)) * here / k
     facts.update(k=k, sigma=sigma)
     result = (basis @ factor).mul_(sigma)
     return result.mT if turned else result

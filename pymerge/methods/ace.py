@@ -61,6 +61,7 @@ class Ace(MatrixCombine):
     )
 
     paper = "arXiv 2603.02945"
+    on_cores = True
 
     def conflicts(self) -> list[str]:
         if self.keep_mean == "average" and not self.center:

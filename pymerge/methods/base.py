@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 from pymerge.errors import RecipeError
 from pymerge.methods.param import REQUIRED, STYLES, UNUSED, Auto, Param, Style, complete, param, params_of
@@ -22,11 +22,13 @@ __all__ = [
     "REQUIRED",
     "STYLES",
     "UNUSED",
+    "AdapterCombine",
     "Auto",
     "Calibrate",
     "Combine",
     "ElementWiseCombine",
     "ElementWisePurify",
+    "Factors",
     "LayerInput",
     "MatrixCombine",
     "Method",
@@ -105,6 +107,14 @@ class LayerInput(Protocol):
         ...
 
 
+class Factors(NamedTuple):
+    """left [m, r] times right [r, n]: an update of rank r, never multiplied out. float32; an adapter's scale is in
+    left. r = 0: no update."""
+
+    left: Tensor
+    right: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskGroup:
     """One parameter of all models, or some of its rows.
@@ -116,6 +126,7 @@ class TaskGroup:
     weights  T tensors of importances beside the tuned ones (Fisher information); None: the merge has none
     inputs   T inputs of the layer whose weight matrix [m, n] this is; None: there are no statistics of it
     transposed  the matrices are [n, m], as Conv1D stores them; steps that need `inputs` are given them as [m, n]
+    factors  the T task vectors of adapters, then base is None and tuned is empty; None: they are not factored
     """
 
     info: TensorInfo
@@ -125,6 +136,7 @@ class TaskGroup:
     weights: tuple[Tensor, ...] | None = None
     inputs: tuple[LayerInput, ...] | None = None
     transposed: bool = False
+    factors: tuple[Factors, ...] | None = None
     notes: Notes = field(default_factory=Notes, compare=False)
 
     def delta(self, task: int) -> Tensor:
@@ -163,6 +175,9 @@ class Method:
     # What a step that is no DeltaRule must see at once: the tensor, whole rows (slices of the first dimension; a tensor
     # with fewer than two dimensions is one row), or any range of entries.
     unit: ClassVar[Literal["tensor", "rows", "entries"]] = "tensor"
+    # Rotations of a matrix's rows and columns that keep (1, ..., 1) up to its length rotate the result likewise. Then
+    # adapters' task vectors are given as small cores (`methods.cores`); group.info.shape stays that of the matrix.
+    on_cores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         known = params_of(type(self))
@@ -243,6 +258,21 @@ class MatrixCombine(Combine):
     def rest_of(self, name: str) -> tuple[Literal["mean", "sum", "base"], float]:
         """What the tensor of this name, no weight matrix, gets; and times what."""
         return self.rest, getattr(self, "scale", 1.0)
+
+
+class AdapterCombine(MatrixCombine):
+    """A combine step that is defined by the factors of LoRA adapters: all models must be adapters."""
+
+    def combine_factors(self, group: TaskGroup) -> Factors:
+        """The merged update before `scale`, from group.factors, oriented [out, in]."""
+        raise NotImplementedError
+
+    def factor_workspace(self, info: TensorInfo, rank: int) -> int:
+        """Bytes beside factors and update, for adapters whose ranks sum to `rank`."""
+        return 0
+
+    def combine(self, group: TaskGroup) -> NoReturn:
+        raise RecipeError(f"{self.name}: {group.info.name}: merges LoRA adapters, found whole matrices")
 
 
 class Calibrate(Method):

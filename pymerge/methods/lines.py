@@ -30,6 +30,7 @@ class Lines(Calibrate):
 
     paper = "arXiv 2410.17146"
     unit = "entries"
+    on_cores = True
 
     def calibrate(self, update: Tensor, group: TaskGroup) -> Tensor:
         factor = self.factor(group.info)

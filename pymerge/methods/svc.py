@@ -63,6 +63,7 @@ class SVC(Calibrate):
 
     paper = "arXiv 2602.05536"
     spectral = True
+    on_cores = True
 
     def conflicts(self) -> list[str]:
         problems = []

@@ -27,6 +27,7 @@ class TsvM(MatrixCombine):
     )
 
     paper = "arXiv 2412.00081"
+    on_cores = True
 
     def combine(self, group: TaskGroup) -> Tensor:
         import torch
@@ -35,7 +36,7 @@ class TsvM(MatrixCombine):
 
         m, n = group.tuned[0].shape
         tasks = len(group.tuned)
-        count = int(min(m, n) * (1 / tasks))  # the authors' float product, which is not r // T for r = T = 49
+        count = int(min(group.info.shape) * (1 / tasks))  # as the authors: not r // T for r = T = 49
         if count == 0:
             group.notes.facts["rank"] = 0
             return torch.zeros(m, n, device=group.tuned[0].device)
@@ -44,7 +45,7 @@ class TsvM(MatrixCombine):
         for t in range(tasks):
             delta = group.delta(t)
             noise = None if released else sp.noise_level(sp.spread(delta), errors[t])
-            parts.append(sp.top_triplets(delta, count, noise))
+            parts.append(sp.top_triplets(delta, min(count, m, n), noise))
         tol = sp.stack_tolerance(parts, released)
         left = sp.polar_of_stack([p.left for p in parts], tol)
         right = sp.polar_of_stack([p.right for p in parts], tol)
