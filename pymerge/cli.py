@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from pymerge.errors import MergeError
+from pymerge.errors import MergeError, RecipeError
 from pymerge.version import __version__
 
 app = typer.Typer(
@@ -85,6 +85,10 @@ def merge(
     ] = False,
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write a LoRA adapter of the base in place of a whole model.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of that adapter. Default: that of the merged ones.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -108,6 +112,12 @@ def merge(
             prefer=prefer,
             progress=False if quiet else None,
         )
+        if as_adapter:
+            from pymerge.engine.adapter_out import merge_to_adapter
+
+            return show_adapter(out, merge_to_adapter(Recipe.from_yaml(recipe), out, rank, options), quiet)
+        if rank is not None:
+            raise RecipeError("--rank goes with --as-adapter")
         summary = merge_to_disk(Recipe.from_yaml(recipe), out, options)
         if not quiet:
             rate = summary["bytes_read"] / max(summary["seconds"], 1e-9) / 1e9
@@ -118,6 +128,48 @@ def merge(
             )
             for note in summary["notes"]:
                 print(f"  note: {note}")
+
+
+def show_adapter(out: Path, summary: dict[str, Any], quiet: bool) -> None:
+    """The closing lines of a command that writes an adapter."""
+    if quiet:
+        return
+    adapter = summary["adapter"]
+    print(
+        f"{out}: adapter of rank {adapter['r']}, {adapter['matrices']} matrices, {len(adapter['whole'])} tensors whole"
+        f"; relative error of the update {summary['error']:.2g} (per matrix in merge.json)"
+    )
+    if summary["left_out"]:
+        print(f"  note: changes that an adapter cannot hold are left out: {', '.join(list(summary['left_out'])[:10])}")
+
+
+@app.command("extract-lora")
+def extract_lora(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned model.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of its base.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Adapter folder to write; must not exist.")],
+    rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Of the factors of each matrix.")] = 32,
+    exclude: Annotated[list[str] | None, typer.Option(help="Name patterns of tensors to leave at the base.")] = None,
+    memory: Memory = None,
+    threads: Threads = None,
+    allow_pickle: AllowPickle = False,
+    prefer: Prefer = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write what MODEL has more than BASE as a LoRA adapter: the best of that rank for each matrix."""
+    with reported_errors(debug):
+        from pymerge.engine.adapter_out import extract
+        from pymerge.engine.plan import Options
+
+        options = Options(
+            memory=budget(memory),
+            threads=threads,
+            allow_pickle=allow_pickle,
+            prefer=prefer,
+            progress=False if quiet else None,
+        )
+        show_adapter(out, extract(model, base, out, rank, exclude=exclude or [], options=options), quiet)
 
 
 @app.command()

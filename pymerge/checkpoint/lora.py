@@ -112,14 +112,18 @@ class AdapterConfig:
 class AdapterCheckpoint(Checkpoint):
     """The base's tensors under an adapter; those that the adapter saved whole in place of the base's."""
 
-    def __init__(
-        self, config: AdapterConfig, base: Checkpoint, adapter: Checkpoint, tensors: Mapping[str, AnyTensor], own: bool
-    ) -> None:
+    def __init__(self, config: AdapterConfig, base: Checkpoint, adapter: Checkpoint, own: bool) -> None:
+        tensors, self._shift = _tensors(config, base, adapter)
         super().__init__(config.folder, base.folder, tensors, [*base.files, *adapter.files], pickled=base.pickled)
         self.config = base.config
         self.adapter_config = config
         self.base = base
         self._closed_with_this = [adapter, *([base] if own else [])]
+
+    def name_in_adapter(self, name: str) -> str:
+        """A name of the base as the adapter spells it."""
+        drop, add = self._shift
+        return f"{drop}{name.removeprefix(add)}"
 
     def fingerprint(self) -> dict[str, Any]:
         path, config = self.adapter_config.folder, self.adapter_config.digest
@@ -162,21 +166,23 @@ def open_adapter(
         raise InputError(f"{_shown(where)}: an adapter without {WEIGHTS[0]}")
     adapter = open_checkpoint(weights, allow_pickle=allow_pickle)
     try:
-        return AdapterCheckpoint(config, base, adapter, _tensors(config, base, adapter), own)
+        return AdapterCheckpoint(config, base, adapter, own)
     except Exception:
         adapter.close()
         raise
 
 
-def _tensors(config: AdapterConfig, base: Checkpoint, adapter: Checkpoint) -> dict[str, AnyTensor]:
+def _tensors(
+    config: AdapterConfig, base: Checkpoint, adapter: Checkpoint
+) -> tuple[dict[str, AnyTensor], tuple[str, str]]:
     pairs, saved, unknown = _sorted(adapter)
     where = _shown(config.folder)
     if unknown:
         raise InputError(f"{where}: tensors that are no LoRA factors of linear layers: {name_list(unknown)}")
-    rename = _renaming([*(f"{m}.weight" for m in pairs)], base, where)
+    drop, add = _renaming([*(f"{m}.weight" for m in pairs)], base, where)
     tensors: dict[str, AnyTensor] = {name: base[name] for name in base.file_order()}
     for module, sides in pairs.items():
-        name = rename(f"{module}.weight")
+        name = f"{add}{module.removeprefix(drop)}.weight"
         tensors[name] = _adapted(config, module, base[name], sides)
         if sides["embedding"] and feeds_head(base, name):
             raise InputError(
@@ -184,8 +190,8 @@ def _tensors(config: AdapterConfig, base: Checkpoint, adapter: Checkpoint) -> di
                 "one weight cannot be both"
             )
     for name, tensor in saved.items():
-        tensors[rename(name)] = tensor
-    return tensors
+        tensors[f"{add}{name.removeprefix(drop)}"] = tensor
+    return tensors, (drop, add)
 
 
 def _sorted(adapter: Checkpoint) -> tuple[dict[str, dict[str, Any]], dict[str, AnyTensor], list[str]]:
@@ -207,9 +213,9 @@ def _sorted(adapter: Checkpoint) -> tuple[dict[str, dict[str, Any]], dict[str, A
     return pairs, saved, unknown
 
 
-def _renaming(names: list[str], base: Checkpoint, where: str) -> Any:
-    """Names of the adapter -> names of the base: equal, or one prefix more or less for all (a base saved with, or
-    without, the wrapper that the adapter was trained in)."""
+def _renaming(names: list[str], base: Checkpoint, where: str) -> tuple[str, str]:
+    """The prefix that the adapter's names have more than the base's, and that which they lack: none, or one of them (a
+    base saved with, or without, the wrapper that the adapter was trained in)."""
 
     def shifts() -> Iterator[tuple[str, str]]:
         yield "", ""
@@ -220,7 +226,7 @@ def _renaming(names: list[str], base: Checkpoint, where: str) -> Any:
     for drop, add in shifts():
         moved = [f"{add}{name.removeprefix(drop)}" for name in names]
         if all(name in base for name in moved):
-            return lambda name: f"{add}{name.removeprefix(drop)}"
+            return drop, add
     absent = [safe_name(name) for name in names if name not in base]
     raise InputError(f"{where}: adapts what the base model lacks: {name_list(absent)}. Is it an adapter of this base?")
 

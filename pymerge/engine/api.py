@@ -27,6 +27,7 @@ def merge(
     *,
     method: str,
     out: str | Path | None = None,
+    as_adapter: int | bool = False,
     options: Options | None = None,
     **parameters: Any,
 ) -> Any:
@@ -35,6 +36,8 @@ def merge(
     base, models  all paths (Hugging Face folders or .safetensors files): streamed from disk to the folder `out`;
                   or all state dicts or nn.Modules: merged in memory, inputs untouched
     method        a name of pymerge.methods.list()
+                  (PEFT adapter folders are models too: of the base given, else of the base that they name)
+    as_adapter    the result is a LoRA adapter of the base: of this rank, or, True, of that of the merged adapters
     options       memory budget, threads, device, overwriting (pymerge.Options)
     parameters    hyperparameters of the method (one value, or a list with one a model), `purify`, `calibrate`, `dtype`,
                   `out_dtype`, `exclude`, `include`, `seed`, `relax`; see pymerge.methods.describe(method)
@@ -49,6 +52,12 @@ def merge(
     if all(on_disk) and out is None:
         raise RecipeError("merging folders needs out=: the folder to write")
     described = Recipe.from_kwargs(base, models, method, **parameters)
+    if as_adapter and out is not None and all(on_disk):
+        from pymerge.engine.adapter_out import merge_to_adapter
+
+        return merge_to_adapter(described, out, None if as_adapter is True else as_adapter, options)
+    if as_adapter:
+        raise RecipeError("as_adapter= is for models on disk and needs out=")
     if out is not None and all(on_disk):
         return described.run(out, options)
     if out is not None:

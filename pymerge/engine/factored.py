@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +90,11 @@ def workspace(steps: Steps, info: TensorInfo, rank: int) -> int:
     return 8 * (m + n) * whole * 3 + own + taken + 8 * (info.tasks + 2) * whole**2 + 3 * 4 * ROWS * n
 
 
-def factored_group(plan: Plan, piece: Piece) -> TaskGroup:
+def factored_group(plan: Plan, item: Item) -> TaskGroup:
     """What steps are given: the factors of each task."""
     import torch
 
-    entry, found = piece.item.entry, []
+    entry, found = item.entry, []
     m, n = entry.shape
     for model, tensor in zip(plan.recipe.models, entry.tuned, strict=True):
         if not isinstance(tensor, AdaptedTensor):
@@ -169,21 +169,21 @@ def calibrated(steps: Steps, group: TaskGroup, update: Factors) -> Factors:
 
 
 def merge_factored(
-    plan: Plan, piece: Piece, weight: Tensor, steps: Steps, rule: DeltaRule | None, store: Callable[..., None]
+    plan: Plan, piece: Piece, weight: Sequence[Tensor], steps: Steps, rule: DeltaRule | None, store: Callable[..., None]
 ) -> dict[str, Any]:
-    """Adds the update to `weight` [m, n], a few rows at a time, in the piece's place. Returns the summary's facts."""
+    """The update added to the weight [m, n] (none: alone), a few rows at a time, in the piece's place. Returns the
+    summary's facts."""
     entry = piece.item.entry
-    group = factored_group(plan, piece)
+    group = factored_group(plan, piece.item)
     update, factor = update_of(steps, group, rule)
-    share = 1.0 if entry.adds else 0.0
+    share = 1.0
     if entry.base is None:  # whole weights are merged
         assert rule is not None
         share = rule.scale * math.fsum(rule.weights) / rule.divisor
     columns = entry.shape[1]
     for row in range(0, entry.shape[0], ROWS):
-        rows = weight[row : row + ROWS].float()
         merged = (update.left[row : row + ROWS] @ update.right).mul_(factor)
-        if share:
-            merged += rows if share == 1.0 else rows * share
+        for whole in weight:
+            merged.add_(whole[row : row + ROWS].float(), alpha=share)
         store(plan, piece.part(row * columns, merged.numel()), merged)
     return dict(group.notes.facts)

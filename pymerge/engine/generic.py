@@ -153,8 +153,7 @@ def merge_generic(
     steps  those of the pieces, with every model-wide question answered"""
     entry = pieces[0].item.entry
     if pieces[0].item.factored:
-        (weight,) = load(plan, pieces[0], "cpu")
-        return merge_factored(plan, pieces[0], weight, steps, rule, store)
+        return merge_factored(plan, pieces[0], load(plan, pieces[0], "cpu"), steps, rule, store)
     loaded = [load(plan, piece, device) for piece in pieces]
     group = group_of(plan, pieces, loaded)
     try:
@@ -177,7 +176,7 @@ def survey_pieces(plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps
     entry = pieces[0].item.entry
     if pieces[0].item.factored:
         use_threads(plan.item_threads)
-        return combine.survey(oriented_factors(factored_group(plan, pieces[0])))
+        return combine.survey(oriented_factors(factored_group(plan, pieces[0].item)))
     group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
     seen = (oriented(combine, purified(steps.purify, part)) for part in parts_of(group, entry.split))
     try:

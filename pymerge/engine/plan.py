@@ -62,8 +62,9 @@ class Item:
         entry = self.entry
         if self.mode == "copy":
             return (entry.reference, *entry.equal_to)
-        if self.factored and (weight := weight_under(entry)) is not None:
-            return (weight,)
+        if self.factored:
+            weight = weight_under(entry) if entry.adds else None
+            return () if weight is None else (weight,)
         return ((entry.base,) if entry.base is not None else ()) + entry.tuned + entry.weights
 
     @property

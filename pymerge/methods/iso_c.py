@@ -37,7 +37,7 @@ class IsoC(MatrixCombine):
         total = sp.sum_of_deltas(base, tuned)
         tol = 0.0 if self.preset == "released" else sp.rank_tolerance(total, sum(sp.stored_errors(group)))
         found = polar(total, tol)
-        share = min(total.shape) / min(group.info.shape)  # below 1: a core, beside which all values are zero
+        share = min(total.shape) / max(1, min(group.info.shape))  # below 1: a core, beside which all values are zero
         mean, rank = float(mean_singular_value(found.factor, total)) * share, int(found.rank)
         group.notes.facts |= {"rank": rank, "mean_singular_value": mean, "condition": float(found.condition)}
         group.notes.basis = lambda: sp.directions_of_sum(base, tuned, rank)

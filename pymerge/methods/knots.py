@@ -41,7 +41,10 @@ class Knots(AdapterCombine, SurveyedCombine):
     scale: float = param(0.6, "lambda, multiplies the merged update")
 
     paper = "arXiv 2410.19735"
-    unit = "tensor"
+
+    @property
+    def unit(self) -> Literal["tensor"]:
+        return "tensor"
 
     @property
     def survey_scope(self) -> Literal["tensor", "model"]:
@@ -120,7 +123,10 @@ class _SecondRound(AdapterCombine, SurveyedCombine):
     prefix: tuple[int, ...]
     left: tuple[int, ...]
     name = "knots"
-    unit = "tensor"
+
+    @property
+    def unit(self) -> Literal["tensor"]:
+        return "tensor"
 
     @property
     def rounds(self) -> int:

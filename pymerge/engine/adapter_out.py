@@ -1,0 +1,199 @@
+"""A merge whose result is a LoRA adapter of the base: adapter_config.json and adapter_model.safetensors, as PEFT has
+them. Not resumable: the adapter is small and is written when all is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pymerge.checkpoint import TORCH_NAME, Checkpoint, check_output_path
+from pymerge.checkpoint.lora import CONFIG, PREFIX, WEIGHTS, AdapterCheckpoint
+from pymerge.checkpoint.place import staging_of, sync_folder, sync_tree
+from pymerge.checkpoint.tied import feeds_head
+from pymerge.engine.local import Inputs, open_inputs, planned, stopped_by_signals, write_summary
+from pymerge.engine.plan import Options, Plan
+from pymerge.engine.progress import make_progress
+from pymerge.engine.scaled import updates
+from pymerge.errors import RecipeError
+from pymerge.methods.emr import Emr
+from pymerge.recipe import Recipe
+from pymerge.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pymerge.engine.adapter_sink import AdapterSink
+
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose matrices are stored [in, out]
+
+
+def merge_to_adapter(
+    recipe: Recipe, out: str | Path, rank: int | None, options: Options | None = None
+) -> dict[str, Any]:
+    """Merges into the adapter folder `out`, which appears complete or not at all.
+
+    rank     of the factors of each matrix (less where a matrix, or what is merged, has less); None: that of the merged
+             adapters, exactly
+    Returns  the summary, which out/merge.json holds too: `error` is ||update - factors|| / ||update|| over all
+             matrices, per_tensor has it for each. Tensors that are no matrices are in the adapter whole where they
+             change (modules_to_save); `left_out` lists what an adapter cannot hold, biases beside factors.
+    Raises   as merge_to_disk; RecipeError where there is no base to adapt, or a rank is needed.
+    Cost     as merge_to_disk; the adapter is in memory, and a float32 matrix or two."""
+    from pymerge.engine.adapter_sink import AdapterExecutor, AdapterSink
+    from pymerge.engine.execute import Stop
+
+    options, out = options or Options(), Path(out)
+    check_recipe(recipe, rank)
+    with ExitStack() as stack:
+        inputs = open_inputs(recipe, options, stack)
+        check_output_path(out, inputs.all)
+        plan = planned(recipe, inputs, options, updates)
+        matrices = {item.entry.name for item in plan.items if recipe.matrices.has(item.entry.name, item.entry.shape)}
+        check_rank(plan, matrices, rank)
+        sink = AdapterSink([item.entry for item in plan.items], matrices, rank)
+        stop = Stop()
+        with make_progress(plan.read_bytes, options.progress) as progress:
+            executor = AdapterExecutor(
+                plan, sink, threads=options.thread_count, device=options.device, progress=progress, stop=stop
+            )
+            with stopped_by_signals(stop, executor):
+                executor.run()
+        inputs.check_unchanged()
+        return write_adapter(out, recipe, inputs, plan, sink)
+
+
+def extract(
+    model: str | Path,
+    base: str | Path,
+    out: str | Path,
+    rank: int,
+    *,
+    exclude: Sequence[str] = (),
+    options: Options | None = None,
+) -> dict[str, Any]:
+    """What a model has more than its base, as an adapter of this rank. Returns, raises: as merge_to_adapter."""
+    given = {"weight": 1.0, "scale": 1.0, "exclude": list(exclude)}
+    recipe = Recipe.from_kwargs(os.fspath(base), [os.fspath(model)], "task_arithmetic", **given)
+    return merge_to_adapter(recipe, out, rank, options)
+
+
+def check_recipe(recipe: Recipe, rank: int | None) -> None:
+    if recipe.base is None or not recipe.subtract_base:
+        raise RecipeError("an adapter is a change of a base: give base_model and a method that merges task vectors")
+    if rank is not None and rank < 1:
+        raise RecipeError(f"rank: must be at least 1, got {rank}")
+    if issubclass(recipe.combine_class, Emr):
+        raise RecipeError("emr leaves masks beside a whole model: not as an adapter")
+
+
+def check_rank(plan: Plan, matrices: set[str], rank: int | None) -> None:
+    whole = [item.entry.name for item in plan.items if item.entry.name in matrices and not item.factored]
+    if whole and rank is None:
+        raise RecipeError(
+            f"rank (--rank): must be given, the update of {len(whole)} matrices ({whole[0]}, ...) is not made of "
+            "adapters' factors"
+        )
+
+
+def write_adapter(out: Path, recipe: Recipe, inputs: Inputs, plan: Plan, sink: AdapterSink) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    assert inputs.base is not None
+    tensors, config, left_out = adapter_of(inputs, sink, recipe.output_dtype)
+    square = sum(low.norm**2 for low in sink.low.values())
+    lost = sum((low.error * low.norm) ** 2 for low in sink.low.values())
+    facts = {
+        name: {"rank": low.factors.right.shape[0], "error": low.error, **sink.facts.get(name, {})}
+        for name, low in sink.low.items()
+    }
+    summary = {
+        "format": 1,
+        "pymerge": __version__,
+        "recipe": recipe.to_dict(),
+        "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
+        "adapter": {"r": config["r"], "matrices": len(sink.low), "whole": sorted(sink.whole.keys() - set(left_out))},
+        "error": (lost / square) ** 0.5 if square else 0.0,
+        "left_out": left_out,
+        "notes": [*recipe.notes, *plan.notes],
+        "per_tensor": facts,
+    }
+    staging = staging_of(out.absolute())
+    staging.mkdir()
+    try:
+        save_file(tensors, staging / WEIGHTS[0], metadata={"format": "pt"})
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_summary(staging, summary)
+        sync_tree(staging)
+        os.rename(staging, out)
+        sync_folder(out.absolute().parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return summary
+
+
+def adapter_of(
+    inputs: Inputs, sink: AdapterSink, dtype: str | None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
+    """Tensors and config of the adapter; what it cannot hold: name -> size of the change over that of the tensor."""
+    import torch
+
+    from pymerge.engine.adapter_sink import with_update
+
+    base = inputs.base
+    assert base is not None
+    named = next((m.name_in_adapter for m in inputs.models if isinstance(m, AdapterCheckpoint)), str)
+    kind = getattr(torch, TORCH_NAME[dtype or "F32"])
+    transposed = (base.config or {}).get("model_type") in CONV1D
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, low in sink.low.items():
+        module = named(name.removesuffix(".weight"))
+        left, right = (low.factors.right.mT, low.factors.left.mT) if transposed else low.factors
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = right.to(kind).contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = left.to(kind).contiguous()
+        ranks[module] = right.shape[0]
+    saved, left_out = [], {}
+    for name, update in sink.whole.items():
+        weight = base[name]
+        module = named(name.rpartition(".")[0])
+        if not module or module in ranks:
+            left_out[name] = float(update.norm()) / max(1e-30, float(weight.load().float().norm()))
+            continue
+        tensors[f"{PREFIX}{named(name)}"] = with_update(weight, update)
+        saved.append(module)
+    return tensors, config_of(inputs, base, ranks, list(dict.fromkeys(saved)), transposed), left_out
+
+
+def config_of(
+    inputs: Inputs, base: Checkpoint, ranks: Mapping[str, int], saved: list[str], transposed: bool
+) -> dict[str, Any]:
+    """adapter_config.json: alpha is r everywhere, the scale is 1."""
+    given = next((m.adapter_config.raw for m in inputs.models if isinstance(m, AdapterCheckpoint)), {})
+    r = max(ranks.values(), default=1)
+    other = {module: rank for module, rank in ranks.items() if rank != r}
+    config = {
+        "peft_type": "LORA",
+        "task_type": given.get("task_type"),
+        "base_model_name_or_path": given.get("base_model_name_or_path") or os.path.abspath(str(base.path)),
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "target_modules": list(ranks),
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "modules_to_save": saved or None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    if any(feeds_head(base, f"{module}.weight") for module in saved):
+        config["ensure_weight_tying"] = True
+    return config
