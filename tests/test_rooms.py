@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "pymerge"
 BELOW_RECIPE = {"methods", "align", "statistics", "checkpoint", "linalg", "ops", "errors"}
 BELOW_ENGINE = BELOW_RECIPE | {"recipe"}
 BELOW_REPORT = BELOW_ENGINE | {"engine"}
-# `version` is a leaf like `errors`: a string. `_C` is the native host module: buffers, checksums, files.
+# `version` is a leaf like `errors`: a string. `_C` is the native host module: buffers, checksums, files. `runtime` finds
+# layers and their names in checkpoints as `statistics` does.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
@@ -23,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": BELOW_ENGINE | {"version", "_C"},
     "report": BELOW_REPORT | {"version"},
     "integrations": BELOW_REPORT | {"version"},
-    "runtime": {"errors"},
+    "runtime": {"errors", "statistics"},
     "demo": {"public"},
     "cli": BELOW_REPORT | {"report", "integrations", "demo", "version", "public"},
     "__main__": {"cli"},
