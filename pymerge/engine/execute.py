@@ -133,7 +133,7 @@ class Executor:
             self.arena.discard()
 
     def needed(self, items: Sequence[Item]) -> bool:
-        """Whether the answer for these items is still asked for: by what is left to do, or by a file beside the weights."""
+        """Whether the answer for these items is still asked for: by what is left to do, or by a file beside."""
         return any(
             (item.count and not self.is_done(item, item.first, item.count))
             or (item.entry.steps is not None and bool(item.entry.steps.combine.beside))

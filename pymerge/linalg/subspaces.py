@@ -167,18 +167,16 @@ def _covariance_top(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _covariance_iterated(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Subspace iteration with twice the wanted directions until the sum of the wanted values settles."""
-    width, before = min(d.shape[0], max(2 * rank, rank + 16)), 0.0
-    image = d @ (c @ sketch(d.mT, width))
-    for step in range(FAST_STEPS):
-        q = _dense.orth(image)
-        image = d @ (c @ (d.mT @ q))
+    q = _dense.orth(d @ (c @ sketch(d.mT, min(d.shape[0], max(2 * rank, rank + 16)))))
+    before, steps = 0.0, 0
+    while True:
+        image, steps = d @ (c @ (d.mT @ q)), steps + 1
         product = q.mT @ image
         theta, z = torch.linalg.eigh((product + product.mT) / 2)
         captured = float(theta[-rank:].sum())
-        if captured - before <= FAST_GAIN * captured or step + 1 == FAST_STEPS:
-            break
-        before = captured
-    return q @ z[:, -rank:].flip(1), theta[-rank:].flip(0).clamp(min=0)
+        if captured - before <= FAST_GAIN * captured or steps == FAST_STEPS:
+            return q @ z[:, -rank:].flip(1), theta[-rank:].flip(0).clamp(min=0)
+        q, before = _dense.orth(image), captured
 
 
 def _square_root(c: Tensor) -> Tensor:
