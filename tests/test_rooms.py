@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "pymerge"
 BELOW_RECIPE = {"methods", "align", "statistics", "checkpoint", "linalg", "ops", "errors"}
 BELOW_ENGINE = BELOW_RECIPE | {"recipe"}
 BELOW_REPORT = BELOW_ENGINE | {"engine"}
-# `version` is a leaf like `errors`: a string. `_C` is the native host module: buffers, checksums, files. `runtime` finds
-# layers and their names in checkpoints as `statistics` does.
+# `version` is a leaf like `errors`: a string. `_C` is the native host module: buffers, checksums, files.
+# `runtime` loads models and finds their layers as `statistics` does.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
