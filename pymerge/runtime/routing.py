@@ -55,11 +55,11 @@ class Router:
         given = arguments(module, args, kwargs)
         outer = self.calls[-1] if self.calls else None
         batch = next((v.shape[0] for v in given.values() if isinstance(v, Tensor) and v.dim() > 1), None)
-        masks = tuple(v.bool() for key in MASKS if isinstance(v := given.get(key), Tensor) and v.dim() == 2)
+        masks = tuple(mask for key in MASKS if (mask := no_padding(given.get(key))) is not None)
         if outer is not None and not any(key in given for key in MASKS):
             masks = outer.masks
         cache = given.get("past_key_values")
-        decoding = cache is not None and cache.get_seq_length() > 0
+        decoding = cache is not None and bool(cache.get_seq_length() > 0)
         if decoding and cache not in self.caches:
             raise InputError("past_key_values: this cache was not filled by this model with its experts: start anew")
         routes = outer.routes if outer is not None else self.caches[cache] if decoding else {}
@@ -85,6 +85,19 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     except TypeError:  # the call itself will say it
         bound = {}
     return {**bound, **kwargs}
+
+
+def no_padding(mask: Any) -> Tensor | None:
+    """[B, S], from what `attention_mask` may be: that, or for each query (of a kind of layers) what it attends to."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask.bool()
+    queries = mask.shape[2]  # the last one sees all that is no padding; behind these the cache has room
+    row = mask[:, 0, -1, : queries if queries > 1 else None]
+    return row == 0 if row.is_floating_point() else row.bool()
 
 
 class Experts(nn.Module):

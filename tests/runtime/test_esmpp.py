@@ -108,7 +108,9 @@ def prompts(one: Merged) -> tuple[dict[str, Tensor], Tensor]:
     return {"input_ids": ids, "attention_mask": mask}, tasks
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str
+)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_generation_keeps_the_prompts_experts(families: dict[str, Merged], kind: str, how: dict[str, Any]) -> None:
     one = families[kind]
