@@ -28,8 +28,8 @@ def load(path: str | os.PathLike[str], task: int | str | None = None) -> nn.Modu
 
     task    number of a model in the merge, from 0, or its path as the recipe gave it: its expert for every sample
     The mean is over the tokens that `attention_mask` [batch, tokens] keeps. With a cache (`generate`) the prompt
-    decides, and each layer keeps its choice. The class is the one that the config names; `routes(model)` says what was
-    chosen.
+    (the first piece of it, where it is taken in pieces) decides, and each layer keeps its choice. The class is the one
+    that the config names; `routes(model)` says what was chosen.
     Returns the model in eval mode, in the dtype it is stored in; its parameters are the merged model's
     Raises  InputError (no experts there, another format, no such task, no transformers, layers that the class has not)
     Memory  the model and its experts: T r (m + n) numbers for a matrix [m, n]
@@ -43,6 +43,8 @@ def load(path: str | os.PathLike[str], task: int | str | None = None) -> nn.Modu
 def attach(model: nn.Module, path: str | os.PathLike[str], task: int | str | None = None) -> nn.Module:
     """As `load`, for a module that has the merged weights already: routes its layers, in place, and returns it."""
     file = check_folder(path)
+    if any(isinstance(module, Experts) for module in model.modules()):
+        raise InputError(f"{type(model).__name__} has experts already: load the merged model again")
     with opened(file) as experts:
         said = experts.metadata() or {}
         if said.get("pymerge_esmpp") != FORMAT:

@@ -163,7 +163,7 @@ def test_an_interrupted_merge_writes_the_same_experts(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("method", ["esmpp", "emr"])
 def test_verify_knows_the_file(tmp_path: Path, method: str) -> None:
     base, tuned, statistics = layers_family(tmp_path)
-    given = {"statistics": statistics} if method == "esmpp" else {}
+    given: dict[str, Any] = {"statistics": statistics} if method == "esmpp" else {}
     out = tmp_path / "out"
     pymerge.merge(base, tuned, method=method, out=out, **given)
     (name,) = json.loads((out / "merge.json").read_text())["side_checksums"]

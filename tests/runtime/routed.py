@@ -14,15 +14,16 @@ import pymerge
 from pymerge.runtime import esmpp
 
 TASKS, WORDS, LENGTH = 3, 12, 9
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 HEADS = ("lm_head", "classifier")
 KINDS = ("bert", "vit", "llama", "gpt2")
 
 
 def make(kind: str) -> Any:
     """A model with random weights."""
-    import transformers as tf
+    import transformers
 
+    tf: Any = transformers
     vocabulary = TASKS * WORDS + 1
     if kind == "vit":
         return tf.ViTForImageClassification(tf.ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=7))
@@ -30,7 +31,7 @@ def make(kind: str) -> Any:
         config = tf.BertConfig(**SIZES, vocab_size=vocabulary, num_labels=7)
         return tf.BertForSequenceClassification(config)
     if kind == "gpt2":
-        size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        size: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
         return tf.GPT2LMHeadModel(tf.GPT2Config(**size, vocab_size=vocabulary, bos_token_id=0, eos_token_id=None))
     config = tf.LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=vocabulary, eos_token_id=None, pad_token_id=0)
     return tf.LlamaForCausalLM(config)

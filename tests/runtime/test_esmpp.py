@@ -144,8 +144,7 @@ def test_what_is_generated_does_not_route(families: dict[str, Merged]) -> None:
 
 
 def test_encoder_and_decoder_have_their_own_padding(tmp_path: Path) -> None:
-    import transformers as tf
-
+    tf: Any = pytest.importorskip("transformers")
     torch.manual_seed(0)
     size = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     model: Any = tf.T5ForConditionalGeneration(tf.T5Config(**size, decoder_start_token_id=0)).eval()
@@ -260,6 +259,8 @@ def test_what_cannot_be_used_says_why(families: dict[str, Merged], tmp_path: Pat
         esmpp.routes(one.plain())
     with pytest.raises(InputError, match=r"experts of .* and 8 more: LlamaForCausalLM has no such linear layer"):
         esmpp.attach(make("llama"), one.out)
+    with pytest.raises(InputError, match="has experts already"):
+        esmpp.attach(esmpp.load(one.out), one.out)
     narrow = one.plain()
     narrow.bert.encoder.layer[0].intermediate.dense = nn.Linear(32, 40)
     with pytest.raises(
