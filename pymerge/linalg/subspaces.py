@@ -166,7 +166,9 @@ def _covariance_top(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _covariance_iterated(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Subspace iteration with twice the wanted directions until the sum of the wanted values settles."""
+    """Subspace iteration with twice the wanted directions until the sum of the wanted values settles; c by its upper
+    triangle."""
+    c = c.triu() + c.triu(1).mT
     q = _dense.orth(d @ (c @ sketch(d.mT, min(d.shape[0], max(2 * rank, rank + 16)))))
     before, steps = 0.0, 0
     while True:

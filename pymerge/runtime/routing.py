@@ -53,6 +53,9 @@ class Router:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = arguments(module, args, kwargs)
+        stale = next((i for i, call in enumerate(self.calls) if call.module is module), None)
+        if stale is not None:  # an earlier pass was interrupted by the keyboard: no hook has told
+            del self.calls[stale:]
         outer = self.calls[-1] if self.calls else None
         batch = next((v.shape[0] for v in given.values() if isinstance(v, Tensor) and v.dim() > 1), None)
         masks = tuple(mask for key in MASKS if (mask := no_padding(given.get(key))) is not None)

@@ -139,8 +139,24 @@ def test_what_is_generated_does_not_route(families: dict[str, Merged]) -> None:
         foreign = families["llama"].plain()(first, use_cache=True).past_key_values
         with pytest.raises(InputError, match="was not filled by this model with its experts"):
             model(first[:, :1], past_key_values=foreign)
-        logits(model, {"input_ids": first})  # a refused call leaves nothing behind
-        assert not esmpp.router_of(model).calls
+        assert not esmpp.router_of(model).calls  # a refused call leaves nothing behind
+
+
+def test_an_interrupted_pass_leaves_nothing_behind(families: dict[str, Merged]) -> None:
+    model: Any = esmpp.load(families["llama"].out)
+    first, second = (inputs("llama", task, 4)["input_ids"] for task in (0, 1))
+    with torch.inference_mode():
+        start = model(first, use_cache=True)
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(second)
+        handle.remove()
+        model(second, past_key_values=start.past_key_values)
+    assert all(torch.equal(chosen, torch.zeros(4).long()) for chosen in esmpp.routes(model).values())
 
 
 def test_encoder_and_decoder_have_their_own_padding(tmp_path: Path) -> None:
