@@ -170,6 +170,7 @@ class Plan:
     questions: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # likewise, of combine steps that are no rule
     purify_questions: tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...] = ()  # of purify steps: their matrices
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
+    at_once: int = 1  # generic items that are worked on side by side
 
     @property
     def read_bytes(self) -> int:
@@ -394,6 +395,7 @@ def make_plan(
         arena_bytes=planner.arena_bytes,
         notes=notes,
         item_threads=options.thread_count // at_once,
+        at_once=at_once,
         surveys=tuple(groups.values()),
         purify_questions=purify_questions(items),
         questions=tuple(by_steps([i for i in items if i.mode == "generic" and asks_model(i.entry.steps)]).values()),
