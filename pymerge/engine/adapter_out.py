@@ -20,7 +20,6 @@ from pymerge.engine.plan import Options, Plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.scaled import updates
 from pymerge.errors import RecipeError
-from pymerge.methods.emr import Emr
 from pymerge.recipe import Recipe
 from pymerge.version import __version__
 
@@ -87,8 +86,8 @@ def check_recipe(recipe: Recipe, rank: int | None) -> None:
         raise RecipeError("an adapter is a change of a base: give base_model and a method that merges task vectors")
     if rank is not None and rank < 1:
         raise RecipeError(f"rank: must be at least 1, got {rank}")
-    if issubclass(recipe.combine_class, Emr):
-        raise RecipeError("emr leaves masks beside a whole model: not as an adapter")
+    if what := recipe.combine_class.beside:
+        raise RecipeError(f"{recipe.method} leaves {what} beside a whole model: not as an adapter")
 
 
 def check_rank(plan: Plan, matrices: set[str], rank: int | None) -> None:

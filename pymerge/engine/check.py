@@ -213,7 +213,7 @@ class Checker:
         """Whether all are adapters that leave it to the base. Where a step looks at the whole model, it counts too."""
         steps, reference = self.steps[name], self.reference[name]
         whole = survey_scope(steps) == "model" or asks_model(steps) is not None
-        whole &= not isinstance(steps.combine, AdapterCombine)
+        whole = bool(steps.combine.beside) or (whole and not isinstance(steps.combine, AdapterCombine))
         return self.recipe.subtract_base and not whole and all(tensor is reference for tensor in found)
 
     def split_of(self, name: str, shape: tuple[int, ...], steps: Steps) -> tuple[int, tuple[int, ...]] | None:

@@ -222,11 +222,8 @@ class Planner:
         info = entry.info(self.recipe.seed)
         rule = None
         before, behind = rule_part(steps)
-        if (
-            isinstance(combine, ElementWiseCombine)
-            and combine.element_wise
-            and not (before and combine.survey_scope == "tensor")
-        ):
+        behind_matrices = before and survey_scope(steps) == "tensor"
+        if isinstance(combine, ElementWiseCombine) and combine.element_wise and not behind_matrices:
             rule = chain_rule(behind, combine, info)
         as_one = entry.join is not None and (rule is not None or asks_model(steps) is not None)
         if before and (as_one or (rule is not None and any(step.element_wise for step in before))):

@@ -61,7 +61,10 @@ class Ace(MatrixCombine):
     )
 
     paper = "arXiv 2603.02945"
-    on_cores = True
+
+    @property
+    def on_cores(self) -> bool:
+        return True
 
     def conflicts(self) -> list[str]:
         if self.keep_mean == "average" and not self.center:

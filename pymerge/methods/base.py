@@ -175,9 +175,6 @@ class Method:
     # What a step that is no DeltaRule must see at once: the tensor, whole rows (slices of the first dimension; a tensor
     # with fewer than two dimensions is one row), or any range of entries.
     unit: ClassVar[Literal["tensor", "rows", "entries"]] = "tensor"
-    # Rotations of a matrix's rows and columns that keep (1, ..., 1) up to its length rotate the result likewise. Then
-    # adapters' task vectors are given as small cores (`methods.cores`); group.info.shape stays that of the matrix.
-    on_cores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         known = params_of(type(self))
@@ -187,6 +184,13 @@ class Method:
         problems = problems or self.conflicts()
         if problems:
             raise RecipeError("\n".join(f"{self.name}: {p}" for p in problems))
+
+    @property
+    def on_cores(self) -> bool:
+        """Whether rotations of a matrix's rows and columns rotate the result likewise, at least those that keep
+        (1, ..., 1) up to its length. Then adapters' task vectors are given as small cores (`methods.cores`);
+        group.info.shape stays that of the matrix."""
+        return False
 
     def conflicts(self) -> list[str]:
         """Problems between hyperparameters that are each within their range."""

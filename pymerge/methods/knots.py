@@ -43,7 +43,7 @@ class Knots(AdapterCombine, SurveyedCombine):
     paper = "arXiv 2410.19735"
 
     @property
-    def unit(self) -> Literal["tensor"]:
+    def unit(self) -> Literal["tensor", "entries"]:  # type: ignore[override]
         return "tensor"
 
     @property
@@ -125,7 +125,7 @@ class _SecondRound(AdapterCombine, SurveyedCombine):
     name = "knots"
 
     @property
-    def unit(self) -> Literal["tensor"]:
+    def unit(self) -> Literal["tensor", "entries"]:  # type: ignore[override]
         return "tensor"
 
     @property

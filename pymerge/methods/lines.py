@@ -30,7 +30,10 @@ class Lines(Calibrate):
 
     paper = "arXiv 2410.17146"
     unit = "entries"
-    on_cores = True
+
+    @property
+    def on_cores(self) -> bool:
+        return True
 
     def calibrate(self, update: Tensor, group: TaskGroup) -> Tensor:
         factor = self.factor(group.info)

@@ -63,7 +63,10 @@ class SVC(Calibrate):
 
     paper = "arXiv 2602.05536"
     spectral = True
-    on_cores = True
+
+    @property
+    def on_cores(self) -> bool:
+        return True
 
     def conflicts(self) -> list[str]:
         problems = []

@@ -55,7 +55,7 @@ def test_truncated_is_the_best_of_its_rank_and_says_what_is_lost(problem: Any, t
     start = {name: torch.zeros(shape) for name, shape in MATRICES.items()}
     lost, square = 0.0, 0.0
     for name in MATRICES:
-        whole = sum(adapted(start, f)[name] for f in factors)
+        whole = torch.stack([adapted(start, f)[name] for f in factors]).sum(0)
         s = torch.linalg.svdvals(whole)
         error = float(s[4:].norm() / s.norm())
         assert summary["per_tensor"][name]["rank"] == 4

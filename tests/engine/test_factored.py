@@ -127,11 +127,12 @@ def test_adapter_methods_refuse_what_is_no_adapter(problem: Any, tmp_path: Path)
     base, adapters, factors = problem
     whole = write_model(tmp_path / "whole", adapted(read_model(base), factors[0], dtype=torch.float32))
     name = f"{TARGETS[0]}.weight"
-    for models, options in (
+    cases: list[tuple[list[Path], dict[str, Any]]] = [
         ([adapters[0], whole], {}),
         (adapters, {"purify": {"method": "dare", "density": 0.5}}),
         (adapters, {"split": {name: 2}}),
-    ):
+    ]
+    for models, options in cases:
         for method in ("knots", "core_space"):
             with pytest.raises(RecipeError, match="merges LoRA adapters on one base"):
                 pymerge.merge(base, models, method=method, out=tmp_path / "out", **options)
