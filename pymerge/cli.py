@@ -134,9 +134,8 @@ def show_adapter(out: Path, summary: dict[str, Any], quiet: bool) -> None:
     """The closing lines of a command that writes an adapter."""
     if quiet:
         return
-    adapter = summary["adapter"]
     print(
-        f"{out}: adapter of rank {adapter['r']}, {adapter['matrices']} matrices, {len(adapter['whole'])} tensors whole"
+        f"{out}: adapter of rank {summary['r']}, {summary['matrices']} matrices, {len(summary['whole'])} tensors whole"
         f"; relative error of the update {summary['error']:.2g} (per matrix in merge.json)"
     )
     if summary["left_out"]:

@@ -115,7 +115,6 @@ class AdapterCheckpoint(Checkpoint):
     def __init__(self, config: AdapterConfig, base: Checkpoint, adapter: Checkpoint, own: bool) -> None:
         tensors, self._shift = _tensors(config, base, adapter)
         super().__init__(config.folder, base.folder, tensors, [*base.files, *adapter.files], pickled=base.pickled)
-        self.config = base.config
         self.adapter_config = config
         self.base = base
         self._closed_with_this = [adapter, *([base] if own else [])]

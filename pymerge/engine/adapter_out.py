@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import TORCH_NAME, Checkpoint, check_output_path
 from pymerge.checkpoint.lora import CONFIG, PREFIX, WEIGHTS, AdapterCheckpoint
-from pymerge.checkpoint.place import staging_of, sync_folder, sync_tree
+from pymerge.checkpoint.place import replace_folder, staging_of, sync_tree
 from pymerge.checkpoint.tied import feeds_head
 from pymerge.engine.local import Inputs, open_inputs, planned, stopped_by_signals, write_summary
 from pymerge.engine.plan import Options, Plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.scaled import updates
-from pymerge.errors import RecipeError
+from pymerge.engine.summary import FORMAT
+from pymerge.errors import OutputError, RecipeError
 from pymerge.recipe import Recipe
 from pymerge.version import __version__
 
@@ -46,11 +47,11 @@ def merge_to_adapter(
     from pymerge.engine.adapter_sink import AdapterExecutor, AdapterSink
     from pymerge.engine.execute import Stop
 
-    options, out = options or Options(), Path(out)
+    options = options or Options()
     check_recipe(recipe, rank)
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
-        check_output_path(out, inputs.all)
+        target = check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan = planned(recipe, inputs, options, updates)
         matrices = {item.entry.name for item in plan.items if recipe.matrices.has(item.entry.name, item.entry.shape)}
         check_rank(plan, matrices, rank)
@@ -63,7 +64,7 @@ def merge_to_adapter(
             with stopped_by_signals(stop, executor):
                 executor.run()
         inputs.check_unchanged()
-        return write_adapter(out, recipe, inputs, plan, sink)
+        return write_adapter(target, recipe, inputs, plan, sink)
 
 
 def extract(
@@ -99,41 +100,52 @@ def check_rank(plan: Plan, matrices: set[str], rank: int | None) -> None:
         )
 
 
-def write_adapter(out: Path, recipe: Recipe, inputs: Inputs, plan: Plan, sink: AdapterSink) -> dict[str, Any]:
+def write_adapter(target: Path, recipe: Recipe, inputs: Inputs, plan: Plan, sink: AdapterSink) -> dict[str, Any]:
+    """Tensors, config and summary into a folder beside `target`, which then takes its place."""
     from safetensors.torch import save_file
 
-    assert inputs.base is not None
     tensors, config, left_out = adapter_of(inputs, sink, recipe.output_dtype)
+    summary = summary_of(recipe, inputs, plan, sink, left_out) | {"r": config["r"]}
+    staging = staging_of(target)
+    try:
+        staging.mkdir(parents=True)
+        try:
+            save_file(tensors, staging / WEIGHTS[0], metadata={"format": "pt"})
+            (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            write_summary(staging, summary)
+            sync_tree(staging)
+            replace_folder(staging, target)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    except FileExistsError:
+        raise OutputError(f"{staging}: is there already, from another or an interrupted merge: delete it") from None
+    except OSError as e:
+        raise OutputError(f"{target}: the adapter cannot be written: {e.strerror or e}") from e
+    return summary
+
+
+def summary_of(
+    recipe: Recipe, inputs: Inputs, plan: Plan, sink: AdapterSink, left_out: Mapping[str, float]
+) -> dict[str, Any]:
     square = sum(low.norm**2 for low in sink.low.values())
     lost = sum((low.error * low.norm) ** 2 for low in sink.low.values())
     facts = {
         name: {"rank": low.factors.right.shape[0], "error": low.error, **sink.facts.get(name, {})}
         for name, low in sink.low.items()
     }
-    summary = {
-        "format": 1,
+    return {
+        "format": FORMAT,
         "pymerge": __version__,
         "recipe": recipe.to_dict(),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
-        "adapter": {"r": config["r"], "matrices": len(sink.low), "whole": sorted(sink.whole.keys() - set(left_out))},
-        "error": (lost / square) ** 0.5 if square else 0.0,
+        "matrices": len(sink.low),
+        "whole": sorted(sink.whole.keys() - left_out.keys()),
         "left_out": left_out,
+        "error": (lost / square) ** 0.5 if square else 0.0,
         "notes": [*recipe.notes, *plan.notes],
         "per_tensor": facts,
     }
-    staging = staging_of(out.absolute())
-    staging.mkdir()
-    try:
-        save_file(tensors, staging / WEIGHTS[0], metadata={"format": "pt"})
-        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        write_summary(staging, summary)
-        sync_tree(staging)
-        os.rename(staging, out)
-        sync_folder(out.absolute().parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return summary
 
 
 def adapter_of(
@@ -151,15 +163,16 @@ def adapter_of(
     transposed = (base.config or {}).get("model_type") in CONV1D
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, low in sink.low.items():
+    for name in filter(sink.low.__contains__, base.file_order()):  # whichever was finished first
+        low = sink.low[name]
         module = named(name.removesuffix(".weight"))
         left, right = (low.factors.right.mT, low.factors.left.mT) if transposed else low.factors
         tensors[f"{PREFIX}{module}.lora_A.weight"] = right.to(kind).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = left.to(kind).contiguous()
         ranks[module] = right.shape[0]
     saved, left_out = [], {}
-    for name, update in sink.whole.items():
-        weight = base[name]
+    for name in filter(sink.whole.__contains__, base.file_order()):
+        weight, update = base[name], sink.whole[name]
         module = named(name.rpartition(".")[0])
         if not module or module in ranks:
             left_out[name] = float(update.norm()) / max(1e-30, float(weight.load().float().norm()))

@@ -52,11 +52,11 @@ def merge(
     if all(on_disk) and out is None:
         raise RecipeError("merging folders needs out=: the folder to write")
     described = Recipe.from_kwargs(base, models, method, **parameters)
-    if as_adapter and out is not None and all(on_disk):
+    if as_adapter is not False and out is not None and all(on_disk):
         from pymerge.engine.adapter_out import merge_to_adapter
 
         return merge_to_adapter(described, out, None if as_adapter is True else as_adapter, options)
-    if as_adapter:
+    if as_adapter is not False:
         raise RecipeError("as_adapter= is for models on disk and needs out=")
     if out is not None and all(on_disk):
         return described.run(out, options)

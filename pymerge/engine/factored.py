@@ -46,7 +46,7 @@ def by_factors(entry: Entry, rule: DeltaRule | None) -> bool:
     steps = entry.steps
     if steps is None or steps.purify or entry.split or entry.join or entry.weights or weight_under(entry) is None:
         return False
-    if len(entry.shape) != 2 or entry.count != math.prod(entry.shape) or not entry.subtracts:
+    if len(entry.shape) != 2 or entry.count != math.prod(entry.shape):
         return False
     if not all(step.on_cores for step in steps.calibrate):
         return False

@@ -41,7 +41,7 @@ def test_exact(method: str, problem: Any, tmp_path: Path) -> None:
     base, adapters, _ = problem
     summary = pymerge.merge(base, adapters, method=method, as_adapter=True, out=tmp_path / "adapter")
     pymerge.merge(base, adapters, method=method, out=tmp_path / "whole")
-    assert summary["error"] < 1e-6 and summary["adapter"]["r"] <= 7
+    assert summary["error"] < 1e-6 and summary["r"] <= 7
     found, start, whole = update_by(tmp_path / "adapter", base), read_model(base), read_model(tmp_path / "whole")
     for name in start:
         torch.testing.assert_close(found[name], whole[name].double() - start[name], rtol=0, atol=1e-6)
@@ -86,7 +86,8 @@ def test_extracts_matrices_by_factors_and_the_rest_whole(problem: Any, tmp_path:
         tuned[name] = tuned[name] + 0.1
     model = write_model(tmp_path / "model", tuned)
     summary = extract(model, base, tmp_path / "adapter", 3)
-    assert summary["adapter"] == {"r": 3, "matrices": 3, "whole": ["lm_head.weight", "model.layers.0.norm.weight"]}
+    assert summary["whole"] == ["lm_head.weight", "model.layers.0.norm.weight"]
+    assert (summary["r"], summary["matrices"]) == (3, 3)
     assert summary["error"] < 1e-3 and summary["left_out"] == {}  # the weights' rounding is in it
     with open_checkpoint(tmp_path / "adapter") as found:
         for name, tensor in tuned.items():
@@ -113,7 +114,21 @@ def test_refusals(problem: Any, tmp_path: Path) -> None:
     (tmp_path / "full" / "adapter_model.safetensors").touch()
     with pytest.raises(OutputError, match="holds a model already"):
         pymerge.merge(base, adapters, method="tsv_m", as_adapter=4, out=tmp_path / "full")
+    with pytest.raises(RecipeError, match="at least 1"):
+        pymerge.merge(base, adapters, method="tsv_m", as_adapter=0, out=tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_same_bytes_whatever_the_threads_and_overwriting(problem: Any, tmp_path: Path) -> None:
+    base, adapters, _ = problem
+    written = []
+    for threads in (1, 3):
+        options = pymerge.Options(threads=threads, overwrite=True)
+        pymerge.merge(base, adapters, method="tsv_m", as_adapter=5, out=tmp_path / "adapter", options=options)
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        written.append([(tmp_path / "adapter" / file).read_bytes() for file in files])
+    assert written[0] == written[1]
+    assert not [path.name for path in tmp_path.iterdir() if "partial" in path.name or "replaced" in path.name]
 
 
 def test_commands(problem: Any, tmp_path: Path) -> None:
