@@ -113,7 +113,7 @@ class Item:
     @property
     def rule_reads(self) -> int:
         if self.mode == "generic" and (asking := asks_model(self.entry.steps)) is not None:
-            return asking.rounds
+            return 0 if self.factored else asking.rounds
         if self.rule is None or not (self.mode == "swept" or self.survey_scope is not None):
             return 0
         kth = 2 * ((self.rule.top is not None) + (self.rule.skip is not None))

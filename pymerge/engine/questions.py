@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ def sweep(executor: Executor, combine: SurveyedCombine, items: Sequence[Item]) -
     """The answer for all entries, joined from those of the tiles as they come."""
     from pymerge.engine.generic import survey_pieces
 
+    # Of adapters the factors are asked, so the weight under them need not be read.
+    items = [replace(item, entry=replace(item.entry, adds=False)) if item.factored else item for item in items]
     answers: list[Any] = []
     joining = threading.Lock()
 
