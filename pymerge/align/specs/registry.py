@@ -14,9 +14,7 @@ from pymerge.errors import InputError
 class Family(Protocol):
     """Makes a spec from the shapes of all floating parameters and the config (empty where there is none)."""
 
-    def __call__(
-        self, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_heads: bool
-    ) -> Spec: ...
+    def __call__(self, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_heads: bool) -> Spec: ...
 
 
 # Family -> its module here, which has a function `spec`, and the model types (transformers) that it serves.
