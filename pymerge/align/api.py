@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
-from torch import Tensor, nn
+import torch
 
 from pymerge.align.clusters import Clusters
 from pymerge.align.groups import Spec
+from pymerge.align.inputs import Model, activation_scores, opened, resolved_spec
 from pymerge.align.permutations import Permutations
-
-Model = nn.Module | str | os.PathLike[str] | Mapping[str, Tensor]
+from pymerge.align.report import report_of
+from pymerge.align.solve import Options, Solution, Solver
+from pymerge.align.weights import WeightSimilarity
+from pymerge.errors import InputError
 
 
 @overload
@@ -47,7 +49,7 @@ def find_permutations(
     threshold: float = 1e-6,
     zip_decay: float = 0.5,
     zip_budget: float = 1.0,
-    memory: str | int = "2GB",
+    memory: int = 2_000_000_000,
 ) -> Permutations | Clusters:
     """Units of models that agree in their weights and in their activations (MuDSC), the first model as the anchor.
 
