@@ -25,6 +25,8 @@ class Entry:
                 embedding); "in": it consumes them
     view        which of its group's index vectors permutes the axis
     part        (i, c): the axis holds c equal parts, as of fused q, k, v, and the units are the i-th
+    interleave  the axis is b = interleave such axes one after another, each with its c parts: [b, c, n / b], as where
+                q, k, v are fused head by head; the units are [:, i, :]
     similarity  False: permuted and averaged, but no part of the weights' similarity (running statistics)
     """
 
@@ -33,13 +35,14 @@ class Entry:
     role: Literal["out", "in"]
     view: View = "units"
     part: tuple[int, int] = (0, 1)
+    interleave: int = 1
     similarity: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
     """Where a group's activations are seen: an input or output of a module (named as in the checkpoint), its units on
-    `axis`, in the i-th of c equal parts of it; all other axes are samples.
+    `axis`, in the i-th of c equal parts of it (`part`, `interleave` as of an Entry); all other axes are samples.
 
     The modules named are those whose parameters the checkpoint has; in memory they may be called otherwise."""
 
@@ -48,18 +51,23 @@ class Tap:
     axis: int = -1
     view: View = "units"
     part: tuple[int, int] = (0, 1)
+    interleave: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
     """n = size units that are permuted freely, or, with b = blocks > 1 (heads, GroupNorm groups), whole blocks of n / b
-    with each other and units within each block. Its one view is "units" [n]."""
+    with each other and units within each block. Its one view is "units" [n].
+
+    members   for units that are whole parameters of their own (experts of a checkpoint): the names of those of each
+              unit, in one order. Permuting the units renames them; all entries are named as in the anchor."""
 
     name: str
     size: int
     entries: tuple[Entry, ...]
     taps: tuple[Tap, ...] = ()
     blocks: int = 1
+    members: tuple[tuple[str, ...], ...] = ()
 
     def views(self) -> dict[View, int]:
         return {"units": self.size}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymerge.align.groups import Entry, Group, Spec
+from pymerge.align.groups import Entry, Group, Spec, Tap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Permutations:
         for group, entry in self.entries.get(name, ()):
             index = self.of(group, entry, model)
             if not torch.equal(index, torch.arange(len(index))):
-                tensor = tensor.index_select(entry.axis, whole_axis(index, entry.part).to(tensor.device))
+                tensor = tensor.index_select(entry.axis, whole_axis(index, entry).to(tensor.device))
         return tensor
 
     @property
@@ -43,12 +43,17 @@ class Permutations:
         return self.spec.by_parameter()
 
 
-def whole_axis(index: Tensor, part: tuple[int, int]) -> Tensor:
-    """An index of one of several equal parts of an axis as an index of the axis."""
-    number, parts = part
-    n = len(index)
-    axis = torch.arange(n * parts)
-    axis[number * n : (number + 1) * n] = index + number * n
+def positions(n: int, entry: Entry | Tap) -> Tensor:
+    """Where the n units lie on an entry's axis (or a tap's): int64 [n]."""
+    (number, parts), blocks = entry.part, entry.interleave
+    return torch.arange(n * parts).reshape(blocks, parts, n // blocks)[:, number].reshape(-1)
+
+
+def whole_axis(index: Tensor, entry: Entry) -> Tensor:
+    """An index of the units of an entry as an index of its whole axis, whose other parts stay."""
+    places = positions(len(index), entry)
+    axis = torch.arange(len(index) * entry.part[1])
+    axis[places] = places[index]
     return axis
 
 

@@ -1,0 +1,95 @@
+"""Specs of transformers as tables: which module, by the end of its name, has which units on which axis."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pymerge.align.specs.builder import SUFFIXES, Builder, Place, Places, as_tuple
+from pymerge.errors import InputError
+
+RESIDUAL = Place("residual")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Modules and the units on the axes of their weight, out and in; `{at}` in a group's name stands for what is in
+    front of `end`.
+
+    end         regular expression of the end of the name, behind a dot
+    transposed  the weight is stored [in, out]
+    tap         the side at which the units' activations are seen: of `out` at the output, of `into` at the input"""
+
+    end: str
+    out: Places
+    into: Places = None
+    transposed: bool = False
+    tap: Literal["input", "output"] | None = None
+
+    def match(self, module: str) -> str | None:
+        """What is in front of the end; None where the name does not end so."""
+        found = re.fullmatch(rf"(?:(?P<at>.*)\.)?(?:{self.end})", module)
+        return None if found is None else found["at"] or ""
+
+
+def embeddings(end: str) -> Row:
+    """Tables whose columns are the residual stream."""
+    return Row(end, RESIDUAL, transposed=True)
+
+
+def fused(group: str, interleave: int = 1) -> tuple[Place, ...]:
+    """q, k and v on equal parts of one axis."""
+    views: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
+    return tuple(Place(group, view, (i, 3), interleave) for i, view in enumerate(views))
+
+
+def fill(builder: Builder, rows: Sequence[Row], heads: int, *, tie_heads: bool = True) -> None:
+    """The entries of all modules that some row describes, by the first that does.
+
+    heads      query heads of every attention group
+    tie_heads  False: q and k in one group of blocks, v in another"""
+    for module in modules_of(builder.shapes):
+        for row in rows:
+            if (at := row.match(module)) is not None:
+                break
+        else:
+            continue
+        out, into = placed(row.out, at, tie_heads), placed(row.into, at, tie_heads)
+        builder.module(module, out, into, transposed=row.transposed)
+        if row.tap is not None:
+            seen = out if row.tap == "output" else into
+            builder.tap(module, row.tap, [place for place in seen if place.view != "v"])
+    for group, entries in builder.entries.items():
+        if entries[0].view != "units" or group.endswith((".qk", ".v")):
+            builder.blocks[group] = heads
+
+
+def placed(places: Places, at: str, tie_heads: bool) -> tuple[Place, ...]:
+    """Places of a row for one module."""
+    found = [replace(place, group=place.group.format(at=at).removeprefix(".")) for place in as_tuple(places)]
+    return tuple(found if tie_heads else map(untied, found))
+
+
+def untied(place: Place) -> Place:
+    """A place among heads in the released form: q and k are one group, v another."""
+    if place.view == "units":
+        return place
+    return replace(place, group=place.group + (".qk" if place.view in "qk" else ".v"), view="units")
+
+
+def modules_of(names: Iterable[str]) -> list[str]:
+    """The modules that have a parameter of a usual name, in order."""
+    split = (name.rpartition(".") for name in names)
+    return list(dict.fromkeys(module for module, _, suffix in split if suffix in SUFFIXES))
+
+
+def number(config: Mapping[str, Any], *names: str) -> int:
+    """A number that the config has under one of these names.
+
+    Raises   InputError if it has none"""
+    for name in names:
+        if isinstance(config.get(name), int):
+            return config[name]
+    raise InputError(f"the permutation groups need {names[0]}, which the config does not have: give the model's config")
