@@ -25,6 +25,7 @@ class Entry:
                 embedding); "in": it consumes them
     view        which of its group's index vectors permutes the axis
     part        (i, c): the axis holds c equal parts, as of fused q, k, v, and the units are the i-th
+    span        entries of the axis that each unit has, one after the other: positions of a flattened channel
     similarity  False: permuted and averaged, but no part of the weights' similarity (running statistics)
     """
 
@@ -33,6 +34,7 @@ class Entry:
     role: Literal["out", "in"]
     view: View = "units"
     part: tuple[int, int] = (0, 1)
+    span: int = 1
     similarity: bool = True
 
 
@@ -150,10 +152,10 @@ class Spec:
 def size_problems(group: Group, entry: Entry, shape: Sequence[int]) -> list[str]:
     if not 0 <= entry.axis < len(shape):
         return [f"{entry.parameter} {list(shape)}: has no axis {entry.axis} (group {group.name})"]
-    size, parts = group.views().get(entry.view, 0), entry.part[1]
-    if shape[entry.axis] != size * parts:
+    needed = group.views().get(entry.view, 0) * entry.span * entry.part[1]
+    if shape[entry.axis] != needed:
         return [
             f"{entry.parameter} {list(shape)}: axis {entry.axis} has {shape[entry.axis]} entries, group {group.name} "
-            f"needs {size * parts}"
+            f"needs {needed}"
         ]
     return []

@@ -35,7 +35,7 @@ class Permutations:
         for group, entry in self.entries.get(name, ()):
             index = self.of(group, entry, model)
             if not torch.equal(index, torch.arange(len(index))):
-                tensor = tensor.index_select(entry.axis, whole_axis(index, entry.part).to(tensor.device))
+                tensor = tensor.index_select(entry.axis, whole_axis(index, entry.part, entry.span).to(tensor.device))
         return tensor
 
     @property
@@ -43,9 +43,10 @@ class Permutations:
         return self.spec.by_parameter()
 
 
-def whole_axis(index: Tensor, part: tuple[int, int]) -> Tensor:
-    """An index of one of several equal parts of an axis as an index of the axis."""
+def whole_axis(index: Tensor, part: tuple[int, int], span: int = 1) -> Tensor:
+    """An index of units, `span` entries each, of one of several equal parts of an axis, as an index of the axis."""
     number, parts = part
+    index = (index[:, None] * span + torch.arange(span)).reshape(-1)
     n = len(index)
     axis = torch.arange(n * parts)
     axis[number * n : (number + 1) * n] = index + number * n
