@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,21 +39,21 @@ class Permutations:
                 tensor = tensor.index_select(entry.axis, whole_axis(index, entry).to(tensor.device))
         return tensor
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, list[tuple[Group, Entry]]]:
         return self.spec.by_parameter()
 
 
 def positions(n: int, entry: Entry | Tap) -> Tensor:
-    """Where the n units lie on an entry's axis (or a tap's): int64 [n]."""
-    (number, parts), blocks = entry.part, entry.interleave
-    return torch.arange(n * parts).reshape(blocks, parts, n // blocks)[:, number].reshape(-1)
+    """Where the n units lie on an entry's axis (or a tap's): int64 [n, span], row r for unit r."""
+    (number, parts), blocks, span = entry.part, entry.interleave, entry.span if isinstance(entry, Entry) else 1
+    return torch.arange(n * parts * span).reshape(blocks, parts, n // blocks, span)[:, number].reshape(n, span)
 
 
 def whole_axis(index: Tensor, entry: Entry) -> Tensor:
     """An index of the units of an entry as an index of its whole axis, whose other parts stay."""
     places = positions(len(index), entry)
-    axis = torch.arange(len(index) * entry.part[1])
+    axis = torch.arange(places.numel() * entry.part[1])
     axis[places] = places[index]
     return axis
 

@@ -28,7 +28,7 @@ FIXED = ("*rotary_emb.inv_freq",)
 
 
 def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_heads: bool) -> Spec:
-    """Groups "residual", one of Heads and one MLP a layer. Nothing inside a head of q and k moves (rotary positions)."""
+    """Groups "residual", one of Heads and one MLP a layer. Inside a head of q and k nothing moves (rotary positions)."""
     if not tie_heads:
         raise InputError("tie_heads=False has no form under rotary positions: q and k may not be permuted in a head")
     builder = Builder(shapes, rotary=None)
