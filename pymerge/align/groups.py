@@ -27,6 +27,7 @@ class Entry:
     part        (i, c): the axis holds c equal parts, as of fused q, k, v, and the units are the i-th
     interleave  the axis is b = interleave such axes one after another, each with its c parts: [b, c, n / b], as where
                 q, k, v are fused head by head; the units are [:, i, :]
+    span        entries of the axis that each unit has, one after the other: positions of a flattened channel
     similarity  False: permuted and averaged, but no part of the weights' similarity (running statistics)
     """
 
@@ -36,6 +37,7 @@ class Entry:
     view: View = "units"
     part: tuple[int, int] = (0, 1)
     interleave: int = 1
+    span: int = 1
     similarity: bool = True
 
 
@@ -132,6 +134,8 @@ class Spec:
                 continue
             for group, entry in found:
                 problems += size_problems(group, entry, shapes[name])
+        for group in self.groups:
+            problems += member_problems(group, shapes)
         for name in shapes:
             if name not in entries and not any(fnmatchcase(name, pattern) for pattern in self.fixed):
                 problems.append(f"{name} {list(shapes[name])}: in no group and not listed as fixed")
@@ -158,10 +162,24 @@ class Spec:
 def size_problems(group: Group, entry: Entry, shape: Sequence[int]) -> list[str]:
     if not 0 <= entry.axis < len(shape):
         return [f"{entry.parameter} {list(shape)}: has no axis {entry.axis} (group {group.name})"]
-    size, parts = group.views().get(entry.view, 0), entry.part[1]
-    if shape[entry.axis] != size * parts:
+    needed = group.views().get(entry.view, 0) * entry.span * entry.part[1]
+    if shape[entry.axis] != needed:
         return [
             f"{entry.parameter} {list(shape)}: axis {entry.axis} has {shape[entry.axis]} entries, group {group.name} "
-            f"needs {size * parts}"
+            f"needs {needed}"
         ]
     return []
+
+
+def member_problems(group: Group, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Units that are whole parameters must have the same ones, unit by unit."""
+    if isinstance(group, Heads) or not group.members:
+        return []
+    found = [tuple(tuple(shapes.get(name, ())) for name in names) for names in group.members]
+    if len(found) != group.size:
+        return [f"group {group.name}: {group.size} units, parameters of {len(found)}"]
+    return [
+        f"group {group.name}: unit {unit} has parameters of shapes {other}, unit 0 of {found[0]}"
+        for unit, other in enumerate(found)
+        if other != found[0] or () in other
+    ]

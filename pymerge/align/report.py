@@ -9,17 +9,18 @@ import torch
 
 from pymerge.align.groups import Group, View
 from pymerge.align.match import Match, blocks_of, unmoved
-from pymerge.align.solve import Scores, Solution, Solver
+from pymerge.align.solve import Scores, Solver
+from pymerge.align.sweeps import Solution
 
 
-def report_of(solver: Solver, solution: Solution) -> dict[str, Any]:
+def report_of(solver: Solver, solution: Solution[Match]) -> dict[str, Any]:
     """See `find_permutations`."""
     groups, start = solver.spec.groups, {group.name: unmoved(group) for group in solver.spec.groups}
-    before = similarity(solver, [start] * len(solution.placed))
-    after = similarity(solver, solution.placed)
+    before = similarity(solver, [start] * len(solution.state))
+    after = similarity(solver, solution.state)
     rows = {}
     for group in groups:
-        found = [placed[group.name] for placed in solution.placed]
+        found = [placed[group.name] for placed in solution.state]
         rows[group.name] = {
             "units": sum(group.views().values()),
             "moved": [moved(match) for match in found],
@@ -30,7 +31,7 @@ def report_of(solver: Solver, solution: Solution) -> dict[str, Any]:
     return {
         "alpha": solver.options.alpha,
         "seed": solver.options.seed,
-        "sweeps": solution.sweeps,
+        "sweeps": len(solution.objectives),
         "assignments": solution.solved,
         "before": overall(before),
         "after": overall(after),

@@ -21,6 +21,7 @@ class Place:
     view: View = "units"
     part: tuple[int, int] = (0, 1)
     interleave: int = 1
+    span: int = 1
     similarity: bool = True
 
 
@@ -55,6 +56,7 @@ class Builder:
                 view=place.view,
                 part=place.part,
                 interleave=place.interleave,
+                span=place.span,
                 similarity=place.similarity,
             )
             self.entries.setdefault(place.group, []).append(entry)
@@ -114,7 +116,7 @@ class Builder:
     def size(self, entry: Entry) -> int:
         """The number of units on an axis; 0 where the model has no such axis, which `Spec.check` reports."""
         shape = self.shapes.get(entry.parameter, ())
-        return shape[entry.axis] // entry.part[1] if entry.axis < len(shape) else 0
+        return shape[entry.axis] // (entry.part[1] * entry.span) if entry.axis < len(shape) else 0
 
 
 def as_tuple(places: Places) -> tuple[Place, ...]:
