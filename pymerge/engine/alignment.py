@@ -1,0 +1,188 @@
+"""The models of a recipe with their units in one order: permutations given or found, checked, applied as tensors are
+read.
+
+The anchor is the base where there is one: every model, and so every task vector, is then in the base's order. Without
+a base it is the first model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pymerge.checkpoint import Checkpoint
+from pymerge.engine.inputs import same_files
+from pymerge.errors import InputError, RecipeError
+from pymerge.methods.base import TensorInfo
+from pymerge.methods.linear import Linear
+from pymerge.recipe import ModelRef, Recipe
+from pymerge.recipe.align import Align
+
+if TYPE_CHECKING:
+    from pymerge.align import Clusters, Permutations
+    from pymerge.engine.local import Inputs
+    from pymerge.engine.plan import Options
+
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """units: of which `rows` are the recipe's models, in the order of `sources`; notes for the summary."""
+
+    units: Permutations | Clusters
+    rows: tuple[int, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def digest(self) -> str:
+        """Equal for equal permutations: part of what a resumed merge must find again."""
+        digest = hashlib.blake2b(repr(self.rows).encode(), digest_size=16)
+        for group, views in self.units.index.items():
+            for view, index in views.items():
+                digest.update(repr((group, view)).encode() + index.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """What merge.json says: the models by the names that they were aligned under, the anchor first; per group units
+        moved, similarity before and after, gap of the assignment."""
+        return {"models": list(self.units.models), "permutations": self.digest(), **self.units.report}
+
+
+def sources(recipe: Recipe, inputs: Inputs) -> list[tuple[ModelRef, Checkpoint]]:
+    """The distinct models of a recipe, the anchor first."""
+    refs = ([recipe.base] if recipe.base is not None else []) + list(recipe.models)
+    opened = ([inputs.base] if inputs.base is not None else []) + list(inputs.models)
+    return list({id(model): (ref, model) for ref, model in zip(refs, opened, strict=True)}.values())
+
+
+def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
+    """The inputs in the order that the recipe's permutations say; as they are where there are none, or none yet."""
+    align = recipe.align
+    if align is None:
+        return inputs
+    if any(model.statistics is not None for model in recipe.models):
+        raise RecipeError(
+            "align: statistics are of the models before their units move: methods that need them do not go with it"
+        )
+    if align.file is None:
+        refuse_what_zip_is_not_for(recipe, align.options.get("mode"))
+        return inputs
+    from pymerge.align import Clusters, Permutations, open_permutations
+
+    units = align.value if align.value is not None else open_permutations(align.file)
+    if not isinstance(units, Permutations | Clusters):
+        raise RecipeError(f"align: must be permutations, their file or {{method: mudsc, ...}}, got {type(units).__name__}")
+    return aligned(recipe, inputs, units)
+
+
+def with_found(recipe: Recipe, inputs: Inputs, options: Options) -> Inputs:
+    """The inputs in the order that a search for permutations finds."""
+    assert recipe.align is not None
+    models = [ref.value for ref, _ in sources(recipe, inputs)]
+    return aligned(recipe, inputs, find(models, recipe.align, memory=options.memory_bytes))
+
+
+def find(models: Sequence[Any], align: Align, *, memory: int, progress: Progress | None = None) -> Any:
+    """What pymerge.find_permutations returns for a recipe's `align`. Samples are made by the first model's folder."""
+    from pymerge.align.api import find_permutations
+
+    batches = align.batches
+    if align.data is not None and batches is None:
+        from pymerge.statistics.samples import batches_of
+
+        batches = batches_of(Path(models[0]), Path(align.data), **align.sampling)
+    return find_permutations(models, batches, memory=memory, progress=progress, **align.search)
+
+
+def aligned(recipe: Recipe, inputs: Inputs, units: Permutations | Clusters) -> Inputs:
+    """The inputs as their units say, after a check that they are of these models."""
+    from pymerge.align.view import aligned_view
+
+    found = sources(recipe, inputs)
+    alignment = checked(recipe, found, units)
+    views = {
+        id(model): aligned_view(model, units, row) for (_, model), row in zip(found, alignment.rows, strict=True)
+    }
+    fisher = [
+        aligned_view(fisher, units, alignment.rows[[id(m) for _, m in found].index(id(model))])
+        for fisher, model in zip(inputs.fisher, inputs.models, strict=False)
+    ]
+    return replace(
+        inputs,
+        base=views[id(inputs.base)] if inputs.base is not None else None,
+        models=tuple(views[id(model)] for model in inputs.models),
+        fisher=tuple(fisher),
+        alignment=alignment,
+    )
+
+
+def checked(
+    recipe: Recipe, found: Sequence[tuple[ModelRef, Checkpoint]], units: Permutations | Clusters
+) -> Alignment:
+    """Which of the aligned models each of the recipe's is; InputError where one is not among them."""
+    from pymerge.align import Clusters
+    from pymerge.align.specs import floating_shapes
+
+    rows, notes, problems = [], [], []
+    refuse_what_zip_is_not_for(recipe, "zip" if isinstance(units, Clusters) else None)
+    for place, (ref, model) in enumerate(found):
+        row, note = row_of(ref, model, place, len(found), units)
+        if row is None:
+            problems.append(note)
+        elif note:
+            notes.append(note)
+        rows.append(row)
+    if problems:
+        raise InputError("\n".join(problems))
+    for _, model in found:
+        units.spec.check(floating_shapes(model))
+    return Alignment(units=units, rows=tuple(rows), notes=tuple(notes))
+
+
+def row_of(
+    ref: ModelRef, model: Checkpoint, place: int, models: int, units: Permutations | Clusters
+) -> tuple[int | None, str]:
+    """The aligned model that a recipe's model is, and a note; None: none of them, and why.
+
+    By their files where both have some: the same size, header and time, or, at its own place, all but the time (a
+    copy). Else by their order."""
+    known, own = units.fingerprints, model.fingerprint()
+    if not all("files" in one for one in (*known, own)) or not known:
+        if models != len(units.models):
+            return None, (
+                f"align: the permutations are of {len(units.models)} models, the recipe has {models} (a base counts): "
+                f"align these models"
+            )
+        return place, "" if ref.in_memory else f"align: {ref.path} is taken for {units.models[place]}, by the order"
+    for row, said in enumerate(known):
+        if same_files(said, own, time=True):
+            return row, ""
+    listed = ", ".join(units.models)
+    where = f"align: {ref.path} is not one of the models that were aligned ({listed})"
+    if place >= len(known) or not same_files(known[place], own, time=False):
+        return None, f"{where}: run `pymerge align` on the models of this recipe, the base first where there is one"
+    if known[place]["path"] == own["path"]:
+        return None, f"align: {ref.path} has been written since it was aligned: align it again"
+    return place, f"align: {ref.path} is taken for {units.models[place]}: equal size and header, another time"
+
+
+def refuse_what_zip_is_not_for(recipe: Recipe, mode: str | None) -> None:
+    """A zip puts units of all models together: it is their plain mean and nothing else."""
+    if mode != "zip":
+        return
+    whole = not (recipe.exclude or recipe.include)
+    if recipe.method == "linear" and recipe.static and whole:
+        tasks = len(recipe.models)
+        combine = recipe.steps_for("", 0.0).combine
+        assert isinstance(combine, Linear)
+        rule = combine.rule(TensorInfo(name="", shape=(1,), tasks=tasks))
+        if all(math.isclose(tasks * weight, rule.divisor) for weight in rule.weights):
+            return
+    raise RecipeError(
+        "align: a zip is the mean of all models: merge_method linear with equal weights that sum to 1, no exclude, no "
+        "include; for other methods align with mode permute"
+    )
