@@ -134,6 +134,8 @@ class Spec:
                 continue
             for group, entry in found:
                 problems += size_problems(group, entry, shapes[name])
+        for group in self.groups:
+            problems += member_problems(group, shapes)
         for name in shapes:
             if name not in entries and not any(fnmatchcase(name, pattern) for pattern in self.fixed):
                 problems.append(f"{name} {list(shapes[name])}: in no group and not listed as fixed")
@@ -167,3 +169,17 @@ def size_problems(group: Group, entry: Entry, shape: Sequence[int]) -> list[str]
             f"needs {needed}"
         ]
     return []
+
+
+def member_problems(group: Group, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Units that are whole parameters must have the same ones, unit by unit."""
+    if isinstance(group, Heads) or not group.members:
+        return []
+    found = [tuple(tuple(shapes.get(name, ())) for name in names) for names in group.members]
+    if len(found) != group.size:
+        return [f"group {group.name}: {group.size} units, parameters of {len(found)}"]
+    return [
+        f"group {group.name}: unit {unit} has parameters of shapes {other}, unit 0 of {found[0]}"
+        for unit, other in enumerate(found)
+        if other != found[0] or () in other
+    ]

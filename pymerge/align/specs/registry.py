@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -19,7 +19,13 @@ class Family(Protocol):
 
 # Family -> its module here, which has a function `spec`, and the model types (transformers) that it serves.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "llama": ("decoder", ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")),
+    "decoder": (
+        "decoder",
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "olmo2", "opt", "phi", "starcoder2"),
+    ),
+    "bert": ("bert", ("bert", "roberta")),
+    "gpt2": ("gpt2", ("gpt2",)),
+    "gpt_neox": ("gpt_neox", ("gpt_neox",)),
 }
 FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -58,8 +64,11 @@ def family_of(config: Mapping[str, Any], name: str | None) -> str:
     if family is None:
         known = [*FAMILIES, *by_type]
         close = difflib.get_close_matches(str(asked), known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"no permutation groups for {asked!r}{hint} Known: {', '.join(dict.fromkeys(known))}")
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise InputError(
+            f"no permutation groups for {asked!r}{hint} Known: {', '.join(dict.fromkeys(known))}. By the name "
+            "'decoder' any model that calls its modules as Llama does is tried; what that cannot place is an error"
+        )
     return family
 
 

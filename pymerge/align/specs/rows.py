@@ -15,8 +15,8 @@ RESIDUAL = Place("residual")
 
 @dataclass(frozen=True)
 class Row:
-    """Modules and the units on the axes of their weight, out and in; `{at}` in a group's name stands for what is in
-    front of `end`.
+    """Modules and the units on the axes of their weight, out and in. `{at}` in a group's name stands for what is in
+    front of `end`, `{name}` for a named part of it.
 
     end         regular expression of the end of the name, behind a dot
     transposed  the weight is stored [in, out]
@@ -28,10 +28,10 @@ class Row:
     transposed: bool = False
     tap: Literal["input", "output"] | None = None
 
-    def match(self, module: str) -> str | None:
-        """What is in front of the end; None where the name does not end so."""
+    def match(self, module: str) -> dict[str, str] | None:
+        """What stands for what in the names of groups; None where the module's name does not end so."""
         found = re.fullmatch(rf"(?:(?P<at>.*)\.)?(?:{self.end})", module)
-        return None if found is None else found["at"] or ""
+        return None if found is None else found.groupdict("")
 
 
 def embeddings(end: str) -> Row:
@@ -51,25 +51,21 @@ def fill(builder: Builder, rows: Sequence[Row], heads: int, *, tie_heads: bool =
     heads      query heads of every attention group
     tie_heads  False: q and k in one group of blocks, v in another"""
     for module in modules_of(builder.shapes):
-        for row in rows:
-            if (at := row.match(module)) is not None:
-                break
-        else:
+        row, names = next(((row, found) for row in rows if (found := row.match(module)) is not None), (None, {}))
+        if row is None:
             continue
-        out, into = placed(row.out, at, tie_heads), placed(row.into, at, tie_heads)
-        builder.module(module, out, into, transposed=row.transposed)
+        form = untied if not tie_heads else lambda place: place
+        out, into = placed(row.out, names), placed(row.into, names)
+        builder.blocks |= {form(place).group: heads for place in (*out, *into) if place.view != "units"}
+        builder.module(module, [form(p) for p in out], [form(p) for p in into], transposed=row.transposed)
         if row.tap is not None:
             seen = out if row.tap == "output" else into
-            builder.tap(module, row.tap, [place for place in seen if place.view != "v"])
-    for group, entries in builder.entries.items():
-        if entries[0].view != "units" or group.endswith((".qk", ".v")):
-            builder.blocks[group] = heads
+            builder.tap(module, row.tap, [form(place) for place in seen if place.view != "v"])
 
 
-def placed(places: Places, at: str, tie_heads: bool) -> tuple[Place, ...]:
-    """Places of a row for one module."""
-    found = [replace(place, group=place.group.format(at=at).removeprefix(".")) for place in as_tuple(places)]
-    return tuple(found if tie_heads else map(untied, found))
+def placed(places: Places, names: Mapping[str, str]) -> tuple[Place, ...]:
+    """The places of a row for one module."""
+    return tuple(replace(place, group=place.group.format_map(names).removeprefix(".")) for place in as_tuple(places))
 
 
 def untied(place: Place) -> Place:
@@ -77,6 +73,14 @@ def untied(place: Place) -> Place:
     if place.view == "units":
         return place
     return replace(place, group=place.group + (".qk" if place.view in "qk" else ".v"), view="units")
+
+
+def refuse_untied(tie_heads: bool) -> None:
+    if not tie_heads:
+        raise InputError(
+            "tie_heads=False: the released form permutes q and k within a head, which rotary positions do not allow; "
+            "leave tie_heads on"
+        )
 
 
 def modules_of(names: Iterable[str]) -> list[str]:
