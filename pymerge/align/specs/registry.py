@@ -26,6 +26,10 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bert": ("bert", ("bert", "roberta")),
     "gpt2": ("gpt2", ("gpt2",)),
     "gpt_neox": ("gpt_neox", ("gpt_neox",)),
+    "vit": ("vit", ("vit", "deit")),
+    "clip": ("clip", ("clip", "clip_vision_model", "clip_text_model")),
+    "resnet": ("resnet", ("resnet",)),
+    "chain": ("chain", ("vgg", "mlp")),
 }
 FLOATING = ("F64", "F32", "F16", "BF16")
 

@@ -97,3 +97,20 @@ def number(config: Mapping[str, Any], *names: str) -> int:
         if isinstance(config.get(name), int):
             return config[name]
     raise InputError(f"the permutation groups need {names[0]}, which the config does not have: give the model's config")
+
+
+def tables(builder: Builder, end: str, place: Place) -> bool:
+    """Parameters of no module of their own (tokens, positions, scales), whose last axis has the place's units.
+
+    end      regular expression of the end of the name, behind a dot
+    Returns  whether there is any"""
+    found = [name for name in builder.shapes if re.fullmatch(rf"(.*\.)?({end})", name)]
+    for name in found:
+        builder.axis(name, len(builder.shapes[name]) - 1, place, "out")
+    return bool(found)
+
+
+def keep(builder: Builder, place: Place) -> None:
+    """The units of a group stay as they are: they are what the model gives out."""
+    builder.fixed += [entry.parameter for entry in builder.entries.pop(place.group, [])]
+    builder.taps.pop(place.group, None)
