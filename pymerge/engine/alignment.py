@@ -20,7 +20,8 @@ from pymerge.errors import InputError, RecipeError
 from pymerge.methods.base import TensorInfo
 from pymerge.methods.linear import Linear
 from pymerge.recipe import ModelRef, Recipe
-from pymerge.recipe.align import Align
+from pymerge.recipe.align import METHOD, Align, parse_align
+from pymerge.recipe.problems import Problems
 
 if TYPE_CHECKING:
     from pymerge.align import Clusters, Permutations
@@ -84,6 +85,16 @@ def with_found(recipe: Recipe, inputs: Inputs, options: Options) -> Inputs:
     assert recipe.align is not None
     models = [ref.value for ref, _ in sources(recipe, inputs)]
     return aligned(recipe, inputs, find(models, recipe.align, memory=options.memory_bytes))
+
+
+def parsed_search(asked: Mapping[str, Any]) -> Align:
+    """What `align: {method: mudsc, ...}` of a recipe means; keys with None are left out."""
+    problems = Problems("align")
+    raw = {"method": METHOD} | {key: value for key, value in asked.items() if value is not None}
+    align = parse_align(raw, problems, python=False, must_exist=True)
+    problems.raise_if_any()
+    assert align is not None
+    return align
 
 
 def find(models: Sequence[Any], align: Align, *, memory: int, progress: Progress | None = None) -> Any:

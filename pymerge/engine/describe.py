@@ -97,6 +97,24 @@ def show_plan(plan: Plan, options: Options) -> None:
     console.print("no problems found: `pymerge merge` will run this")
 
 
+def show_alignment(units: Any) -> None:
+    """What a search found, group by group: units moved in each model, similarity before and after, gap."""
+    report, console = units.report, Console(highlight=False, soft_wrap=True)
+    table = Table("group", "units", "moved", "similarity before", "after", "gap at most", box=None, padding=(0, 2, 0, 0))
+    for name, row in report["groups"].items():
+        cells = [", ".join(shown.format(value) for value in row[key]) for key, shown in COLUMNS.items()]
+        gaps = [gap for gap in row["gap"] if gap is not None]
+        table.add_row(safe_name(name), str(row["units"]), *cells, f"{max(gaps):.0e}" if gaps else "not known")
+    console.print(table)
+    console.print(
+        f"alpha {report['alpha']:g}, {report['sweeps']} sweep(s), {report['assignments']} assignments; similarity "
+        f"{report['before']:.4f} -> {report['after']:.4f}"
+    )
+
+
+COLUMNS = {"moved": "{}", "before": "{:.3f}", "after": "{:.3f}"}
+
+
 def show_methods(methods: list[MethodInfo]) -> None:
     table = Table("step", "method", "what it does", "data", "paper", box=None, padding=(0, 2, 0, 0))
     for method in methods:
