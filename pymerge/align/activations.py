@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pymerge.align.groups import Spec, Tap, View
 from pymerge.align.match import Blocks, UnitSet, blocks_of
-from pymerge.align.moments import folded, moments, similarities
+from pymerge.align.moments import Moments, folded, moments, similarities
 from pymerge.align.permutations import positions
 from pymerge.errors import InputError, NonFinite
 from pymerge.statistics.collect import without_padding
@@ -27,7 +27,7 @@ class Seen:
     shift   of each model, [n]: the mean over the anchor's and the model's first samples, so that little is lost in
             float32; correlations do not change with it
     first, second   of each model, float64 [n]: sums and sums of squares of what is left
-    products  view -> of each model but the anchor, float32 [n, n] (r n for a shared view)
+    products  view -> pair of models -> float32 [n, n] (r n for a shared view)
     count   samples a unit
     """
 
@@ -36,7 +36,7 @@ class Seen:
     shift: dict[int, Tensor] = field(default_factory=dict)
     first: dict[int, Tensor] = field(default_factory=dict)
     second: dict[int, Tensor] = field(default_factory=dict)
-    products: dict[View, dict[int, Tensor]] = field(default_factory=dict)
+    products: dict[View, dict[tuple[int, int], Tensor]] = field(default_factory=dict)
     count: dict[int, int] = field(default_factory=dict)
 
     def shifted(self, x: Tensor, view: View, t: int) -> Tensor:
@@ -61,39 +61,50 @@ class Seen:
         self.count[t] = self.count.get(t, 0) + len(x) * (self.blocks.queries if shared else 1)
         return x
 
-    def add_products(self, anchor: Tensor, x: Tensor, view: View, t: int) -> None:
+    def add_products(self, one: Tensor, other: Tensor, view: View, pair: tuple[int, int]) -> None:
         of_view = self.products.setdefault(view, {})
-        if t not in of_view:
-            of_view[t] = x.new_zeros(x.shape[1], x.shape[1])
-        of_view[t].addmm_(anchor.T, x)
+        if pair not in of_view:
+            of_view[pair] = one.new_zeros(one.shape[1], one.shape[1])
+        of_view[pair].addmm_(one.T, other)
+
+    def moments(self, t: int) -> Moments:
+        return moments(self.count[t], self.first[t].cpu(), self.second[t].cpu(), cosine=False)
 
     def scores(self, t: int) -> dict[View, Tensor]:
         """Correlations of the anchor's units with those of model t."""
-        one, other = (moments(self.count[m], self.first[m].cpu(), self.second[m].cpu(), False) for m in (0, t))
-        grams = {view: of_view.pop(t).cpu() for view, of_view in self.products.items()}
-        return similarities(self.blocks, self.unit_set, grams, (one, other))
+        grams: dict[View, Tensor] = {view: of_view.pop((0, t)).cpu() for view, of_view in self.products.items()}
+        return similarities(self.blocks, self.unit_set, grams, (self.moments(0), self.moments(t)))
+
+    def all_scores(self, models: int) -> Tensor:
+        """Correlations of the units of all models with each other [T n, T n], of a set without a shared view."""
+        products = self.products[self.unit_set.base]
+        blocks = [[products[s, t] if s <= t else products[t, s].T for t in range(models)] for s in range(models)]
+        gram = torch.cat([torch.cat(row, 1) for row in blocks]).cpu()
+        parts = [self.moments(t) for t in range(models)]
+        of = replace(parts[0], mean=torch.cat([m.mean for m in parts]), size=torch.cat([m.size for m in parts]))
+        return similarities(self.blocks, self.unit_set, {self.unit_set.base: gram}, (of, of))[self.unit_set.base]
 
 
 class PairCollector:
     """Taps on models that see the same batches one after another, the anchor (number 0) first.
 
-    Holds the anchor's activations of one batch, and for each tapped view and model n^2 float32.
+    Holds the anchor's activations of one batch, and for each tapped view and model n^2 float32; with all_pairs those of
+    all models, and n^2 for each pair of models, one with itself too.
 
     modules  of each model by the names that the spec uses"""
 
-    def __init__(self, spec: Spec, modules: Sequence[Mapping[str, nn.Module]]) -> None:
-        self.modules = modules
+    def __init__(self, spec: Spec, modules: Sequence[Mapping[str, nn.Module]], *, all_pairs: bool) -> None:
+        self.modules, self.all_pairs = modules, all_pairs
         self.seen: dict[tuple[str, View], Seen] = {}  # by group and base view
         self.taps: list[tuple[Tap, Seen, int]] = []  # with the number of units
         for group in spec.groups:
             blocks = blocks_of(group)
             for tap in group.taps:
-                unit_set = next(s for s in blocks.sets if tap.view in (s.base, s.shared))
+                unit_set = next(s for s in blocks.sets if tap.view in s.views)
                 seen = self.seen.setdefault((group.name, unit_set.base), Seen(blocks, unit_set))
                 self.taps.append((tap, seen, group.views()[tap.view]))
         self.mask: Tensor | None = None
-        self.anchors: dict[int, list[Tensor]] = {}  # tap -> what the anchor showed in this batch, in order
-        self.shown: dict[int, int] = {}  # tap -> how often the model that is running has shown it in this batch
+        self.shown: dict[tuple[int, int], list[Tensor]] = {}  # tap and model -> what it showed in this batch, in order
 
     def run(self, models: Sequence[nn.Module], batches: Iterable[Any]) -> None:
         """Every batch through every model, in eval mode. Raises InputError if there is none."""
@@ -105,9 +116,8 @@ class PairCollector:
                     self.hook(t, hooks)
                 for batch in batches:
                     count += 1
-                    self.mask, self.anchors = mask_of(batch), {}
+                    self.mask, self.shown = mask_of(batch), {}
                     for model in models:
-                        self.shown = {}
                         call(model, batch)
         finally:
             for model, was in zip(models, training, strict=True):
@@ -132,14 +142,15 @@ class PairCollector:
         x = seen.add(self.samples(tap, size, x), tap.view, t)
         if not bool(torch.isfinite(seen.second[t]).all()):
             raise NonFinite(f"{tap.module}: its {tap.side} has NaN or infinite entries in the samples, in model {t}")
-        if t == 0:
-            self.anchors.setdefault(number, []).append(x)
-            return
-        waiting, at = self.anchors.get(number, []), self.shown.get(number, 0)
-        self.shown[number] = at + 1
-        if at >= len(waiting) or len(waiting[at]) != len(x):
-            raise InputError(f"{tap.module}: model {t} does not run it on the samples that the first model runs it on")
-        seen.add_products(waiting[at], x, tap.view, t)
+        own = self.shown.setdefault((number, t), [])
+        own.append(x if self.all_pairs or t == 0 else x.new_empty(0))  # only counted
+        for other in range(t + 1) if self.all_pairs else range(min(t, 1)):
+            showed = self.shown.get((number, other), [])
+            if len(showed) < len(own) or len(showed[len(own) - 1]) != len(x):
+                raise InputError(
+                    f"{tap.module}: model {t} does not run it on the samples that model {other} runs it on"
+                )
+            seen.add_products(showed[len(own) - 1], x, tap.view, (other, t))
 
     def samples(self, tap: Tap, size: int, x: Tensor) -> Tensor:
         """Float32 [S, n] without padding."""
@@ -150,7 +161,7 @@ class PairCollector:
                 f"{size * tap.part[1]}"
             )
         if tap.part != (0, 1):
-            rows = rows[:, positions(size, tap).to(rows.device)]
+            rows = rows[:, positions(size, tap).flatten().to(rows.device)]
         return rows.float()
 
     def scores(self, t: int) -> dict[str, dict[View, Tensor]]:
@@ -160,6 +171,10 @@ class PairCollector:
             if t in seen.count:
                 found.setdefault(group, {}).update(seen.scores(t))
         return found
+
+    def all_scores(self) -> dict[str, Tensor]:
+        """Group -> correlations of all units of all models, for groups of one set of units."""
+        return {group: seen.all_scores(len(self.modules)) for (group, _), seen in self.seen.items() if seen.count}
 
 
 def on_input(take: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

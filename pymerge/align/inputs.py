@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pymerge.align.activations import PairCollector
-from pymerge.align.groups import Spec, View
+from pymerge.align.groups import Spec
 from pymerge.align.specs import floating_shapes, spec_for
 from pymerge.checkpoint import Checkpoint, open_checkpoint, safe_name
 from pymerge.errors import ExtraTensor, InputError, MissingTensor, ShapeMismatch
@@ -45,9 +45,8 @@ def opened(models: Sequence[Model]) -> Iterator[list[Opened]]:
 
 def open_model(model: Model, label: str, stack: ExitStack) -> Opened:
     if isinstance(model, nn.Module):
-        config = getattr(model, "config", None)
-        described = config.to_dict() if hasattr(config, "to_dict") else {}
-        return Opened(source=model, weights=open_checkpoint(tensors_of(model)), config=described, label=label)
+        to_dict: Any = getattr(getattr(model, "config", None), "to_dict", dict)
+        return Opened(source=model, weights=open_checkpoint(tensors_of(model)), config=to_dict(), label=label)
     weights = stack.enter_context(open_checkpoint(model))
     return Opened(
         source=model,
@@ -89,8 +88,8 @@ def resolved_spec(spec: Spec | str | None, anchor: Opened, tie_heads: bool) -> S
     return spec_for(shapes, anchor.config, spec, tie_heads=tie_heads)
 
 
-def activation_scores(models: Sequence[Opened], spec: Spec, batches: Iterable[Any]) -> list[dict[str, dict[View, Tensor]]]:
-    """Of each model but the anchor, group -> correlations with the anchor's units. Models in folders are loaded."""
+def seen_on(models: Sequence[Opened], spec: Spec, batches: Iterable[Any], *, all_pairs: bool) -> PairCollector:
+    """What the groups' units do on the batches. Models in folders are loaded, all of them at once."""
     modules: list[nn.Module] = []
     named: list[dict[str, nn.Module]] = []
     for model in models:
@@ -101,6 +100,6 @@ def activation_scores(models: Sequence[Opened], spec: Spec, batches: Iterable[An
             module, _, names = load_model(module)
         modules.append(module)
         named.append({stored_module(name, names): part for name, part in module.named_modules()})
-    collector = PairCollector(spec, named)
+    collector = PairCollector(spec, named, all_pairs=all_pairs)
     collector.run(modules, batches)
-    return [collector.scores(t) for t in range(1, len(models))]
+    return collector

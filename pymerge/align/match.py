@@ -28,6 +28,10 @@ class UnitSet:
     shared: View | None = None
     fixed: int = 0
 
+    @property
+    def views(self) -> tuple[View, ...]:
+        return (self.base,) if self.shared is None else (self.base, self.shared)
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -69,7 +73,7 @@ class Match:
 
 def unmoved(group: Group) -> Match:
     """The identity, of unknown similarity."""
-    index = {view: torch.arange(n) for view, n in group.views().items()}
+    index: dict[View, Tensor] = {view: torch.arange(n) for view, n in group.views().items()}
     return Match(index=index, values=(), gain=0.0, gap=None)
 
 
@@ -84,7 +88,7 @@ def match(group: Group, scores: Mapping[View, Tensor], threshold: float) -> Matc
     outer = assign(inner.total.float(), True)
     rows, sigma = torch.arange(blocks.count), outer.columns
     values = tuple(float(value[rows, sigma].mean()) for value in inner.values)
-    diagonal = [float(identity_value(blocks, unit_set, scores)) for unit_set in blocks.sets]
+    diagonal = [identity_value(blocks, unit_set, scores) for unit_set in blocks.sets]
     gain = (sum(values) - sum(diagonal)) / len(values)
     if gain < threshold:
         return Match(index=unmoved(group).index, values=tuple(diagonal), gain=0.0, gap=max(0.0, gain))
@@ -106,10 +110,9 @@ def composed(blocks: Blocks, inner: Inner, sigma: Tensor) -> dict[View, Tensor]:
     return index
 
 
-def identity_value(blocks: Blocks, unit_set: UnitSet, scores: Mapping[View, Tensor]) -> Tensor:
-    views = [view for view in (unit_set.base, unit_set.shared) if view in scores]
-    total = torch.stack([scores[view].diagonal().double().sum() for view in views]).sum() if views else torch.zeros(())
-    return total / (blocks.count * blocks.width)
+def identity_value(blocks: Blocks, unit_set: UnitSet, scores: Mapping[View, Tensor]) -> float:
+    sums = [scores[view].diagonal().sum(dtype=torch.float64) for view in unit_set.views if view in scores]
+    return float(sum(sums)) / (blocks.count * blocks.width)
 
 
 class Inner:

@@ -1,4 +1,4 @@
-"""From inner products to similarities: means, deviations and the division by them, alike for weights and activations."""
+"""Inner products as similarities: means, deviations and the division by them, alike for weights and activations."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from pymerge.align.groups import Group, View
 from pymerge.align.match import Match, blocks_of, unmoved
 from pymerge.align.solve import Scores, Solver
-from pymerge.align.sweeps import Solution
+from pymerge.align.sweeps import Options, Solution
 
 
 def report_of(solver: Solver, solution: Solution[Match]) -> dict[str, Any]:
@@ -28,14 +27,19 @@ def report_of(solver: Solver, solution: Solution[Match]) -> dict[str, Any]:
             "after": [mean(of[group.name]) for of in after],
             "gap": [match.gap for match in found],
         }
-    return {
-        "alpha": solver.options.alpha,
-        "seed": solver.options.seed,
-        "sweeps": len(solution.objectives),
-        "assignments": solution.solved,
+    return search_report(solver.options, solution) | {
         "before": overall(before),
         "after": overall(after),
         "groups": rows,
+    }
+
+
+def search_report(options: Options, solution: Solution[Any]) -> dict[str, Any]:
+    return {
+        "alpha": options.alpha,
+        "seed": options.seed,
+        "sweeps": len(solution.objectives),
+        "assignments": solution.solved,
     }
 
 
@@ -62,14 +66,13 @@ def activations(group: Group, seen: Scores, match: Match) -> dict[View, float]:
     found: dict[View, float] = {}
     for unit_set in blocks_of(group).sets:
         if unit_set.base in seen:
-            views = [view for view in (unit_set.base, unit_set.shared) if view in seen]
-            total = sum(float(picked(seen, view, match).double().sum()) for view in views)
-            found[unit_set.base] = total / len(match.index[unit_set.base])
+            matched = [
+                seen[view].gather(1, match.index[view][:, None]).sum(dtype=torch.float64)
+                for view in unit_set.views
+                if view in seen
+            ]
+            found[unit_set.base] = float(sum(matched)) / len(match.index[unit_set.base])
     return found
-
-
-def picked(seen: Scores, view: View, match: Match) -> torch.Tensor:
-    return seen[view].gather(1, match.index[view][:, None])
 
 
 def moved(match: Match) -> int:

@@ -23,19 +23,22 @@ class Solver:
     """
 
     def __init__(
-        self, spec: Spec, weights: WeightSimilarity | None, activations: Sequence[Mapping[str, Scores]], options: Options
+        self,
+        spec: Spec,
+        weights: WeightSimilarity | None,
+        activations: Sequence[Mapping[str, Scores]],
+        options: Options,
     ) -> None:
         self.spec, self.weights, self.activations, self.options = spec, weights, activations, options
 
     def run(self, from_activations: bool) -> Solution[Match]:
         """Sweeps from what activations alone ask for, or from the identity."""
-        start = [
-            {group.name: self.by_activations(group, t) if from_activations else unmoved(group) for group in self.spec.groups}
-            for t in range(len(self.activations))
-        ]
+        groups = self.spec.groups
+        place = self.by_activations if from_activations else lambda group, t: unmoved(group)
+        start = [{group.name: place(group, t) for group in groups} for t in range(len(self.activations))]
         if self.weights is None:
             return Solution(state=start)
-        return search(self.spec.groups, start, self.solve, self.weights.neighbours, self.options)
+        return search(groups, start, self.solve, self.weights.neighbours, self.options)
 
     def by_activations(self, group: Group, t: int) -> Match:
         seen = self.activations[t].get(group.name)
@@ -43,12 +46,19 @@ class Solver:
 
     def solve(self, group: Group, t: int, placed: Mapping[str, Match]) -> Match:
         assert self.weights is not None
+        if self.options.alpha == 0 and not unseen(group, self.activations[t]):
+            return self.by_activations(group, t)
         scores = self.weights.scores(group, t + 1, placed)
         seen, alpha = self.activations[t].get(group.name, {}), self.options.alpha
         for unit_set in blocks_of(group).sets:
-            for view in (unit_set.base, unit_set.shared):
+            for view in unit_set.views:
                 if view in scores and unit_set.base in seen:
                     scores[view].mul_(alpha)
                     if view in seen:
                         scores[view].add_(seen[view], alpha=1 - alpha)
         return match(group, scores, self.options.threshold)
+
+
+def unseen(group: Group, activations: Mapping[str, Scores]) -> bool:
+    """Whether there are units of the group that no activations say anything of."""
+    return any(unit_set.base not in activations.get(group.name, {}) for unit_set in blocks_of(group).sets)

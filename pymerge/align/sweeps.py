@@ -27,13 +27,14 @@ Solve = Callable[[Group, int, Mapping[str, P]], P]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """alpha, max_sweeps, patience, seed, threshold of `find_permutations`."""
+    """Arguments of `find_permutations`."""
 
     alpha: float
     max_sweeps: int = 100
     patience: int = 5
     seed: int = 0
     threshold: float = 1e-6
+    progress: Callable[[int, float], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,8 @@ def search(
         waited = 0 if objectives[-1] > best_value else waited + 1
         if not waited:
             best, best_value = current, objectives[-1]
+        if options.progress is not None:
+            options.progress(len(objectives), best_value)
         if done or waited == options.patience:
             break
     return Solution(state=best, objectives=objectives, solved=len(memo))

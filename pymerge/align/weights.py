@@ -12,7 +12,7 @@ from torch import Tensor
 from pymerge.align.groups import Entry, Group, Spec, View
 from pymerge.align.match import Match, UnitSet, blocks_of
 from pymerge.align.moments import Moments, folded, matched_similarity, moments, similarities
-from pymerge.align.permutations import positions
+from pymerge.align.permutations import positions, whole_axis
 from pymerge.checkpoint import Checkpoint
 from pymerge.errors import NonFinite
 
@@ -36,7 +36,7 @@ class WeightSimilarity:
 
     Only the products of the anchor with the other model are formed; what permutations cannot change (means, deviations)
     is computed once. A term's products are kept, within `memory` bytes, until a group that they depend on has changed.
-    Holds besides: SLAB entries of each model in float32 and, of a checkpoint on disk, one parameter of each as stored."""
+    Holds besides SLAB entries of each model in float32 and, of models on disk, one parameter of each as stored."""
 
     def __init__(self, spec: Spec, models: Sequence[Checkpoint], *, cosine: bool, memory: int) -> None:
         self.spec, self.models, self.cosine = spec, models, cosine
@@ -87,7 +87,7 @@ class WeightSimilarity:
     def width(self, entry: Entry) -> int:
         """Numbers that a unit has in an entry."""
         shape = self.models[0][entry.parameter].shape
-        return prod(size for axis, size in enumerate(shape) if axis != entry.axis)
+        return prod(size for axis, size in enumerate(shape) if axis != entry.axis) * entry.span
 
     def scores(self, group: Group, t: int, placed: Placed) -> dict[View, Tensor]:
         """Similarities of the units of the anchor with those of model t, in the form that `match` takes; the model's
@@ -127,13 +127,14 @@ class WeightSimilarity:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Slabs [size, width] of an entry's rows in the anchor and in model t, the latter's other axes permuted and its
         own by `own`."""
-        places = None if entry.part == (0, 1) else positions(size, entry)
-        gathered = places if own is None else own if places is None else places[own]
+        places = places_of(entry, size, None)
+        gathered = places_of(entry, size, own)
         one = self.models[0][entry.parameter].load()
         other = self.models[t][self.name(entry.parameter, placed)].load()
-        indices = self.indices(entry, placed, one.shape)
+        indices = self.indices(entry, placed)
         for cut in cuts(one.shape, entry.axis):
-            yield piece(one, entry.axis, places, {}, cut), piece(other, entry.axis, gathered, indices, cut)
+            slabs = piece(one, entry.axis, places, {}, cut), piece(other, entry.axis, gathered, indices, cut)
+            yield slabs[0].reshape(size, -1), slabs[1].reshape(size, -1)
 
     def name(self, parameter: str, placed: Placed) -> str:
         """What the parameter that belongs to this one of the anchor is called in the model."""
@@ -143,17 +144,16 @@ class WeightSimilarity:
         members = getattr(self.spec.group(name), "members", ())
         return members[int(placed[name].index["units"][row])][column]
 
-    def indices(self, entry: Entry, placed: Placed, shape: Sequence[int]) -> dict[int, Tensor]:
+    def indices(self, entry: Entry, placed: Placed) -> dict[int, Tensor]:
         """Axis -> index of all its entries, for the other axes of an entry's parameter that move."""
         found: dict[int, Tensor] = {}
         for group, other in self.by_parameter[entry.parameter]:
             if other.axis == entry.axis:
                 continue
             index = placed[group.name].index[other.view]
-            if torch.equal(index, torch.arange(len(index))):
-                continue
-            places = positions(len(index), other)
-            found.setdefault(other.axis, torch.arange(shape[other.axis]))[places] = places[index]
+            if not torch.equal(index, torch.arange(len(index))):
+                axis, before = whole_axis(index, other), found.get(other.axis)  # of another part of the axis
+                found[other.axis] = axis if before is None else before[axis]
         return found
 
     def moments(self, group: Group, t: int, placed: Placed) -> dict[View, Moments]:
@@ -173,15 +173,15 @@ class WeightSimilarity:
         first, second = torch.zeros(2, blocks.count * blocks.width, dtype=torch.float64)
         count = 0
         for entry in group.entries:
-            if not entry.similarity or entry.view not in (unit_set.base, unit_set.shared):
+            if not entry.similarity or entry.view not in unit_set.views:
                 continue
             shared = entry.view == unit_set.shared
             size = group.views()[entry.view]
             name = self.name(entry.parameter, placed) if placed else entry.parameter
-            places = None if entry.part == (0, 1) else positions(size, entry)
+            places = places_of(entry, size, None)
             tensor = self.models[t][name].load()
             for cut in cuts(tensor.shape, entry.axis):
-                x = piece(tensor, entry.axis, places, {}, cut).double()
+                x = piece(tensor, entry.axis, places, {}, cut).reshape(size, -1).double()
                 sums = x.sum(1), x.square().sum(1)
                 first += folded(blocks, sums[0]) if shared else sums[0]
                 second += folded(blocks, sums[1]) if shared else sums[1]
@@ -197,7 +197,7 @@ class WeightSimilarity:
         for unit_set in blocks.sets:
             products: dict[View, Tensor] = {}
             for entry in group.entries:
-                if not entry.similarity or entry.view not in (unit_set.base, unit_set.shared):
+                if not entry.similarity or entry.view not in unit_set.views:
                     continue
                 own = placed[group.name].index[entry.view]
                 total = products.setdefault(entry.view, torch.zeros(len(own), dtype=torch.float64))
@@ -208,6 +208,14 @@ class WeightSimilarity:
                 index = placed[group.name].index[unit_set.base]
                 found[unit_set.base] = matched_similarity(blocks, unit_set, products, of, index)
         return found
+
+
+def places_of(entry: Entry, size: int, own: Tensor | None) -> Tensor | None:
+    """Where on its axis the units of an entry are, in the order `own`; None: the whole axis as it is."""
+    if entry.part == (0, 1) and own is None:
+        return None
+    places = positions(size, entry)
+    return (places if own is None else places[own]).flatten()
 
 
 Cut = tuple[int, int, int] | None  # axis, first, last
@@ -225,7 +233,7 @@ def cuts(shape: Sequence[int], axis: int) -> Iterator[Cut]:
 
 
 def piece(tensor: Tensor, axis: int, places: Tensor | None, indices: Mapping[int, Tensor], cut: Cut) -> Tensor:
-    """A slab as rows [n, width] in float32: units `places` of the axis; other axes gathered."""
+    """A slab in float32 with `axis` in front, at `places`; other axes gathered by `indices`."""
     if cut is not None:
         across, first, last = cut
         part = slice(first, last)
@@ -238,4 +246,4 @@ def piece(tensor: Tensor, axis: int, places: Tensor | None, indices: Mapping[int
                 tensor = tensor.index_select(other, index)
     if places is not None:
         tensor = tensor.index_select(axis, places)
-    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1).float()
+    return tensor.movedim(axis, 0).float()
