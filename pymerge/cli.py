@@ -251,7 +251,9 @@ def align(
         float | None,
         typer.Option(min=0, max=1, help="The weights' share; the rest is the activations'. Default: 0.5 with data."),
     ] = None,
-    mode: Annotated[Literal["permute", "zip"], typer.Option(help="permute | zip: one to one, or many to one.")] = "permute",
+    mode: Annotated[
+        Literal["permute", "zip"], typer.Option(help="permute | zip: one to one, or many to one.")
+    ] = "permute",
     spec: Annotated[str | None, typer.Option(help="Architecture. Default: by config.json.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order in which groups are visited.")] = 0,
     tie_heads: Annotated[

@@ -76,7 +76,8 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
 
     units = align.value if align.value is not None else open_permutations(align.file)
     if not isinstance(units, Permutations | Clusters):
-        raise RecipeError(f"align: must be permutations, their file or {{method: mudsc, ...}}, got {type(units).__name__}")
+        given = type(units).__name__
+        raise RecipeError(f"align: must be permutations, their file or {{method: mudsc, ...}}, got {given}")
     return aligned(recipe, inputs, units)
 
 
@@ -115,9 +116,7 @@ def aligned(recipe: Recipe, inputs: Inputs, units: Permutations | Clusters) -> I
 
     found = sources(recipe, inputs)
     alignment = checked(recipe, found, units)
-    views = {
-        id(model): aligned_view(model, units, row) for (_, model), row in zip(found, alignment.rows, strict=True)
-    }
+    views = {id(model): aligned_view(model, units, row) for (_, model), row in zip(found, alignment.rows, strict=True)}
     fisher = [
         aligned_view(fisher, units, alignment.rows[[id(m) for _, m in found].index(id(model))])
         for fisher, model in zip(inputs.fisher, inputs.models, strict=False)
@@ -131,9 +130,7 @@ def aligned(recipe: Recipe, inputs: Inputs, units: Permutations | Clusters) -> I
     )
 
 
-def checked(
-    recipe: Recipe, found: Sequence[tuple[ModelRef, Checkpoint]], units: Permutations | Clusters
-) -> Alignment:
+def checked(recipe: Recipe, found: Sequence[tuple[ModelRef, Checkpoint]], units: Permutations | Clusters) -> Alignment:
     """Which of the aligned models each of the recipe's is; InputError where one is not among them."""
     from pymerge.align import Clusters
     from pymerge.align.specs import floating_shapes

@@ -100,7 +100,8 @@ def show_plan(plan: Plan, options: Options) -> None:
 def show_alignment(units: Any) -> None:
     """What a search found, group by group: units moved in each model, similarity before and after, gap."""
     report, console = units.report, Console(highlight=False, soft_wrap=True)
-    table = Table("group", "units", "moved", "similarity before", "after", "gap at most", box=None, padding=(0, 2, 0, 0))
+    heads = ("group", "units", "moved", "similarity before", "after", "gap at most")
+    table = Table(*heads, box=None, padding=(0, 2, 0, 0))
     for name, row in report["groups"].items():
         cells = [", ".join(shown.format(value) for value in row[key]) for key, shown in COLUMNS.items()]
         gaps = [gap for gap in row["gap"] if gap is not None]

@@ -10,7 +10,9 @@ from pymerge.recipe import Recipe
 
 def recipe(align, **keys) -> Recipe:
     models = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b", "parameters": {"weight": 1}}]
-    return Recipe.from_dict({"models": models, "merge_method": "linear", "align": align} | keys, models_must_exist=False)
+    return Recipe.from_dict(
+        {"models": models, "merge_method": "linear", "align": align} | keys, models_must_exist=False
+    )
 
 
 def problems(align, **keys) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
+import pymerge
 from pymerge.demo.data import digits, shifted
 
 CLASSES, HALF = 10, 5

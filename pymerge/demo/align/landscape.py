@@ -13,7 +13,8 @@ def draw(kinds: dict[str, Any], out: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.6), layout="constrained", squeeze=False)
+    size = (4.5 * len(kinds), 3.6)
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False)
     for axes, (title, kind) in zip(panels[0], kinds.items(), strict=True):
         rows = [row for row in kind["rows"] if "line" in row and row["name"] != "MuDSC"]
         for row, style in zip(rows, ("k-", "C0--", "C1--", "C3-"), strict=True):
