@@ -72,9 +72,13 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
     if align.file is None:
         refuse_what_zip_is_not_for(recipe, align.options.get("mode"))
         return inputs
-    from pymerge.align import Clusters, Permutations, open_permutations
+    from pymerge.align import Clusters, Permutations
 
-    units = align.value if align.value is not None else open_permutations(align.file)
+    units = align.value
+    if units is None:
+        from pymerge.align import open_permutations
+
+        units = open_permutations(align.file)
     if not isinstance(units, Permutations | Clusters):
         given = type(units).__name__
         raise RecipeError(f"align: must be permutations, their file or {{method: mudsc, ...}}, got {given}")
@@ -135,47 +139,50 @@ def checked(recipe: Recipe, found: Sequence[tuple[ModelRef, Checkpoint]], units:
     from pymerge.align import Clusters
     from pymerge.align.specs import floating_shapes
 
-    rows, notes, problems = [], [], []
     refuse_what_zip_is_not_for(recipe, "zip" if isinstance(units, Clusters) else None)
-    for place, (ref, model) in enumerate(found):
-        row, note = row_of(ref, model, place, len(found), units)
-        if row is None:
-            problems.append(note)
-        elif note:
-            notes.append(note)
-        rows.append(row)
-    if problems:
-        raise InputError("\n".join(problems))
+    rows, notes = rows_of(found, units)
     for _, model in found:
         units.spec.check(floating_shapes(model))
-    return Alignment(units=units, rows=tuple(rows), notes=tuple(notes))
+    return Alignment(units=units, rows=rows, notes=notes)
 
 
-def row_of(
-    ref: ModelRef, model: Checkpoint, place: int, models: int, units: Permutations | Clusters
-) -> tuple[int | None, str]:
-    """The aligned model that a recipe's model is, and a note; None: none of them, and why.
+def rows_of(
+    found: Sequence[tuple[ModelRef, Checkpoint]], units: Permutations | Clusters
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The aligned model that each of the recipe's is, and notes.
 
     By their files where both have some: the same size, header and time, or, at its own place, all but the time (a
     copy). Else by their order."""
-    known, own = units.fingerprints, model.fingerprint()
-    if not all("files" in one for one in (*known, own)) or not known:
-        if models != len(units.models):
-            return None, (
-                f"align: the permutations are of {len(units.models)} models, the recipe has {models} (a base counts): "
-                f"align these models"
+    known, own = units.fingerprints, [model.fingerprint() for _, model in found]
+    if not known or not all("files" in one for one in (*known, *own)):
+        if len(found) != len(units.models):
+            raise InputError(
+                f"align: the permutations are of {len(units.models)} models, the recipe has {len(found)} (a base "
+                "counts): align the models of this recipe"
             )
-        return place, "" if ref.in_memory else f"align: {ref.path} is taken for {units.models[place]}, by the order"
-    for row, said in enumerate(known):
-        if same_files(said, own, time=True):
-            return row, ""
-    listed = ", ".join(units.models)
-    where = f"align: {ref.path} is not one of the models that were aligned ({listed})"
-    if place >= len(known) or not same_files(known[place], own, time=False):
-        return None, f"{where}: run `pymerge align` on the models of this recipe, the base first where there is one"
-    if known[place]["path"] == own["path"]:
-        return None, f"align: {ref.path} has been written since it was aligned: align it again"
-    return place, f"align: {ref.path} is taken for {units.models[place]}: equal size and header, another time"
+        on_disk = not any(ref.in_memory for ref, _ in found)
+        note = (
+            f"align: {', '.join(ref.path for ref, _ in found)} are taken for {', '.join(units.models)}, in this order"
+        )
+        return tuple(range(len(found))), (note,) if on_disk else ()
+    rows = [next((r for r, said in enumerate(known) if same_files(said, files, time=True)), -1) for files in own]
+    notes, problems = [], []
+    for place, (ref, _) in enumerate(found):
+        if rows[place] >= 0:
+            continue
+        if place >= len(known) or place in rows or not same_files(known[place], own[place], time=False):
+            problems.append(
+                f"align: {ref.path} is not one of the models that were aligned ({', '.join(units.models)}): run "
+                "`pymerge align` on the models of this recipe, the base first where there is one"
+            )
+        elif known[place]["path"] == own[place]["path"]:
+            problems.append(f"align: {ref.path} has been written since it was aligned: align it again")
+        else:
+            rows[place] = place
+            notes.append(f"align: {ref.path} is taken for {units.models[place]}: equal size and header, another time")
+    if problems:
+        raise InputError("\n".join(problems))
+    return tuple(rows), tuple(notes)
 
 
 def refuse_what_zip_is_not_for(recipe: Recipe, mode: str | None) -> None:

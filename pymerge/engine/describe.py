@@ -39,6 +39,7 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
         modes[item.mode] = modes.get(item.mode, 0) + 1
     largest = sorted(plan.items, key=lambda item: -item.read_bytes)[:5]
     return {
+        **({"align": {"recipe": plan.recipe.align.plain()} | dict(plan.alignment or {})} if plan.recipe.align else {}),
         "tensors": plan.counts,
         "items": modes,
         "bytes_read": plan.read_bytes,
@@ -71,6 +72,8 @@ def show_plan(plan: Plan, options: Options) -> None:
     facts, console = describe_plan(plan, options), Console(highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     counts, seconds = facts["tensors"], facts["seconds"]
+    if "align" in facts:
+        table.add_row("align", align_in_words(facts["align"]))
     table.add_row("tensors", f"{counts['merged']} merged, {counts['copied']} copied")
     table.add_row("read", f"{facts['bytes_read'] / 1e9:.2f} GB, about {seconds['read']:.1f} s from disk")
     table.add_row(
@@ -95,6 +98,16 @@ def show_plan(plan: Plan, options: Options) -> None:
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False)
     console.print("no problems found: `pymerge merge` will run this")
+
+
+def align_in_words(facts: dict[str, Any]) -> str:
+    """One line of a plan."""
+    recipe, groups = facts["recipe"], facts.get("groups")
+    if groups is None:
+        data = f"weights and what the units see of {recipe['data']}" if "data" in recipe else "weights alone"
+        return f"permutations are found first, by {data}"
+    moved, units = (sum(sum(row[key]) for row in groups.values()) for key in ("moved", "of"))
+    return f"{recipe}: {len(groups)} groups, {moved} of {units} units move"
 
 
 def show_alignment(units: Any) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 def draw(kinds: dict[str, Any], out: Path) -> Path:
     """One panel a kind of network: loss over all ten digits from the model of 0 to 4 to the model of 5 to 9."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     size = (4.5 * len(kinds), 3.6)
     figure, panels = pyplot.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False)
