@@ -65,10 +65,6 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
     align = recipe.align
     if align is None:
         return inputs
-    if any(model.statistics is not None for model in recipe.models):
-        raise RecipeError(
-            "align: statistics are of the models before their units move: methods that need them do not go with it"
-        )
     if align.file is None:
         refuse_what_zip_is_not_for(recipe, align.options.get("mode"))
         return inputs
@@ -116,20 +112,19 @@ def find(models: Sequence[Any], align: Align, *, memory: int, progress: Progress
 
 def aligned(recipe: Recipe, inputs: Inputs, units: Permutations | Clusters) -> Inputs:
     """The inputs as their units say, after a check that they are of these models."""
-    from pymerge.align.view import aligned_view
+    from pymerge.align.view import aligned_statistics, aligned_view
 
     found = sources(recipe, inputs)
     alignment = checked(recipe, found, units)
-    views = {id(model): aligned_view(model, units, row) for (_, model), row in zip(found, alignment.rows, strict=True)}
-    fisher = [
-        aligned_view(fisher, units, alignment.rows[[id(m) for _, m in found].index(id(model))])
-        for fisher, model in zip(inputs.fisher, inputs.models, strict=False)
-    ]
+    row = {id(model): row for (_, model), row in zip(found, alignment.rows, strict=True)}
+    views = {id(model): aligned_view(model, units, row[id(model)]) for _, model in found}
+    rows = [row[id(model)] for model in inputs.models]
     return replace(
         inputs,
         base=views[id(inputs.base)] if inputs.base is not None else None,
         models=tuple(views[id(model)] for model in inputs.models),
-        fisher=tuple(fisher),
+        fisher=tuple(aligned_view(fisher, units, r) for fisher, r in zip(inputs.fisher, rows, strict=False)),
+        statistics=tuple(aligned_statistics(s, units, r) for s, r in zip(inputs.statistics, rows, strict=False)),
         alignment=alignment,
     )
 

@@ -106,27 +106,32 @@ def align_in_words(facts: dict[str, Any]) -> str:
     if groups is None:
         data = f"weights and what the units see of {recipe['data']}" if "data" in recipe else "weights alone"
         return f"permutations are found first, by {data}"
-    moved, units = (sum(sum(row[key]) for row in groups.values()) for key in ("moved", "of"))
-    return f"{recipe}: {len(groups)} groups, {moved} of {units} units move"
-
-
-def show_alignment(units: Any) -> None:
-    """What a search found, group by group: units moved in each model, similarity before and after, gap."""
-    report, console = units.report, Console(highlight=False, soft_wrap=True)
-    heads = ("group", "units", "moved", "similarity before", "after", "gap at most")
-    table = Table(*heads, box=None, padding=(0, 2, 0, 0))
-    for name, row in report["groups"].items():
-        cells = [", ".join(shown.format(value) for value in row[key]) for key, shown in COLUMNS.items()]
-        gaps = [gap for gap in row["gap"] if gap is not None]
-        table.add_row(safe_name(name), str(row["units"]), *cells, f"{max(gaps):.0e}" if gaps else "not known")
-    console.print(table)
-    console.print(
-        f"alpha {report['alpha']:g}, {report['sweeps']} sweep(s), {report['assignments']} assignments; similarity "
-        f"{report['before']:.4f} -> {report['after']:.4f}"
+    moved = sum(sum(row["moved"]) for row in groups.values() if "moved" in row)
+    units = sum(row["units"] for row in groups.values()) * (len(facts["models"]) - 1)
+    return (
+        f"{recipe}: {len(groups)} groups, {moved} of {units} units move" if moved else f"{recipe}: {len(groups)} groups"
     )
 
 
-COLUMNS = {"moved": "{}", "before": "{:.3f}", "after": "{:.3f}"}
+def show_alignment(units: Any) -> None:
+    """What a search found, group by group; of a zip only the similarity that it reached."""
+    report, console = units.report, Console(highlight=False, soft_wrap=True)
+    table = Table(
+        "group", "units", "moved", "similarity before", "after", "gap at most", box=None, padding=(0, 2, 0, 0)
+    )
+    for name, row in report["groups"].items():
+        cells = [", ".join(shown.format(value) for value in row.get(key, ())) for key, shown in CELLS.items()]
+        gaps = [gap for gap in row.get("gap", ()) if gap is not None]
+        table.add_row(safe_name(name), str(row["units"]), *cells, f"{max(gaps):.0e}" if gaps else "")
+    console.print(table)
+    before = f"{report['before']:.4f} -> " if "before" in report else ""
+    console.print(
+        f"similarity {before}{report['after']:.4f}; alpha {report['alpha']:g}, {report['sweeps']} sweep(s), "
+        f"{report['assignments']} assignments solved"
+    )
+
+
+CELLS = {"moved": "{}", "before": "{:.3f}", "after": "{:.3f}"}
 
 
 def show_methods(methods: list[MethodInfo]) -> None:
