@@ -135,6 +135,7 @@ def checked(recipe: Recipe, found: Sequence[tuple[ModelRef, Checkpoint]], units:
     from pymerge.align.specs import floating_shapes
 
     refuse_what_zip_is_not_for(recipe, "zip" if isinstance(units, Clusters) else None)
+    units.check()
     rows, notes = rows_of(found, units)
     for _, model in found:
         units.spec.check(floating_shapes(model))

@@ -14,8 +14,7 @@ from pymerge.statistics.store import KINDS, Statistics
 
 @dataclass(frozen=True, kw_only=True)
 class MovedStatistics(Statistics):
-    """As `Statistics`, with entry i of a module's input being entry order(module)[i] of what was observed; None: nothing
-    moves."""
+    """As `Statistics`, with entry i of a module's input being entry order(module)[i] of what was observed (None: i)."""
 
     order: Callable[[str], Tensor | None]
 

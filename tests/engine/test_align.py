@@ -99,6 +99,25 @@ def test_task_vectors_are_taken_in_the_order_of_the_base(models, tmp_path):
     assert [label.rsplit("/", 1)[1] for label in summary["align"]["models"]] == ["base", "a", "moved"]
 
 
+@pytest.mark.parametrize("share", [1, 20], ids=["triangle", "samples"])
+def test_statistics_follow_their_models(models, tmp_path, share):
+    kind, folder = models
+    few = [{key: value[: len(value) // share, :4] for key, value in batches(kind)[0].items()}]
+    if kind == "vit":
+        few = [{"pixel_values": batches(kind)[0]["pixel_values"][: 64 // share]}]
+    seen = {label: pymerge.observe(folder / label, few) for label in ("a", "b", "moved")}
+    for label, found in seen.items():
+        found.save(tmp_path / f"{label}.stats.safetensors")
+    read = {label: tmp_path / f"{label}.stats.safetensors" for label in seen}
+    regmean = {"base": "base", "method": "regmean"}
+    expected, _ = merge(models, tmp_path / "plain", ("a", "b"), statistics=[seen["a"], seen["b"]], **regmean)
+    for name, given in (("held", seen), ("read", read)):
+        statistics = [given["a"], given["moved"]]
+        merged, _ = merge(models, tmp_path / name, statistics=statistics, align=search(models), **regmean)
+        for key, tensor in expected.items():
+            torch.testing.assert_close(merged[key], tensor, rtol=0, atol=2e-4 * float(tensor.abs().max()))
+
+
 def test_permutations_found_before_give_the_same_bytes(models, tmp_path):
     kind, folder = models
     labels = [str(folder / "a"), str(folder / "moved")]

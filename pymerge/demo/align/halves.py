@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -143,9 +143,14 @@ def loss(model: nn.Module, images: Tensor) -> float:
         return functional.cross_entropy(logits(model, digits().images[images]), digits().digits[images]).item()
 
 
-def spec(kind: str, model: nn.Module) -> pymerge.align.Spec | None:
-    """The groups of units. Those of a ViT are found by its config, a plain chain of layers says which norms it has."""
-    if kind == "vit":
-        return None
+def spec(kind: str, model: nn.Module, tie_heads: bool = True) -> pymerge.align.Spec:
+    """The groups of units of a model."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return pymerge.align.spec_for(shapes, {"num_groups": GROUPS}, "chain")
+    if kind == "conv":
+        return pymerge.align.spec_for(shapes, {"num_groups": GROUPS}, "chain")
+    found = pymerge.align.spec_for(shapes, model.config.to_dict(), tie_heads=tie_heads)
+    # The head sees the residual stream of one token an image; all layers see it of all tokens.
+    layers = [name.removesuffix(".weight") for name in shapes if name.endswith(("q_proj.weight", "fc1.weight"))]
+    seen = tuple(pymerge.align.Tap(module=layer) for layer in layers)
+    groups = (replace(g, taps=g.taps + seen) if g.name == "residual" else g for g in found.groups)
+    return replace(found, groups=tuple(groups))

@@ -92,7 +92,8 @@ def search(kind: str, models: list[Any], images: Any, *, data: bool = True, **op
     from pymerge.demo.align import halves
 
     batches = halves.digits().images[images].split(100) if data else None
-    return pymerge.find_permutations(models, batches, spec=halves.spec(kind, models[0]), **options)
+    groups = halves.spec(kind, models[0], tie_heads=options.get("mode") != "zip")
+    return pymerge.find_permutations(models, batches, spec=groups, **options)
 
 
 def merged(models: list[Any], units: Any, weight: float = 0.5) -> Any:
