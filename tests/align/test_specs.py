@@ -15,6 +15,6 @@ def test_any_allowed_permutation_preserves_the_function(name, tmp_path):
     spec = spec_for(tiny.shapes, tiny.config)
     permutations = scrambled(spec)
     permutations.check()
-    c= tiny.change(permutations)
+    c = tiny.change(permutations)
     print(name, c)
     assert c < 1e-5

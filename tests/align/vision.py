@@ -238,7 +238,7 @@ def randomise(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
-                tensor.add_(torch.rand_like(tensor) * 0.3)
+                tensor.add_((torch.rand_like(tensor) - 0.5) * (1.6 if tensor.ndim == 1 else 0.4))
     return model.eval()
 
 
@@ -294,7 +294,8 @@ class TinyTransformers:
         self.config = json.loads((folder / "config.json").read_text())
 
     def output(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """All floating outputs, as one vector; the tensors are named as in the checkpoint."""
+        """All floating outputs, as one vector (of projections alone what they give); tensors named as in the
+        checkpoint."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, self.folder / "model.safetensors", metadata={"format": "pt"})
         return self.compute(self.cls.from_pretrained(self.folder, dtype=self.dtype).eval())
@@ -309,4 +310,6 @@ class TinyTransformers:
         )
         with torch.inference_mode():
             found = model(**inputs)
+        if self.cls.__name__.endswith("WithProjection"):
+            return found[0]
         return torch.cat([v.flatten() for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()])

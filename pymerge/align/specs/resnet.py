@@ -15,6 +15,7 @@ from pymerge.errors import InputError
 
 BLOCK = re.compile(r"(?P<prefix>.*?)(?:layer(\d+)\.(\d+)|encoder\.stages\.(\d+)\.layers\.(\d+))\.(?P<rest>.+)")
 STEM = re.compile(r"conv1(\.\d+)?|(?:bn|gn|norm)1|embedder\.embedder\.(convolution|normalization)")
+INNER = re.compile(r"(?:conv|bn|gn|norm)\d+|layer\.\d+\.(convolution|normalization)")
 SHORTCUT = ("shortcut.", "downsample.")
 HEAD = re.compile(r"(.*\.)?(fc|linear|classifier|head|classifier\.1)")
 
@@ -59,7 +60,10 @@ def parts(shapes: Mapping[str, Sequence[int]]) -> tuple[list[Layer], dict[str, t
             prefix = match["prefix"]
             at = tuple(int(number) for number in match.groups()[1:5] if number is not None)
             sides = blocks.setdefault(at, {}).setdefault(module.removesuffix(f".{match['rest']}"), ([], []))
-            sides[match["rest"].startswith(SHORTCUT)].append(module)
+            if match["rest"].startswith(SHORTCUT):
+                sides[1].append(module)
+            elif INNER.fullmatch(match["rest"]):
+                sides[0].append(module)
     stem = [module for module in modules_of(shapes) if STEM.fullmatch(module.removeprefix(prefix))]
     if not blocks or not stem:
         raise InputError("not a ResNet: it has no conv1 and layer1.0 (nor transformers' embedder and encoder.stages.0)")
