@@ -12,6 +12,7 @@ from pymerge.version import __version__
 
 if TYPE_CHECKING:
     from pymerge import linalg, methods, ops
+    from pymerge.align import Clusters, Permutations, find_permutations
     from pymerge.checkpoint import Checkpoint, open_checkpoint
     from pymerge.engine.api import Recipe, merge
     from pymerge.engine.local import plan_merge
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "Clusters",
     "MergeError",
     "Options",
+    "Permutations",
     "Recipe",
     "Statistics",
     "__version__",
+    "find_permutations",
     "linalg",
     "merge",
     "methods",
@@ -40,10 +44,13 @@ __all__ = [
 
 _HOME = {
     "Checkpoint": "pymerge.checkpoint",
+    "Clusters": "pymerge.align",
     "MergeError": "pymerge.errors",
     "Options": "pymerge.engine.plan",
+    "Permutations": "pymerge.align",
     "Recipe": "pymerge.engine.api",
     "Statistics": "pymerge.statistics",
+    "find_permutations": "pymerge.align",
     "merge": "pymerge.engine.api",
     "observe": "pymerge.statistics",
     "open_statistics": "pymerge.statistics",

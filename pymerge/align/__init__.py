@@ -1,6 +1,8 @@
 """Which unit of one model is which unit of another: permutation groups, how they are found and applied."""
 
+from pymerge.align.api import find_permutations
+from pymerge.align.clusters import Clusters
 from pymerge.align.groups import Entry, Group, Heads, Spec, Tap, Units
 from pymerge.align.permutations import Permutations
 
-__all__ = ["Entry", "Group", "Heads", "Permutations", "Spec", "Tap", "Units"]
+__all__ = ["Clusters", "Entry", "Group", "Heads", "Permutations", "Spec", "Tap", "Units", "find_permutations"]
