@@ -158,14 +158,16 @@ class TimmVit(nn.Module):
 class Vgg(nn.Module):
     """torchvision's names: features, then classifier on all positions of the last channels."""
 
-    def __init__(self, norm: Callable[[int], nn.Module] | None = None, pooled: int = 2) -> None:
+    def __init__(
+        self, norm: Callable[[int], nn.Module] | None = None, pooled: int = 2, channels: int = 3, classes: int = 5
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in ((3, 8), (8, 12), (12, 12)):
+        for inputs, outputs in ((channels, 8), (8, 12), (12, 12)):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), *([norm(outputs)] if norm else []), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(pooled))
         self.classifier = nn.Sequential(
-            nn.Linear(12 * pooled**2, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5)
+            nn.Linear(12 * pooled**2, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, classes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
