@@ -1,0 +1,92 @@
+"""Tensors whose entries are put in another order as they are read: equal to index_select, byte by byte."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pymerge.checkpoint import moved, open_checkpoint
+from pymerge.checkpoint.moved import MovedTensor
+
+SHAPES = {
+    "matrix": (40, 300),
+    "narrow": (96, 5),
+    "vector": (50,),
+    "conv": (8, 6, 3, 3),
+    "position": (1, 17, 24),
+}
+CASES = [
+    *(("matrix", axes) for axes in ((), (0,), (1,), (0, 1))),
+    *(("narrow", axes) for axes in ((0,), (0, 1))),
+    *(("conv", axes) for axes in ((0,), (1,), (0, 1))),
+    *(("position", axes) for axes in ((2,), (1, 2))),
+    ("vector", (0,)),
+]
+
+
+def numbered(shape, dtype):
+    return torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+
+
+def orders(shape, axes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {axis: torch.randperm(shape[axis], generator=generator) for axis in axes}
+
+
+def selected(tensor, moves):
+    for axis, index in moves.items():
+        tensor = tensor.index_select(axis, index)
+    return tensor
+
+
+@pytest.fixture
+def small_scratch(monkeypatch):
+    """Rows are put in order in several pieces."""
+    monkeypatch.setattr(moved, "SCRATCH", 2000)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["file", "memory"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int8], ids=str)
+@pytest.mark.parametrize(("name", "axes"), CASES)
+def test_whole_tensors_and_ranges(name, axes, dtype, stored, tmp_path, small_scratch):
+    tensors = {key: numbered(shape, dtype) for key, shape in SHAPES.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path if stored else tensors) as checkpoint:
+        moves = orders(SHAPES[name], axes)
+        tensor = MovedTensor(name, checkpoint[name], moves)
+        expected = selected(tensors[name], moves)
+        assert torch.equal(tensor.load(), expected)
+        assert (tensor.name, tensor.dtype, tensor.shape) == (name, checkpoint[name].dtype, SHAPES[name])
+        raw = expected.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        for start, end in ((0, 1), (3, 47), (len(raw) // 3, len(raw) // 3), (len(raw) // 3 + 1, len(raw) - 3)):
+            view = bytearray(end - start)
+            tensor.read_into(memoryview(view), start)
+            assert view == raw[start:end]
+
+
+def test_rows_that_stay_together_are_read_together_and_no_others(tmp_path, monkeypatch):
+    """Heads move as blocks: one read a head, and only for those in the range."""
+    weight = numbered((64, 400), torch.float32)
+    save_file({"w": weight}, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        heads = torch.tensor([3, 0, 2, 1])
+        order = (heads[:, None] * 16 + torch.arange(16)).flatten()
+        reads = []
+        source = checkpoint["w"]
+        read = type(source).read_into
+
+        def counted(self, view, start=0):
+            reads.append((start // 1600, view.nbytes // 1600))
+            read(self, view, start)
+
+        monkeypatch.setattr(type(source), "read_into", counted)
+        view = bytearray(48 * 1600)
+        MovedTensor("w", source, {0: order}).read_into(memoryview(view), 0)
+        assert reads == [(0, 16), (32, 16), (48, 16)]  # in the order of the file
+        assert bytes(view) == weight[order[:48]].numpy().tobytes()
+
+
+def test_ranges_outside_are_refused(tmp_path):
+    with open_checkpoint({"w": torch.zeros(4, 4)}) as checkpoint:
+        tensor = MovedTensor("w", checkpoint["w"], {0: torch.tensor([1, 0, 3, 2])})
+        with pytest.raises(ValueError, match=r"bytes 60\.\.68 asked for, the tensor has 64"):
+            tensor.read_into(memoryview(bytearray(8)), 60)
