@@ -296,8 +296,8 @@ class TinyTransformers:
         self.config = json.loads((folder / "config.json").read_text())
 
     def output(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """All floating outputs, as one vector (of projections alone what they give); tensors named as in the
-        checkpoint."""
+        """All floating outputs as one vector; of towers with a projection what it gives, of models without a head the
+        last hidden state. The tensors are named as in the checkpoint."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, self.folder / "model.safetensors", metadata={"format": "pt"})
         return self.compute(self.cls.from_pretrained(self.folder, dtype=self.dtype).eval())
@@ -312,6 +312,6 @@ class TinyTransformers:
         )
         with torch.inference_mode():
             found = model(**inputs)
-        if self.cls.__name__.endswith("WithProjection"):
+        if self.cls.__name__.endswith(("WithProjection", "VisionModel", "TextModel", "ViTModel", "ResNetModel")):
             return found[0]
         return torch.cat([v.flatten() for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()])
