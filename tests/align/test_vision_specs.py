@@ -231,6 +231,11 @@ def widened_without_parameters():
     return model
 
 
+def grouped_twice():
+    convolutions = ((3, 8, 1), (8, 8, 4), (8, 8, 4), (8, 4, 1))
+    return {f"conv{i}": nn.Conv2d(a, b, 3, groups=groups) for i, (a, b, groups) in enumerate(convolutions)}
+
+
 REFUSED = {
     "head count": (TimmVit, "vit", {}, "num_attention_heads"),
     "norm groups": (lambda: ResNet(norm=group_norm), "resnet", {}, "num_groups"),
@@ -243,6 +248,14 @@ REFUSED = {
     "rotary": (TimmVit, "vit", {"num_heads": 4, "architecture": "vit_tiny_rope"}, "rotate"),
     "pre-activation": (PreActivation, "resnet", {}, "pre-activation"),
     "padded shortcut": (widened_without_parameters, "resnet", {}, r"axis 0 has 16 entries, group residual\.0 needs 8"),
+    "grouped at the end": (
+        lambda: Named(conv1=nn.Conv2d(3, 8, 3), conv2=nn.Conv2d(8, 8, 3, groups=4)),
+        "chain",
+        {},
+        "a group only between",
+    ),
+    "grouped at the start": (lambda: ResNet(groups=2), "resnet", {}, "a group only between"),
+    "two grouped": (lambda: Named(**grouped_twice()), "chain", {}, "a group only between"),
     "not a ResNet": (TimmVit, "resnet", {}, "not a ResNet"),
     "order": (lambda: Named(stem=nn.Linear(4, 4), body=nn.Linear(4, 4)), "chain", {}, "comes first"),
     "norm's layer": (lambda: Named(fc1=nn.Linear(4, 4), norm=nn.LayerNorm(4)), "chain", {}, "does norm follow"),

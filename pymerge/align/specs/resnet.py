@@ -44,7 +44,7 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
     builder.tap(list(blocks)[-1], "output", stream, axis=1)
     for module in modules_of(shapes):
         if HEAD.fullmatch(module) and rank(shapes, module) > 1:
-            builder.module(module, None, input_place(builder, module, stream, 1))
+            builder.module(module, None, input_place(builder, module, stream))
     return builder.spec()
 
 
