@@ -4,5 +4,17 @@ from pymerge.align.api import find_permutations
 from pymerge.align.clusters import Clusters
 from pymerge.align.groups import Entry, Group, Heads, Spec, Tap, Units
 from pymerge.align.permutations import Permutations
+from pymerge.align.store import open_permutations
 
-__all__ = ["Clusters", "Entry", "Group", "Heads", "Permutations", "Spec", "Tap", "Units", "find_permutations"]
+__all__ = [
+    "Clusters",
+    "Entry",
+    "Group",
+    "Heads",
+    "Permutations",
+    "Spec",
+    "Tap",
+    "Units",
+    "find_permutations",
+    "open_permutations",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pymerge.align.groups import Entry, Group, Spec, View
 from pymerge.align.permutations import positions
+from pymerge.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,28 @@ class Clusters:
             share = self.shares[group.name] if entry.role == "out" else None
             tensor = collected(tensor, entry, self.index[group.name][entry.view][model], share)
         return tensor.float()
+
+    def check(self) -> None:
+        """Every merged unit has units of the models, and no unit another merged one.
+
+        Raises   InputError that lists every problem"""
+        problems = self.spec.structure_problems()
+        for group in self.spec.groups if not problems else ():
+            for view, n in group.views().items():
+                clusters = self.index.get(group.name, {}).get(view)
+                shape = None if clusters is None else tuple(clusters.shape)
+                if clusters is None or shape != (len(self.models), n):
+                    problems.append(f"group {group.name}: index {shape}, expected {(len(self.models), n)}")
+                elif not torch.equal(clusters.unique(), torch.arange(n)):
+                    problems.append(f"group {group.name}: its clusters are not 0 to {n - 1}")
+        if problems:
+            raise InputError("these are not clusters of the spec's groups:\n" + "\n".join(problems))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that `open_permutations` reads; it appears complete or not at all."""
+        from pymerge.align.store import save
+
+        save(self, path)
 
     @cached_property
     def entries(self) -> dict[str, list[tuple[Group, Entry]]]:

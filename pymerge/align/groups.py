@@ -134,10 +134,12 @@ class Spec:
                 continue
             for group, entry in found:
                 problems += size_problems(group, entry, shapes[name])
+        covered = set(entries)
         for group in self.groups:
             problems += member_problems(group, shapes)
+            covered.update(name for names in getattr(group, "members", ()) for name in names)
         for name in shapes:
-            if name not in entries and not any(fnmatchcase(name, pattern) for pattern in self.fixed):
+            if name not in covered and not any(fnmatchcase(name, pattern) for pattern in self.fixed):
                 problems.append(f"{name} {list(shapes[name])}: in no group and not listed as fixed")
         if problems:
             raise InputError("the permutation groups do not fit the model:\n" + "\n".join(problems))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,8 +65,8 @@ class Permutations:
         """Every index is a permutation that its group allows, and the anchor's is the identity.
 
         Raises   InputError that lists every problem"""
-        problems = []
-        for group in self.spec.groups:
+        problems = self.spec.structure_problems()
+        for group in self.spec.groups if not problems else ():
             index = self.index.get(group.name, {})
             shapes = {view: tuple(index[view].shape) if view in index else None for view in group.views()}
             wanted = {view: (len(self.models), n) for view, n in group.views().items()}
@@ -79,6 +80,12 @@ class Permutations:
                     problems.append(f"group {group.name}, model {label}: {problem}")
         if problems:
             raise InputError("these are not permutations of the spec's groups:\n" + "\n".join(problems))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that `open_permutations` reads; it appears complete or not at all."""
+        from pymerge.align.store import save
+
+        save(self, path)
 
     @cached_property
     def entries(self) -> dict[str, list[tuple[Group, Entry]]]:

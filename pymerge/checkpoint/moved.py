@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
     from pymerge.checkpoint.read import AnyTensor
 
-SCRATCH = 1 << 20  # bytes of rows whose entries are put in order at a time: they stay in the processor's cache
-NARROW = 512  # bytes of a row below which reading all rows is cheaper than reading one by one
+SCRATCH = 512 << 10  # bytes of rows that are put in order at a time: they stay in the processor's cache
+SPARSE = 4  # rows to one that is wanted, from which those in between are skipped: a read costs as much as some rows
 
 
 class MovedTensor:
     """Looks like `source`, with entry i of an axis being entry index[i] of the source's.
 
-    Memory   of a read: SCRATCH, or one row if that is more; all rows if they are narrow and move
-    Cost     a read for each run of rows that lie together in the source; one gather for each other axis that moves
+    Memory   of a read: some times SCRATCH, or some rows if that is more
+    Cost     rows are read in the source's order, at most SPARSE times as many as are asked for; one gather an axis
 
     moves    axis -> int64 [size of the axis], a permutation"""
 
@@ -33,7 +33,7 @@ class MovedTensor:
         self.dtype, self.shape, self.nbytes, self.offset = source.dtype, source.shape, source.nbytes, source.offset
         self.file: Path | None = source.file
         # The tensor is taken as rows [rows, *row]: axis 0 where that moves, else all axes in front of those that do.
-        lead = 1 if 0 in moves else min(moves, default=len(self.shape))
+        lead = 1 if 0 in moves else min(moves, default=0)
         self._rows, self._row = math.prod(self.shape[:lead]), self.shape[lead:]
         self._order = moves[0].numpy() if 0 in moves else None
         self._inner = {axis - lead + 1: index.numpy() for axis, index in sorted(moves.items()) if axis > 0}
@@ -47,68 +47,59 @@ class MovedTensor:
         view, end = view.cast("B"), start + view.nbytes
         if start < 0 or end > self.nbytes:
             raise ValueError(f"{self.name}: bytes {start}..{end} asked for, the tensor has {self.nbytes}")
-        if start == end:
+        if self._order is None and not self._inner:
+            self._source.read_into(view, start)
             return
-        width = self.nbytes // self._rows
-        first, last = start // width, -(-end // width)
-        step = max(1, SCRATCH // width) if self._inner and not self._narrow else last - first
-        for begin in range(first, last, step):
-            stop = min(last, begin + step)
-            low, high = max(start, begin * width), min(end, stop * width)
-            part = view[low - start : high - start]
-            if high - low == (stop - begin) * width:
-                self._fill(part, begin, stop)
-            else:
-                rows = memoryview(bytearray((stop - begin) * width))
-                self._fill(rows, begin, stop)
-                part[:] = rows[low - begin * width : high - begin * width]
-
-    @property
-    def _narrow(self) -> bool:
-        return self._order is not None and self.nbytes // self._rows < NARROW
+        width = self.nbytes // max(1, self._rows)
+        while start < end:
+            row, within = divmod(start, width)
+            count = (end - start) // width if within == 0 else 0
+            if count:
+                self._fill(view[: count * width], row, row + count)
+                done = count * width
+            else:  # the range begins or ends within a row
+                whole = memoryview(bytearray(width))
+                self._fill(whole, row, row + 1)
+                done = min(end - start, width - within)
+                view[:done] = whole[within : within + done]
+            view, start = view[done:], start + done
 
     def _fill(self, out: memoryview, begin: int, stop: int) -> None:
         """Rows begin .. stop in the new order."""
         import numpy as np
 
-        if not self._inner:
-            self._gather(out, begin, stop)
-            return
-        raw = np.empty(out.nbytes, np.uint8)
-        self._gather(raw.data, begin, stop)
-        *before, (axis, index) = self._inner.items()
-        rows = self._entries(raw.data)
-        for other, order in before:
-            rows = np.take(rows, order, axis=other)
-        np.take(rows, index, axis=axis, out=self._entries(out), mode="clip")  # other modes copy once more
+        target, width = self._entries(out), out.nbytes // (stop - begin)
+        wanted = np.arange(begin, stop) if self._order is None else self._order[begin:stop]
+        places = np.argsort(wanted, kind="stable")  # where the rows go, in the source's order
+        step = max(1, SCRATCH // width)
+        for first in range(0, stop - begin, step):
+            here = places[first : first + step]
+            rows = self._read(wanted[here], width)
+            for axis, index in self._inner.items():
+                rows = np.take(rows, index, axis=axis, mode="clip")  # faster than mode "raise"
+            target[here] = rows
+
+    def _read(self, rows: Any, width: int) -> Any:
+        """Some rows of the source, ascending: all between the first and the last where most are wanted, else runs."""
+        import numpy as np
+
+        low, span = int(rows[0]), int(rows[-1] - rows[0]) + 1
+        if span <= SPARSE * len(rows):
+            raw = np.empty(span * width, np.uint8)
+            self._source.read_into(raw.data, low * width)
+            found = self._entries(raw.data)
+            return found if span == len(rows) else np.take(found, rows - low, axis=0)
+        view = np.empty(len(rows) * width, np.uint8).data
+        edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        for edge, after in zip(edges, edges[1:], strict=False):
+            self._source.read_into(view[edge * width : after * width], int(rows[edge]) * width)
+        return self._entries(view)
 
     def _entries(self, rows: memoryview) -> Any:
         """Bytes of rows as integers of the entries' width [rows, *row]."""
         import numpy as np
 
         return np.frombuffer(rows, f"u{ITEMSIZE[self.dtype]}").reshape(-1, *self._row)
-
-    def _gather(self, out: memoryview, begin: int, stop: int) -> None:
-        """Rows begin .. stop, each with its entries as in the source, in the order of the source's bytes."""
-        import numpy as np
-
-        width = self.nbytes // self._rows
-        if self._order is None:
-            self._source.read_into(out, begin * width)
-            return
-        order = self._order[begin:stop]
-        if self._narrow:
-            raw = np.empty((self._rows, width), np.uint8)
-            self._source.read_into(raw.reshape(-1).data)
-            np.take(raw, order, axis=0, out=np.frombuffer(out, np.uint8).reshape(-1, width), mode="clip")
-            return
-        places = np.argsort(order)  # where the rows go, in the source's order
-        rows = order[places]
-        together = (np.diff(rows) == 1) & (np.diff(places) == 1)
-        edges = np.flatnonzero(np.concatenate([[True], ~together, [True]]))
-        for edge, after in zip(edges.tolist(), edges[1:].tolist(), strict=False):
-            at = int(places[edge]) * width
-            self._source.read_into(out[at : at + (after - edge) * width], int(rows[edge]) * width)
 
     def load(self) -> Tensor:
         """The whole tensor, as stored, in memory of its own."""

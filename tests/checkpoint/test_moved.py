@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pymerge.checkpoint import moved, open_checkpoint
+from pymerge.checkpoint import LazyTensor, moved, open_checkpoint
 from pymerge.checkpoint.moved import MovedTensor
 
 SHAPES = {
@@ -63,26 +63,33 @@ def test_whole_tensors_and_ranges(name, axes, dtype, stored, tmp_path, small_scr
             assert view == raw[start:end]
 
 
-def test_rows_that_stay_together_are_read_together_and_no_others(tmp_path, monkeypatch):
-    """Heads move as blocks: one read a head, and only for those in the range."""
+@pytest.mark.parametrize(
+    ("wanted", "reads"),
+    [
+        (slice(0, 48), [(0, 64)]),  # most rows between the first and the last are wanted: one read, in the file's order
+        (slice(16, 17), [(0, 1)]),
+        (slice(15, 18), [(0, 2), (63, 1)]),  # few are: only they, and those that lie together at once
+    ],
+)
+def test_how_rows_are_read(wanted, reads, tmp_path, monkeypatch):
     weight = numbered((64, 400), torch.float32)
     save_file({"w": weight}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
         heads = torch.tensor([3, 0, 2, 1])
         order = (heads[:, None] * 16 + torch.arange(16)).flatten()
-        reads = []
-        source = checkpoint["w"]
-        read = type(source).read_into
+        seen = []
+        read = LazyTensor.read_into
 
         def counted(self, view, start=0):
-            reads.append((start // 1600, view.nbytes // 1600))
+            seen.append((start // 1600, view.nbytes // 1600))
             read(self, view, start)
 
-        monkeypatch.setattr(type(source), "read_into", counted)
-        view = bytearray(48 * 1600)
-        MovedTensor("w", source, {0: order}).read_into(memoryview(view), 0)
-        assert reads == [(0, 16), (32, 16), (48, 16)]  # in the order of the file
-        assert bytes(view) == weight[order[:48]].numpy().tobytes()
+        monkeypatch.setattr(LazyTensor, "read_into", counted)
+        expected = weight[order[wanted]]
+        view = bytearray(expected.nbytes)
+        MovedTensor("w", checkpoint["w"], {0: order}).read_into(memoryview(view), wanted.start * 1600)
+        assert seen == reads
+        assert bytes(view) == expected.numpy().tobytes()
 
 
 def test_ranges_outside_are_refused(tmp_path):
