@@ -68,13 +68,9 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
     if align.file is None:
         refuse_what_zip_is_not_for(recipe, align.options.get("mode"))
         return inputs
-    from pymerge.align import Clusters, Permutations
+    from pymerge.align import Clusters, Permutations, open_permutations
 
-    units = align.value
-    if units is None:
-        from pymerge.align import open_permutations
-
-        units = open_permutations(align.file)
+    units = align.value if align.value is not None else open_permutations(align.file)
     if not isinstance(units, Permutations | Clusters):
         given = type(units).__name__
         raise RecipeError(f"align: must be permutations, their file or {{method: mudsc, ...}}, got {given}")

@@ -158,14 +158,16 @@ class TimmVit(nn.Module):
 class Vgg(nn.Module):
     """torchvision's names: features, then classifier on all positions of the last channels."""
 
-    def __init__(self, norm: Callable[[int], nn.Module] | None = None, pooled: int = 2) -> None:
+    def __init__(
+        self, norm: Callable[[int], nn.Module] | None = None, pooled: int = 2, channels: int = 3, classes: int = 5
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in ((3, 8), (8, 12), (12, 12)):
+        for inputs, outputs in ((channels, 8), (8, 12), (12, 12)):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), *([norm(outputs)] if norm else []), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(pooled))
         self.classifier = nn.Sequential(
-            nn.Linear(12 * pooled**2, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5)
+            nn.Linear(12 * pooled**2, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, classes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,7 +240,7 @@ def randomise(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
-                tensor.add_(torch.rand_like(tensor) * 0.3)
+                tensor.add_((torch.rand_like(tensor) - 0.5) * (1.6 if tensor.ndim == 1 else 0.4))
     return model.eval()
 
 
@@ -294,7 +296,8 @@ class TinyTransformers:
         self.config = json.loads((folder / "config.json").read_text())
 
     def output(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """All floating outputs, as one vector; the tensors are named as in the checkpoint."""
+        """All floating outputs as one vector; of towers with a projection what it gives, of models without a head the
+        last hidden state. The tensors are named as in the checkpoint."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, self.folder / "model.safetensors", metadata={"format": "pt"})
         return self.compute(self.cls.from_pretrained(self.folder, dtype=self.dtype).eval())
@@ -309,4 +312,6 @@ class TinyTransformers:
         )
         with torch.inference_mode():
             found = model(**inputs)
+        if self.cls.__name__.endswith(("WithProjection", "VisionModel", "TextModel", "ViTModel", "ResNetModel")):
+            return found[0]
         return torch.cat([v.flatten() for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()])

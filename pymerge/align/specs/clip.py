@@ -7,9 +7,8 @@ from typing import Any
 
 from pymerge.align.groups import Spec
 from pymerge.align.specs.builder import Builder, Place
-from pymerge.align.specs.rows import Row, fill, keep, number, tables
+from pymerge.align.specs.rows import Row, fill, number, seen_at_the_end, tables
 
-OUTPUTS = r"visual_projection|text_projection|classifier"
 # Part of the config -> the beginnings of names of its tower and of what reads it.
 TOWERS = {
     "vision_config": ("vision_model.", "visual_projection.", "classifier."),
@@ -23,7 +22,7 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
 
     config   of both towers, or of the one that the model is
     The joint space that the projections lead to is not permuted. A tower without a projection or a classifier gives out
-    its residual stream, which is then not permuted either."""
+    its residual stream, then in the anchor's order."""
     found = {
         section: {name: shape for name, shape in shapes.items() if name.startswith(begins)}
         for section, begins in TOWERS.items()
@@ -43,7 +42,6 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
 
 
 def tower(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], residual: Place, tie_heads: bool) -> Spec:
-    output = Row(OUTPUTS, None, residual, tap="input")
     rows = (
         Row("patch_embedding", residual),
         Row("position_embedding|token_embedding", residual, transposed=True),
@@ -54,11 +52,10 @@ def tower(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], residu
         Row("fc1", Place("{at}"), residual),
         Row("fc2", residual, Place("{at}"), tap="input"),
         Row("layer_norm[12]|pre_layrnorm|post_layernorm|final_layer_norm", residual),
-        output,
+        Row("visual_projection|text_projection|classifier", None, residual, tap="input"),
     )
     builder = Builder(shapes)
     tables(builder, "class_embedding", residual)
     fill(builder, rows, number(config, "num_attention_heads"), tie_heads=tie_heads)
-    if not any(output.match(name.rpartition(".")[0]) is not None for name in shapes):
-        keep(builder, residual)
+    seen_at_the_end(builder, residual, Row("post_layernorm|final_layer_norm", residual))
     return builder.spec()

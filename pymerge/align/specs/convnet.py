@@ -51,7 +51,9 @@ def path(
             builder.module(layer.module, made)
         else:
             made = out if following is None else made_by(builder, layer.module, into, following)
-            reads = input_place(builder, layer.module, into, blocks)
+            if blocks > 1 and (made is None or made.view != "v"):
+                raise InputError(f"{layer.module}: a grouped convolution has a group only between two that are not")
+            reads = input_place(builder, layer.module, into)
             builder.module(layer.module, made, None if blocks > 1 else reads)
             if i and into is not None and reads is not None:
                 see(builder, layer.module, last, reads)
@@ -86,15 +88,11 @@ def made_by(builder: Builder, module: str, into: Place | None, following: str) -
     return Place(module, "q")
 
 
-def input_place(builder: Builder, module: str, into: Place | None, blocks: int) -> Place | None:
+def input_place(builder: Builder, module: str, into: Place | None) -> Place | None:
     """Where the units lie on a layer's input: of channels flattened in front of a Linear, all positions of each."""
     if into is None:
         return None
     shape, units = builder.shapes[f"{module}.weight"], width(builder, into)
-    if blocks > 1 and into.view != "q":
-        raise InputError(
-            f"{module}.weight {list(shape)}: no permutation groups for a grouped convolution of {units} here"
-        )
     if len(shape) > 2:
         return into
     if shape[1] % units:

@@ -10,11 +10,12 @@ from typing import Any
 from pymerge.align.groups import Spec
 from pymerge.align.specs.builder import Builder, Place
 from pymerge.align.specs.convnet import Layer, input_place, layers_of, path, rank
-from pymerge.align.specs.rows import keep, modules_of
+from pymerge.align.specs.rows import modules_of
 from pymerge.errors import InputError
 
 BLOCK = re.compile(r"(?P<prefix>.*?)(?:layer(\d+)\.(\d+)|encoder\.stages\.(\d+)\.layers\.(\d+))\.(?P<rest>.+)")
 STEM = re.compile(r"conv1(\.\d+)?|(?:bn|gn|norm)1|embedder\.embedder\.(convolution|normalization)")
+INNER = re.compile(r"(?:conv|bn|gn|norm)\d+|layer\.\d+\.(convolution|normalization)")
 SHORTCUT = ("shortcut.", "downsample.")
 HEAD = re.compile(r"(.*\.)?(fc|linear|classifier|head|classifier\.1)")
 
@@ -24,7 +25,7 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
     shortcut; and one behind each convolution inside a block, named as the convolution.
 
     config   num_groups, where the norms are GroupNorms: each group then has so many blocks
-    A model without a classifier gives out its last stream, which is then not permuted. Pre-activation, squeeze and
+    A model without a classifier gives out its last stream, then in the anchor's order. Pre-activation, squeeze and
     excitation and shortcuts without parameters that widen the stream are refused."""
     stem, blocks = parts(shapes)
     if any(layer.norms for inner, _ in blocks.values() for layer in inner) and not stem[-1].norms:
@@ -40,13 +41,10 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
         path(builder, inner, before, stream, config)
         if shortcut:
             path(builder, shortcut, before, stream, config)
-    heads = [module for module in modules_of(shapes) if HEAD.fullmatch(module) and rank(shapes, module) > 1]
-    for head in heads:
-        builder.module(head, None, input_place(builder, head, stream, 1))
-    if heads:
-        builder.tap(list(blocks)[-1], "output", stream, axis=1)
-    else:
-        keep(builder, stream)
+    builder.tap(list(blocks)[-1], "output", stream, axis=1)
+    for module in modules_of(shapes):
+        if HEAD.fullmatch(module) and rank(shapes, module) > 1:
+            builder.module(module, None, input_place(builder, module, stream))
     return builder.spec()
 
 
@@ -59,7 +57,10 @@ def parts(shapes: Mapping[str, Sequence[int]]) -> tuple[list[Layer], dict[str, t
             prefix = match["prefix"]
             at = tuple(int(number) for number in match.groups()[1:5] if number is not None)
             sides = blocks.setdefault(at, {}).setdefault(module.removesuffix(f".{match['rest']}"), ([], []))
-            sides[match["rest"].startswith(SHORTCUT)].append(module)
+            if match["rest"].startswith(SHORTCUT):
+                sides[1].append(module)
+            elif INNER.fullmatch(match["rest"]):
+                sides[0].append(module)
     stem = [module for module in modules_of(shapes) if STEM.fullmatch(module.removeprefix(prefix))]
     if not blocks or not stem:
         raise InputError("not a ResNet: it has no conv1 and layer1.0 (nor transformers' embedder and encoder.stages.0)")

@@ -96,7 +96,7 @@ def number(config: Mapping[str, Any], *names: str) -> int:
     for name in names:
         if isinstance(config.get(name), int):
             return config[name]
-    raise InputError(f"the permutation groups need {names[0]}, which the config does not have: give the model's config")
+    raise InputError(f"the permutation groups need {names[0]}, which the config does not have: add it there")
 
 
 def tables(builder: Builder, end: str, place: Place) -> bool:
@@ -110,7 +110,9 @@ def tables(builder: Builder, end: str, place: Place) -> bool:
     return bool(found)
 
 
-def keep(builder: Builder, place: Place) -> None:
-    """The units of a group stay as they are: they are what the model gives out."""
-    builder.fixed += [entry.parameter for entry in builder.entries.pop(place.group, [])]
-    builder.taps.pop(place.group, None)
+def seen_at_the_end(builder: Builder, stream: Place, norm: Row) -> None:
+    """Where no head has shown the stream's activations, the output of the last norm does."""
+    if stream.group not in builder.taps:
+        for module in modules_of(builder.shapes):
+            if norm.match(module) is not None:
+                builder.tap(module, "output", stream)

@@ -7,10 +7,9 @@ from typing import Any
 
 from pymerge.align.groups import Spec
 from pymerge.align.specs.builder import Builder, Place
-from pymerge.align.specs.rows import RESIDUAL, Row, fill, fused, keep, number, tables
+from pymerge.align.specs.rows import RESIDUAL, Row, fill, fused, number, seen_at_the_end, tables
 from pymerge.errors import InputError
 
-HEADS = Row("head|head_dist|classifier|cls_classifier|distillation_classifier", None, RESIDUAL, tap="input")
 ROWS = (
     Row(r"patch_embed\.proj|patch_embeddings\.projection", RESIDUAL),
     Row(r"attn\.qkv", fused("{at}.attn"), RESIDUAL, tap="output"),
@@ -24,9 +23,10 @@ ROWS = (
     Row(r"mlp\.fc2|output\.dense", RESIDUAL, Place("{at}.mlp"), tap="input"),
     Row(r"norm[12]?|norm_pre|fc_norm|layernorm(_before|_after)?", RESIDUAL),
     Row("ls[12]", RESIDUAL),
-    Row(r"pooler\.dense", None),
-    HEADS,
+    Row("head|head_dist|classifier|cls_classifier|distillation_classifier", None, RESIDUAL, tap="input"),
+    Row(r"pooler\.dense", None, RESIDUAL),
 )
+LAST_NORM = Row("norm|fc_norm|layernorm", RESIDUAL)
 POSITIONS = r"pos_embed|position_embeddings"
 TOKENS = r"cls_token|dist_token|reg_token|distillation_token|gamma_[12]"
 
@@ -35,8 +35,8 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
     """Groups "residual" (seen at the head's input) and, of each layer, "….attn" or "….attention" (heads) and "….mlp".
 
     config   num_attention_heads (timm's own config has none: add num_heads)
-    A model without a classifier gives out the residual stream itself, which is then not permuted. Norms over q and k
-    (timm's qk_norm) are shared by the heads: channels of q and k stay in place, heads still move."""
+    A model without a classifier gives out the residual stream, then in the anchor's order. Norms over q and k (timm's
+    qk_norm) are shared by the heads: channels of q and k stay in place, heads still move."""
     normed = any(name.endswith("attn.q_norm.weight") for name in shapes)
     if normed and not tie_heads:
         raise InputError("tie_heads=False has no form where q and k are normed: their channels may not be permuted")
@@ -48,8 +48,7 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
         )
     tables(builder, TOKENS, RESIDUAL)
     fill(builder, ROWS, number(config, "num_attention_heads", "num_heads"), tie_heads=tie_heads)
-    if not any(HEADS.match(name.rpartition(".")[0]) is not None for name in shapes):
-        keep(builder, RESIDUAL)
+    seen_at_the_end(builder, RESIDUAL, LAST_NORM)
     return builder.spec()
 
 
