@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import pymerge
+from pymerge.align.permutations import identity
 from pymerge.align.random_permutations import random_permutations
 from pymerge.align.specs import floating_shapes, spec_for
 from pymerge.errors import InputError, OutputError, RecipeError
@@ -163,7 +165,7 @@ def test_other_permutations_do_not_go_on(models, tmp_path):
     units.save(tmp_path / "perms.safetensors")
     with interrupted_after(1):
         merge(models, tmp_path / "out", align=tmp_path / "perms.safetensors")
-    pymerge.find_permutations([folder / "a", folder / "moved"], start=None).save(tmp_path / "perms.safetensors")
+    replace(units, index=identity(units.spec, units.models).index).save(tmp_path / "perms.safetensors")
     with pytest.raises(OutputError, match="permutations"):
         merge(models, tmp_path / "out", align=tmp_path / "perms.safetensors")
 
@@ -243,7 +245,7 @@ def test_a_plan_shows_the_permutations_and_searches_for_none(models, tmp_path, m
     units.save(tmp_path / "perms.safetensors")
     monkeypatch.setattr("pymerge.align.api.find_permutations", None)
     options = pymerge.Options()
-    for align, said in ((str(tmp_path / "perms.safetensors"), "perms.safetensors: "), (FIND, "found first")):
+    for align, said in ((str(tmp_path / "perms.safetensors"), "units move"), (FIND, "found first")):
         plan = pymerge.plan_merge(Recipe.from_dict(raw | {"align": align}), options)
         assert describe_plan(plan, options)["align"]["recipe"] == align
         show_plan(plan, options)
