@@ -8,7 +8,7 @@ import platform
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pymerge.checkpoint import safe_name
 from pymerge.engine.plan import Item, Options, Plan, resident_memory
@@ -108,17 +108,14 @@ def align_in_words(facts: dict[str, Any]) -> str:
         return f"permutations are found first, by {data}"
     moved = sum(sum(row["moved"]) for row in groups.values() if "moved" in row)
     units = sum(row["units"] for row in groups.values()) * (len(facts["models"]) - 1)
-    return (
-        f"{recipe}: {len(groups)} groups, {moved} of {units} units move" if moved else f"{recipe}: {len(groups)} groups"
-    )
+    return f"{moved} of {units} units move in {len(groups)} groups" if moved else f"{len(groups)} groups"
 
 
 def show_alignment(units: Any) -> None:
-    """What a search found, group by group; of a zip only the similarity that it reached."""
+    """What a search found, group by group: units moved in each model but the first, similarity before and after, bound
+    on what an assignment may lack. Of a zip only the similarity that it reached."""
     report, console = units.report, Console(highlight=False, soft_wrap=True)
-    table = Table(
-        "group", "units", "moved", "similarity before", "after", "gap at most", box=None, padding=(0, 2, 0, 0)
-    )
+    table = Table(Column("group", overflow="fold"), "units", "moved", "before", "after", "gap", box=None)
     for name, row in report["groups"].items():
         cells = [", ".join(shown.format(value) for value in row.get(key, ())) for key, shown in CELLS.items()]
         gaps = [gap for gap in row.get("gap", ()) if gap is not None]

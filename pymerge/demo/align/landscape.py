@@ -16,7 +16,7 @@ def draw(kinds: dict[str, Any], out: Path) -> Path:
     size = (4.5 * len(kinds), 3.6)
     figure, panels = pyplot.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False)
     for axes, (title, kind) in zip(panels[0], kinds.items(), strict=True):
-        rows = [row for row in kind["rows"] if "line" in row and row["name"] != "MuDSC"]
+        rows = [row for row in kind["rows"] if "line" in row]
         for row, style in zip(rows, ("k-", "C0--", "C1--", "C3-"), strict=True):
             points = [n / (len(row["line"]) - 1) for n in range(len(row["line"]))]
             axes.plot(points, row["line"], style, label=row["name"])

@@ -16,15 +16,18 @@ import pymerge
 
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 CHOSEN = "MuDSC, alpha chosen"
-# Row -> options of find_permutations; None: nothing is aligned. MuDSC's alpha is then chosen among ALPHAS too.
+# Row -> options of find_permutations; None: nothing is aligned.
 WAYS: dict[str, dict[str, Any] | None] = {
     "plain average": None,
     "weight matching": {"alpha": 1.0, "data": False},
     "activation matching": {"alpha": 0.0},
     "MuDSC": {"alpha": 0.5},
+    CHOSEN: {},
     "zip": {"alpha": 0.5, "mode": "zip"},
 }
-POINTS = 11  # of the line between the models
+LINES = ("plain average", "weight matching", "activation matching", CHOSEN)
+SEEN = 500  # images whose activations are compared
+POINTS, LINE = 11, 250  # of the line between the models; test images that its loss is taken of
 
 
 def show(out: Path) -> dict[str, Any]:
@@ -59,8 +62,8 @@ def show(out: Path) -> dict[str, Any]:
 
 
 def compare(kind: str, models: list[Any]) -> dict[str, Any]:
-    """Rows of one kind of network, each with its accuracy on all ten digits of the test images and, but for the zip,
-    the loss on the line between the models."""
+    """Rows of one kind of network, each with its accuracy on all ten digits of the test images and, for LINES, the
+    loss on the line between the models."""
     from pymerge.demo.align import halves
 
     train, validation, test = halves.splits()
@@ -69,21 +72,17 @@ def compare(kind: str, models: list[Any]) -> dict[str, Any]:
         {"name": f"(model of {digits})", "accuracy": halves.accuracy(model, test)}
         for digits, model in zip(("0 to 4", "5 to 9"), models, strict=True)
     ]
-    found: dict[str, Any] = {}
-    for name, options in WAYS.items():
-        start = time.perf_counter()
-        units = search(kind, models, train, **options) if options is not None else None
-        found[name] = units, None if options is None else options["alpha"], time.perf_counter() - start
     tried = {alpha: search(kind, models, train, alpha=alpha) for alpha in ALPHAS}
     scores = {alpha: halves.accuracy(merged(models, units), validation) for alpha, units in tried.items()}
     best = max(ALPHAS, key=lambda alpha: scores[alpha])
-    found[CHOSEN] = tried[best], best, None
-    for name, (units, alpha, seconds) in found.items():
-        accuracy = halves.accuracy(merged(models, units), test)
-        row = {"name": name, "alpha": alpha, "accuracy": accuracy, "seconds": seconds}
-        if name != "zip":
-            row["line"] = list(line(models, units, test))
-        rows.append(row)
+    for name, options in WAYS.items():
+        if name == CHOSEN:
+            units, alpha = tried[best], best
+        else:
+            units = search(kind, models, train, **options) if options is not None else None
+            alpha = None if options is None else options["alpha"]
+        row = {"name": name, "alpha": alpha, "accuracy": halves.accuracy(merged(models, units), test)}
+        rows.append(row | ({"line": list(line(models, units, test[:LINE]))} if name in LINES else {}))
     return {"own": own, "validation": scores, "rows": rows}
 
 
@@ -91,7 +90,7 @@ def search(kind: str, models: list[Any], images: Any, *, data: bool = True, **op
     """Permutations by weights, and by what the units see of the images: neither model has seen one half of them."""
     from pymerge.demo.align import halves
 
-    batches = halves.digits().images[images].split(100) if data else None
+    batches = halves.digits().images[images[:SEEN]].split(100) if data else None
     groups = halves.spec(kind, models[0], tie_heads=options.get("mode") != "zip")
     return pymerge.find_permutations(models, batches, spec=groups, **options)
 
