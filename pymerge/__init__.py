@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pymerge.engine.plan import Options
     from pymerge.engine.verify import verify
     from pymerge.errors import MergeError
-    from pymerge.statistics import Statistics, observe, open_statistics
+    from pymerge.statistics import Statistics, observe, open_statistics, reset_batch_norm
 
 __all__ = [
     "Checkpoint",
@@ -41,6 +41,7 @@ __all__ = [
     "open_statistics",
     "ops",
     "plan_merge",
+    "reset_batch_norm",
     "verify",
 ]
 
@@ -59,6 +60,7 @@ _HOME = {
     "open_statistics": "pymerge.statistics",
     "open_checkpoint": "pymerge.checkpoint",
     "plan_merge": "pymerge.engine.local",
+    "reset_batch_norm": "pymerge.statistics",
     "verify": "pymerge.engine.verify",
 }
 

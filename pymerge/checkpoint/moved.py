@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymerge import _C
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, safe_name
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from pymerge.checkpoint.read import AnyTensor
 
-SCRATCH = 512 << 10  # bytes of rows that are put in order at a time: they stay in the processor's cache
+SCRATCH = 256 << 10  # bytes of rows that are put in order at a time: they stay in the processor's cache
 SPARSE = 4  # rows to one that is wanted, from which those in between are skipped: a read costs as much as some rows
 
 
@@ -36,7 +37,9 @@ class MovedTensor:
         lead = 1 if 0 in moves else min(moves, default=0)
         self._rows, self._row = math.prod(self.shape[:lead]), self.shape[lead:]
         self._order = moves[0].numpy() if 0 in moves else None
-        self._inner = {axis - lead + 1: index.numpy() for axis, index in sorted(moves.items()) if axis > 0}
+        self._inner: dict[int, Any] = {
+            axis - lead + 1: index.numpy() for axis, index in sorted(moves.items()) if axis > 0
+        }
 
     @property
     def numel(self) -> int:
@@ -68,32 +71,35 @@ class MovedTensor:
         """Rows begin .. stop in the new order."""
         import numpy as np
 
-        target, width = self._entries(out), out.nbytes // (stop - begin)
+        width = out.nbytes // (stop - begin)
         wanted = np.arange(begin, stop) if self._order is None else self._order[begin:stop]
         places = np.argsort(wanted, kind="stable")  # where the rows go, in the source's order
+        *others, last = self._inner or (None,)
+        columns = self._inner[last].data if last is not None else None
+        unit = math.prod(self._row[last or 0 :]) * ITEMSIZE[self.dtype]
         step = max(1, SCRATCH // width)
         for first in range(0, stop - begin, step):
             here = places[first : first + step]
-            rows = self._read(wanted[here], width)
-            for axis, index in self._inner.items():
-                rows = np.take(rows, index, axis=axis, mode="clip")  # faster than mode "raise"
-            target[here] = rows
+            raw, rows = self._read(wanted[here], width)
+            for axis in others:
+                raw = np.take(self._entries(raw), self._inner[axis], axis=axis).reshape(-1).view(np.uint8).data
+            _C.gather_rows(raw, out, width, rows.data, here.data, columns, unit)
 
-    def _read(self, rows: Any, width: int) -> Any:
-        """Some rows of the source, ascending: all between the first and the last where most are wanted, else runs."""
+    def _read(self, rows: Any, width: int) -> tuple[memoryview, Any]:
+        """Some rows of the source, ascending, and where they are in what was read: all between the first and the last
+        where most are wanted, else runs."""
         import numpy as np
 
         low, span = int(rows[0]), int(rows[-1] - rows[0]) + 1
         if span <= SPARSE * len(rows):
-            raw = np.empty(span * width, np.uint8)
-            self._source.read_into(raw.data, low * width)
-            found = self._entries(raw.data)
-            return found if span == len(rows) else np.take(found, rows - low, axis=0)
-        view = np.empty(len(rows) * width, np.uint8).data
+            raw = np.empty(span * width, np.uint8).data
+            self._source.read_into(raw, low * width)
+            return raw, rows - low
+        raw = np.empty(len(rows) * width, np.uint8).data
         edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
         for edge, after in zip(edges, edges[1:], strict=False):
-            self._source.read_into(view[edge * width : after * width], int(rows[edge]) * width)
-        return self._entries(view)
+            self._source.read_into(raw[edge * width : after * width], int(rows[edge]) * width)
+        return raw, np.arange(len(rows))
 
     def _entries(self, rows: memoryview) -> Any:
         """Bytes of rows as integers of the entries' width [rows, *row]."""

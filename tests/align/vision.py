@@ -61,13 +61,15 @@ class ResNet(nn.Module):
         shortcut: str = "downsample",
         head: str | None = "fc",
         deep_stem: bool = False,
+        channels: int = 3,
+        classes: int = 5,
     ) -> None:
         super().__init__()
         width, self.stages, self.head = stages[0][0], len(stages), head
-        self.conv1: nn.Module = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv1: nn.Module = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         if deep_stem:
             conv = nn.Conv2d(12, width, 3, padding=1, bias=False)
-            self.conv1 = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), norm(12), nn.ReLU(), conv)
+            self.conv1 = nn.Sequential(nn.Conv2d(channels, 12, 3, padding=1, bias=False), norm(12), nn.ReLU(), conv)
         self.bn1 = norm(width)
         for s, (size, blocks) in enumerate(stages, 1):
             sizes = [(1, size), (3, size), (1, 4 * size)] if bottleneck else [(3, size), (3, size)]
@@ -77,7 +79,7 @@ class ResNet(nn.Module):
                 width = sizes[-1][1]
             self.add_module(f"layer{s}", nn.Sequential(*layers))
         if head:
-            self.add_module(head, nn.Linear(width, 5))
+            self.add_module(head, nn.Linear(width, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))

@@ -8,8 +8,7 @@ from typing import Any
 
 from pymerge.align.groups import Spec
 from pymerge.align.specs.builder import Builder
-from pymerge.align.specs.convnet import layers_of, path, rank
-from pymerge.align.specs.rows import modules_of
+from pymerge.align.specs.convnet import layers_of, path, rank, weighted
 from pymerge.errors import InputError
 
 LAST = ("head", "classifier", "fc", "linear", "output", "out", "logits")
@@ -28,13 +27,13 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
 
 def order(shapes: Mapping[str, Sequence[int]], given: Sequence[str] | None) -> list[str]:
     """All modules with weights in the order of the forward pass: as given, or by the numbers in their names."""
-    modules = [module for module in modules_of(shapes) if f"{module}.weight" in shapes]
+    modules = weighted(shapes)
     if given is not None:
         if sorted(given) != sorted(modules):
             raise InputError(f"layers: {list(given)} are not the modules with weights, which are {modules}")
         return list(given)
-    convolutions = numbered(shapes, [module for module in modules if rank(shapes, module) > 2])
-    linears = numbered(shapes, [module for module in modules if rank(shapes, module) == 2])
+    convolutions = numbered([module for module in modules if rank(shapes, module) > 2])
+    linears = numbered([module for module in modules if rank(shapes, module) == 2])
     layers = [*convolutions, *linears]
     norms: dict[str, list[str]] = {layer: [] for layer in layers}
     for norm in sorted((module for module in modules if rank(shapes, module) == 1), key=numbers):
@@ -42,7 +41,7 @@ def order(shapes: Mapping[str, Sequence[int]], given: Sequence[str] | None) -> l
     return [module for layer in layers for module in (layer, *norms[layer])]
 
 
-def numbered(shapes: Mapping[str, Sequence[int]], modules: Sequence[str]) -> list[str]:
+def numbered(modules: Sequence[str]) -> list[str]:
     """Modules by the number in their names, which are otherwise alike; one that is called head or so comes last."""
     heads = [module for module in modules if module in LAST]
     others = [module for module in modules if module not in LAST]

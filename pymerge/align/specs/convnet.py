@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pymerge.align.specs.builder import Builder, Place
-from pymerge.align.specs.rows import number
+from pymerge.align.specs.rows import modules_of, number
 from pymerge.errors import InputError
 
 
@@ -55,7 +55,7 @@ def path(
                 raise InputError(f"{layer.module}: a grouped convolution has a group only between two that are not")
             reads = input_place(builder, layer.module, into)
             builder.module(layer.module, made, None if blocks > 1 else reads)
-            if i and into is not None and reads is not None:
+            if i and reads is not None:
                 see(builder, layer.module, last, reads)
         for name in layer.norms:
             norm(builder, name, made, config, layer=len(shape) == 2)
@@ -127,6 +127,11 @@ def norm(builder: Builder, module: str, place: Place | None, config: Mapping[str
     groups = number(config, "num_groups")
     if builder.blocks.setdefault(place.group, groups) != groups or place.view != "units":
         raise InputError(f"{module}: its groups are not the blocks of the convolution beside it, which is not covered")
+
+
+def weighted(shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """The modules that have a weight."""
+    return [module for module in modules_of(shapes) if f"{module}.weight" in shapes]
 
 
 def rank(shapes: Mapping[str, Sequence[int]], module: str) -> int:

@@ -9,8 +9,7 @@ from typing import Any
 
 from pymerge.align.groups import Spec
 from pymerge.align.specs.builder import Builder, Place
-from pymerge.align.specs.convnet import Layer, input_place, layers_of, path, rank
-from pymerge.align.specs.rows import modules_of
+from pymerge.align.specs.convnet import Layer, input_place, layers_of, path, rank, weighted
 from pymerge.errors import InputError
 
 BLOCK = re.compile(r"(?P<prefix>.*?)(?:layer(\d+)\.(\d+)|encoder\.stages\.(\d+)\.layers\.(\d+))\.(?P<rest>.+)")
@@ -42,7 +41,7 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
         if shortcut:
             path(builder, shortcut, before, stream, config)
     builder.tap(list(blocks)[-1], "output", stream, axis=1)
-    for module in modules_of(shapes):
+    for module in weighted(shapes):
         if HEAD.fullmatch(module) and rank(shapes, module) > 1:
             builder.module(module, None, input_place(builder, module, stream))
     return builder.spec()
@@ -52,7 +51,7 @@ def parts(shapes: Mapping[str, Sequence[int]]) -> tuple[list[Layer], dict[str, t
     """The layers of the stem, and of each block, in order, those inside and those of its shortcut."""
     blocks: dict[tuple[int, ...], dict[str, tuple[list[str], list[str]]]] = {}
     prefix = ""
-    for module in modules_of(shapes):
+    for module in weighted(shapes):
         if match := BLOCK.fullmatch(module):
             prefix = match["prefix"]
             at = tuple(int(number) for number in match.groups()[1:5] if number is not None)
@@ -61,14 +60,14 @@ def parts(shapes: Mapping[str, Sequence[int]]) -> tuple[list[Layer], dict[str, t
                 sides[1].append(module)
             elif INNER.fullmatch(match["rest"]):
                 sides[0].append(module)
-    stem = [module for module in modules_of(shapes) if STEM.fullmatch(module.removeprefix(prefix))]
+    stem = [module for module in weighted(shapes) if STEM.fullmatch(module.removeprefix(prefix))]
     if not blocks or not stem:
         raise InputError("not a ResNet: it has no conv1 and layer1.0 (nor transformers' embedder and encoder.stages.0)")
 
     def in_order(modules: Sequence[str], begins: int) -> list[Layer]:
         def forward(module: str) -> tuple[float, float, bool]:
             numbers = [float(number) for number in re.findall(r"\d+", module[begins:])]
-            first, second, *_ = [*numbers, *([inf, inf][len(numbers) :])]
+            first, second = (*numbers, inf, inf)[:2]
             return first, second, rank(shapes, module) == 1
 
         return layers_of(shapes, sorted(modules, key=forward))
