@@ -37,7 +37,8 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
     """Groups "residual", one of Heads and one MLP a layer or expert, the order of experts. Nothing moves inside a head
     of q and k.
 
-    Raises   InputError: parameters that no row places; positions that tell heads apart (ALiBi); fused or grouped experts"""
+    Raises   InputError: parameters that no row places; positions that tell heads apart (ALiBi); fused or grouped
+             experts"""
     refuse_untied(tie_heads)
     if config.get("alibi") or config.get("position_embedding_type") == "alibi":
         raise InputError(
