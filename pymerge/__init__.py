@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
-    from pymerge import linalg, methods, ops
-    from pymerge.align import Clusters, Permutations, find_permutations
+    from pymerge import align, linalg, methods, ops
+    from pymerge.align import Clusters, Permutations, find_permutations, open_permutations
     from pymerge.checkpoint import Checkpoint, open_checkpoint
     from pymerge.engine.api import Recipe, merge
     from pymerge.engine.local import plan_merge
@@ -30,12 +30,14 @@ __all__ = [
     "Recipe",
     "Statistics",
     "__version__",
+    "align",
     "find_permutations",
     "linalg",
     "merge",
     "methods",
     "observe",
     "open_checkpoint",
+    "open_permutations",
     "open_statistics",
     "ops",
     "plan_merge",
@@ -53,7 +55,8 @@ _HOME = {
     "Statistics": "pymerge.statistics",
     "find_permutations": "pymerge.align",
     "merge": "pymerge.engine.api",
-    "observe": "pymerge.statistics",
+    "observe": "pymerge.statistics.observe",  # the module of that name hides the function in its package
+    "open_permutations": "pymerge.align",
     "open_statistics": "pymerge.statistics",
     "open_checkpoint": "pymerge.checkpoint",
     "plan_merge": "pymerge.engine.local",
@@ -63,7 +66,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("linalg", "methods", "ops"):
+    if name in ("align", "linalg", "methods", "ops"):
         return importlib.import_module(f"pymerge.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'pymerge' has no attribute {name!r}")

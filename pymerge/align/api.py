@@ -20,6 +20,19 @@ from pymerge.align.zip import Zip
 from pymerge.align.zip_search import ZipSolver
 from pymerge.errors import InputError
 
+WORDS = {
+    "mode": ("permute", "zip"),
+    "start": ("activations", "identity"),
+    "similarity": ("correlation", "cosine"),
+}
+LIMITS = {  # least and largest
+    "alpha": (0.0, 1.0),
+    "max_sweeps": (1, 1_000_000),
+    "patience": (1, 1_000_000),
+    "zip_decay": (1e-6, 1.0),
+    "zip_budget": (0.0, 1.0),
+}
+
 
 def find_permutations(
     models: Sequence[Model],
@@ -42,14 +55,14 @@ def find_permutations(
 ) -> Permutations | Clusters:
     """Units of models that agree in their weights and in their activations (MuDSC), the first model as the anchor.
 
-    models   at least two of one architecture: modules, Hugging Face folders or safetensors files, or state dicts
-             (state dicts and files: weights only). Weights are read parameter by parameter
+    models   at least two of one architecture: modules, Hugging Face folders, or, for weights alone, safetensors files
+             and state dicts. Weights are read parameter by parameter
     batches  what every model is called with, as for `pymerge.observe`: mappings of keyword arguments
              (`attention_mask` says what is padding), tensors, or tuples of positional arguments. None: weights alone
     spec     the groups of units; the name of an architecture (pymerge.align.specs); None: by the model's config and
              names
     mode     "permute": one to one, preserves each model's function; returns Permutations. "zip": units of all models,
-             of one model too, are put together as they agree; returns Clusters, whose `merged` averages them
+             of one model too, are put together as they agree (no heads in one order, no experts); returns Clusters
     alpha    the weights' share of the similarity, 0 (activations alone, one solve) to 1 (weights alone);
              default 0.5, without batches 1
     start    of the sweeps: the permutations that the activations alone ask for (default with batches), or identity
@@ -69,13 +82,26 @@ def find_permutations(
     Raises   InputError (models that differ in names or shapes, a spec that does not fit, alpha < 1 without batches),
              NonFinite (weights or activations with NaN, named)
     Cost     a forward pass a model and batch; a sweep: T - 1 products n^2 D for each group that a changed group
-             touches, and its assignments, O(n^3) at worst. Memory: one parameter of two models in float32, T - 1
-             matrices n^2 a group for the activations, and `memory`. With batches, models in folders are in memory while
-             the batches run.
+             touches, and its assignments, O(n^3) at worst. Memory, in float32: T - 1 matrices n^2 of each group for
+             its activations, four n^2 of the group that is matched, one parameter of two models as stored and 128 MB of
+             them widened, and `memory`; zip: (T n)^2 for n^2, a parameter of all models. With batches, models in
+             folders are in memory while the batches run.
     Source   arXiv 2403.01753; weight matching: arXiv 2209.04836; zip: arXiv 2305.03053."""
-    check_arguments(batches is not None, mode, alpha, start)
+    share = alpha if alpha is not None else 1.0 if batches is None else 0.5
+    begin = start if start is not None else "identity" if batches is None else "activations"
+    check_arguments(
+        batches is not None,
+        words={"mode": mode, "start": begin, "similarity": similarity},
+        numbers={
+            "alpha": share,
+            "max_sweeps": max_sweeps,
+            "patience": patience,
+            "zip_decay": zip_decay,
+            "zip_budget": zip_budget,
+        },
+    )
     options = Options(
-        alpha=alpha if alpha is not None else 1.0 if batches is None else 0.5,
+        alpha=share,
         max_sweeps=max_sweeps,
         patience=patience,
         seed=seed,
@@ -91,7 +117,7 @@ def find_permutations(
             "fingerprints": tuple(model.weights.fingerprint() for model in inputs),
         }
         tensors = [model.weights for model in inputs]
-        from_activations, cosine = seen is not None and start != "identity", similarity == "cosine"
+        from_activations, cosine = begin == "activations", similarity == "cosine"
         if mode == "zip":
             of_pairs = {} if seen is None else seen.all_scores()
             zipper = ZipSolver(groups, tensors, of_pairs, options, cosine=cosine, decay=zip_decay, budget=zip_budget)
@@ -125,17 +151,21 @@ def zipped(solution: Solution[Zip], options: Options, known: Mapping[str, Any]) 
     return Clusters(index={name: {"units": place.clusters} for name, place in found.items()}, report=report, **known)
 
 
-def check_arguments(data: bool, mode: str, alpha: float | None, start: str | None) -> None:
-    problems = []
-    if mode not in ("permute", "zip"):
-        problems.append(f"mode must be permute or zip, got {mode!r}")
-    if alpha is not None and not 0 <= alpha <= 1:
-        problems.append(f"alpha must be from 0 to 1, got {alpha}")
-    if not data and alpha is not None and alpha < 1:
-        problems.append(f"alpha = {alpha} needs activations: give batches, or leave alpha out")
-    if start not in (None, "activations", "identity"):
-        problems.append(f"start must be activations or identity, got {start!r}")
-    if start == "activations" and not data:
-        problems.append("start='activations' needs batches")
+def check_arguments(data: bool, words: Mapping[str, str], numbers: Mapping[str, float]) -> None:
+    """words, numbers: arguments with one of WORDS, or a least and a largest value in LIMITS."""
+    problems = [
+        f"{name} must be {' or '.join(WORDS[name])}, got {word!r}"
+        for name, word in words.items()
+        if word not in WORDS[name]
+    ]
+    problems += [
+        f"{name} must be from {LIMITS[name][0]} to {LIMITS[name][1]}, got {number}"
+        for name, number in numbers.items()
+        if not LIMITS[name][0] <= number <= LIMITS[name][1]
+    ]
+    if not data and numbers["alpha"] < 1:
+        problems.append(f"alpha = {numbers['alpha']} needs activations: give batches, or leave alpha out")
+    if not data and words["start"] == "activations":
+        problems.append("start = 'activations' needs batches")
     if problems:
         raise InputError("find_permutations: " + "; ".join(problems))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pymerge.align.activations import PairCollector
-from pymerge.align.groups import Spec
+from pymerge.align.groups import Heads, Spec
 from pymerge.align.specs import floating_shapes, spec_for
 from pymerge.checkpoint import Checkpoint, open_checkpoint, safe_name
 from pymerge.errors import ExtraTensor, InputError, MissingTensor, ShapeMismatch
@@ -47,7 +47,9 @@ def open_model(model: Model, label: str, stack: ExitStack) -> Opened:
     if isinstance(model, nn.Module):
         to_dict: Any = getattr(getattr(model, "config", None), "to_dict", dict)
         return Opened(source=model, weights=open_checkpoint(tensors_of(model)), config=to_dict(), label=label)
-    weights = stack.enter_context(open_checkpoint(model))
+    weights = open_checkpoint(model)
+    if weights is not model:  # one that was given open stays open
+        stack.callback(weights.close)
     return Opened(
         source=model,
         weights=weights,
@@ -84,6 +86,10 @@ def resolved_spec(spec: Spec | str | None, anchor: Opened, tie_heads: bool) -> S
     shapes = floating_shapes(anchor.weights)
     if isinstance(spec, Spec):
         spec.check(shapes)
+        if not tie_heads and any(isinstance(group, Heads) for group in spec.groups):
+            raise InputError(
+                "this spec ties the heads of q, k and v: the mode zip and tie_heads=False need one of Units"
+            )
         return spec
     return spec_for(shapes, anchor.config, spec, tie_heads=tie_heads)
 

@@ -129,8 +129,8 @@ class WeightSimilarity:
         own by `own`."""
         places = places_of(entry, size, None)
         gathered = places_of(entry, size, own)
-        one = self.models[0][entry.parameter].load()
-        other = self.models[t][self.name(entry.parameter, placed)].load()
+        one = self.models[0][entry.parameter].load().cpu()
+        other = self.models[t][self.name(entry.parameter, placed)].load().cpu()
         indices = self.indices(entry, placed)
         for cut in cuts(one.shape, entry.axis):
             slabs = piece(one, entry.axis, places, {}, cut), piece(other, entry.axis, gathered, indices, cut)
@@ -179,7 +179,7 @@ class WeightSimilarity:
             size = group.views()[entry.view]
             name = self.name(entry.parameter, placed) if placed else entry.parameter
             places = places_of(entry, size, None)
-            tensor = self.models[t][name].load()
+            tensor = self.models[t][name].load().cpu()
             for cut in cuts(tensor.shape, entry.axis):
                 x = piece(tensor, entry.axis, places, {}, cut).reshape(size, -1).double()
                 sums = x.sum(1), x.square().sum(1)

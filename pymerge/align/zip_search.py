@@ -37,12 +37,9 @@ class ZipSolver:
         decay: float,
         budget: float,
     ) -> None:
-        other = [group.name for group in spec.groups if not isinstance(group, Units) or group.members]
-        if other:
-            raise InputError(
-                f"zip: {other[0]} has heads or experts that move as a whole, which cannot be put together; use mode "
-                "permute, or a spec made with tie_heads=False where the architecture has one"
-            )
+        whole = [group.name for group in spec.groups if not isinstance(group, Units) or group.members]
+        if whole:
+            raise InputError(f"zip: units of {whole[0]} are whole heads or experts, which cannot be put together")
         self.spec, self.models, self.activations, self.options = spec, models, activations, options
         self.cosine, self.decay, self.budget = cosine, decay, budget
         self.by_parameter = spec.by_parameter()
@@ -99,7 +96,7 @@ class ZipSolver:
     def rows(self, group: Group, entry: Entry, t: int, placed: Mapping[str, Zip]) -> Tensor:
         """What a model's units have in an entry, [n, width]. Clusters on other axes are averaged where the axis
         consumes units and summed where it produces them: the reverse of the merge, as released."""
-        tensor = self.models[t][entry.parameter].load()
+        tensor = self.models[t][entry.parameter].load().cpu()
         for neighbour, other in self.on_other_axes(entry):
             clusters = placed[neighbour.name].clusters
             tensor = collected(tensor, other, clusters[t], shares_of(clusters) if other.role == "in" else None)

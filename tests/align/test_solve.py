@@ -223,8 +223,10 @@ def test_wrong_calls_say_what_is_wrong():
         pymerge.find_permutations([one, other], spec=mlp_spec(), alpha=0.5)
     with pytest.raises(InputError, match="there was no batch"):
         pymerge.find_permutations([one, other], [], spec=mlp_spec())
-    with pytest.raises(InputError, match="from 0 to 1, got 2.*start='activations' needs"):
+    with pytest.raises(InputError, match="alpha must be from 0.0 to 1.0, got 2.*start = 'activations' needs"):
         pymerge.find_permutations([one, other], spec=mlp_spec(), alpha=2, start="activations")
+    with pytest.raises(InputError, match="mode must be permute or zip, got 'unzip'; patience must be from 1 to"):
+        pymerge.find_permutations([one, other], spec=mlp_spec(), mode="unzip", patience=0)
     with pytest.raises(ShapeMismatch, match=r"fc0.weight: \[24, 10\] in model 0, \[12, 10\] in model 1"):
         pymerge.find_permutations([one, Mlp(0, (10, 12, 20, 6))], spec=mlp_spec())
     with pytest.raises(InputError, match="state dict: batches need models that run"):

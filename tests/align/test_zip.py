@@ -132,5 +132,5 @@ def test_what_cannot_be_zipped_is_refused():
     )
     spec = Spec(groups=(heads,), fixed=("*",))
     models = [Mlp(0, (10, 4, 6)), Mlp(1, (10, 4, 6))]
-    with pytest.raises(InputError, match="zip: attention has heads"):
+    with pytest.raises(InputError, match="this spec ties the heads of q, k and v: the mode zip"):
         pymerge.find_permutations(models, spec=spec, mode="zip")

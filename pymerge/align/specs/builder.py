@@ -106,7 +106,7 @@ class Builder:
         return Heads(
             name=name,
             heads=blocks,
-            kv_heads=sizes.get("k", 0) // width,
+            kv_heads=sizes.get("k", sizes.get("v", 0)) // width,
             width=width,
             entries=entries,
             taps=taps,

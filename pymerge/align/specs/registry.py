@@ -27,6 +27,10 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bert": ("bert", ("bert", "roberta", "xlm-roberta", "camembert")),
     "gpt2": ("gpt2", ("gpt2",)),
     "gpt_neox": ("gpt_neox", ("gpt_neox",)),
+    "vit": ("vit", ("vit", "deit")),
+    "clip": ("clip", ("clip", "clip_vision_model", "clip_text_model")),
+    "resnet": ("resnet", ("resnet",)),
+    "chain": ("chain", ("vgg", "mlp")),
 }
 FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -45,7 +49,7 @@ def spec_for(
 ) -> Spec:
     """The permutation groups of a model.
 
-    names_and_shapes   of all floating parameters, named as in the checkpoint (`floating_shapes`)
+    names_and_shapes   of all floating parameters, named as in the checkpoint (`floating_shapes`), in any order
     config             config.json: its model_type picks the family, its numbers of heads cannot be told from shapes
     name               a family or a model type, where the config does not say or is not to decide
     tie_heads          False: q and k of a layer in one group, v in another, as the released code of MuDSC has it; their
@@ -53,7 +57,7 @@ def spec_for(
     Raises             InputError: no such family; parameters that the spec does not cover; what the config lacks"""
     family = family_of(config or {}, name)
     make: Family = import_module(f"pymerge.align.specs.{FAMILIES[family][0]}").spec
-    return make(names_and_shapes, config or {}, tie_heads=tie_heads)
+    return make(dict(sorted(names_and_shapes.items())), config or {}, tie_heads=tie_heads)
 
 
 def family_of(config: Mapping[str, Any], name: str | None) -> str:

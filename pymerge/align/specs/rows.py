@@ -96,4 +96,23 @@ def number(config: Mapping[str, Any], *names: str) -> int:
     for name in names:
         if isinstance(config.get(name), int):
             return config[name]
-    raise InputError(f"the permutation groups need {names[0]}, which the config does not have: give the model's config")
+    raise InputError(f"the permutation groups need {names[0]}, which the config does not have: add it there")
+
+
+def tables(builder: Builder, end: str, place: Place) -> bool:
+    """Parameters of no module of their own (tokens, positions, scales), whose last axis has the place's units.
+
+    end      regular expression of the end of the name, behind a dot
+    Returns  whether there is any"""
+    found = [name for name in builder.shapes if re.fullmatch(rf"(.*\.)?({end})", name)]
+    for name in found:
+        builder.axis(name, len(builder.shapes[name]) - 1, place, "out")
+    return bool(found)
+
+
+def seen_at_the_end(builder: Builder, stream: Place, norm: Row) -> None:
+    """Where no head has shown the stream's activations, the output of the last norm does."""
+    if stream.group not in builder.taps:
+        for module in modules_of(builder.shapes):
+            if norm.match(module) is not None:
+                builder.tap(module, "output", stream)
