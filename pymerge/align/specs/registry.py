@@ -64,7 +64,7 @@ def family_of(config: Mapping[str, Any], name: str | None) -> str:
     asked = name if name is not None else config.get("model_type")
     if asked is None:
         raise InputError(
-            "which architecture is it? The config has no model_type; say it by spec (on the command line --spec), one "
+            "which architecture is it? config.json has no model_type; say it by spec (on the command line --spec), one "
             f"of {', '.join(FAMILIES)}"
         )
     family = asked if asked in FAMILIES else by_type.get(asked)
