@@ -23,7 +23,7 @@ def tiny(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            made[name] = Tiny(name, tmp_path_factory.mktemp(name), torch.float32)
+            made[name] = Tiny(MODELS[name], tmp_path_factory.mktemp(name), torch.float32)
         return made[name]
 
     return get
@@ -36,7 +36,7 @@ def test_any_allowed_permutation_preserves_the_function(name, tiny, tmp_path):
     permutations.check()
     assert model.change(permutations) < 1e-5
     with all_in_float64():
-        assert Tiny(name, tmp_path, torch.float64).change(permutations) < 1e-12
+        assert Tiny(MODELS[name], tmp_path, torch.float64).change(permutations) < 1e-12
 
 
 def without(spec: Spec, place: int) -> tuple[Spec, str]:

@@ -28,7 +28,7 @@ ROWS = (
     Row("gate_proj|up_proj|fc1|c_fc", Place("{at}"), RESIDUAL),
     Row("down_proj|fc2|c_proj", RESIDUAL, Place("{at}"), tap="input"),
     Row(r"norm|(?<!\d\.)final_layer_?norm", RESIDUAL, tap="output"),
-    Row("[^.]*norm", RESIDUAL),
+    Row("(?![qk]_norm)[^.]*norm", RESIDUAL),
 )
 FIXED = ("*rotary_emb.inv_freq",)
 
@@ -45,7 +45,9 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
         )
     heads = number(config, "num_attention_heads")
     # A head that is tied and yet stored is the embedding once more: permuted, but no second time in the similarity.
-    head = Row("lm_head|score|embed_out", None, Place("residual", similarity=not config.get("tie_word_embeddings")))
+    head = Row(
+        "lm_head|score|embed_out|qa_outputs", None, Place("residual", similarity=not config.get("tie_word_embeddings"))
+    )
     builder = Builder(shapes, rotary=None)
     fill(builder, (*head_norms(shapes, heads), *ROWS, head), heads)
     for group in [name for name in builder.entries if name.rpartition(".")[2] == "experts"]:
@@ -54,14 +56,16 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
 
 
 def head_norms(shapes: Mapping[str, Sequence[int]], heads: int) -> tuple[Row, ...]:
-    """Norms of q and k: with a scale that all heads share, or one over all heads."""
+    """Norms of q and k: with a scale that all heads share, or one over all heads; of others there is no row."""
     name = next((name for name in shapes if name.endswith(".q_norm.weight")), None)
     if name is None:
         return ()
     rows = shapes.get(name.replace("q_norm", "q_proj"), (0,))[0]
     if tuple(shapes[name]) == (rows // heads,):
         return (Row("[qk]_norm", None),)
-    return (Row("q_norm", Place("{at}", "q")), Row("k_norm", Place("{at}", "k")))
+    if tuple(shapes[name]) == (rows,):
+        return (Row("q_norm", Place("{at}", "q")), Row("k_norm", Place("{at}", "k")))
+    return ()
 
 
 def experts(shapes: Mapping[str, Sequence[int]], group: str) -> tuple[tuple[str, ...], ...]:
