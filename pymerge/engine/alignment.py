@@ -67,6 +67,7 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
         return inputs
     if align.file is None:
         refuse_what_zip_is_not_for(recipe, align.options.get("mode"))
+        check_spec(align, *sources(recipe, inputs)[0])
         return inputs
     from pymerge.align import Clusters, Permutations, open_permutations
 
@@ -75,6 +76,15 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
         given = type(units).__name__
         raise RecipeError(f"align: must be permutations, their file or {{method: mudsc, ...}}, got {given}")
     return aligned(recipe, inputs, units)
+
+
+def check_spec(align: Align, ref: ModelRef, model: Checkpoint) -> None:
+    """Refuses now what the search would: an architecture whose units nobody has described."""
+    from pymerge.align.specs import floating_shapes, spec_for
+
+    given = align.options.get("spec")
+    if not ref.in_memory and (given is None or isinstance(given, str)):
+        spec_for(floating_shapes(model), model.config, given, tie_heads=align.options.get("tie_heads", True))
 
 
 def with_found(recipe: Recipe, inputs: Inputs, options: Options) -> Inputs:

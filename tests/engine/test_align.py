@@ -180,6 +180,18 @@ def test_a_zip_is_the_mean_of_its_shares(models, tmp_path):
         shares = [units.aligned(name, model[name], t) for t, model in enumerate(tensors)]
         torch.testing.assert_close(tensor, sum(shares) / 2, rtol=0, atol=1e-6)
     assert summary["align"]["groups"] and summary["tensors"]["merged"] == len(merged)
+    half = [{name: tensor.bfloat16() for name, tensor in model.items()} for model in tensors]
+    for name, tensor in pymerge.merge(None, half, method="linear", align=units).items():  # rounded once, at the end
+        shares = [units.aligned(name, model[name], t) for t, model in enumerate(half)]
+        assert torch.equal(tensor, ((shares[0] + shares[1]) / 2).bfloat16())
+
+
+@pytest.mark.parametrize("models", ["bert"], indirect=True)
+def test_an_architecture_without_groups_is_refused_by_the_plan(models):
+    labels = [{"model": str(models[1] / label), "parameters": {"weight": 1}} for label in ("a", "moved")]
+    raw = {"models": labels, "merge_method": "linear", "align": FIND | {"spec": "brt"}}
+    with pytest.raises(InputError, match="did you mean 'bert'"):
+        pymerge.plan_merge(Recipe.from_dict(raw))
 
 
 @pytest.mark.parametrize(
