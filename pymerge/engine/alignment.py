@@ -187,7 +187,9 @@ def rows_of(
             rows[place] = place
             notes.append(f"align: {ref.path} is taken for {units.models[place]}: equal size and header, another time")
     if not problems and len(set(rows)) < len(rows):
-        problems.append(f"align: which of {', '.join(units.models)} is which cannot be told: give them in this order")
+        problems.append(
+            f"align: which model is which of {', '.join(units.models)} cannot be told: give them in this order"
+        )
     if problems:
         raise InputError("\n".join(problems))
     return tuple(rows), tuple(notes)

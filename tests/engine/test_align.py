@@ -250,7 +250,7 @@ def test_files_of_one_archive_are_told_by_path_then_by_place(models, tmp_path):
     for name, found in moved.items():
         pymerge.merge(None, found, method="linear", align=units, out=tmp_path / name)
         assert same(read_model(tmp_path / name), expected)
-    with pytest.raises(InputError, match="which is which cannot be told"):
+    with pytest.raises(InputError, match="which model is which of .* cannot be told: give them in this order"):
         pymerge.merge(None, [tmp_path / "d", a], method="linear", align=units, out=tmp_path / "out")
 
 
