@@ -259,7 +259,9 @@ def align(
     tie_heads: Annotated[
         bool, typer.Option("--tie-heads/--no-tie-heads", help="One order of heads for q, k and v.")
     ] = True,
-    memory: Memory = None,
+    memory: Annotated[
+        str, typer.Option(help="For what is kept between sweeps; what does not fit is computed again.")
+    ] = "2GB",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -269,13 +271,12 @@ def align(
             raise RecipeError(f"--out {out}: must end in .safetensors")
         from pymerge.engine.alignment import find, parsed_search
         from pymerge.engine.describe import show_alignment
-        from pymerge.engine.plan import Options
         from pymerge.engine.progress import sweeps_shown
 
         asked = {"data": data, "samples": samples, "length": length, "field": field, "alpha": alpha, "mode": mode}
         search = parsed_search(asked | {"spec": spec, "seed": seed, "tie_heads": tie_heads})
         with sweeps_shown(False if quiet else None) as progress:
-            found = find(models, search, memory=Options(memory=budget(memory)).memory_bytes, progress=progress)
+            found = find(models, search, memory=parse_bytes(memory), progress=progress)
         found.save(out)
         if not quiet:
             show_alignment(found)

@@ -141,6 +141,7 @@ def checked(recipe: Recipe, found: Sequence[tuple[ModelRef, Checkpoint]], units:
     """Which of the aligned models each of the recipe's is; InputError where one is not among them."""
     from pymerge.align import Clusters
     from pymerge.align.specs import floating_shapes
+    from pymerge.align.view import known_names
 
     refuse_what_zip_is_not_for(recipe, "zip" if isinstance(units, Clusters) else None)
     units.check()
@@ -148,7 +149,8 @@ def checked(recipe: Recipe, found: Sequence[tuple[ModelRef, Checkpoint]], units:
     if isinstance(units, Clusters) and len(rows) < len(units.models):
         raise RecipeError(f"align: a zip is the mean of all its models: merge {', '.join(units.models)}")
     for _, model in found:
-        units.spec.check(floating_shapes(model))
+        known = known_names(model, units.spec)
+        units.spec.check({known[name]: shape for name, shape in floating_shapes(model).items()})
     return Alignment(units=units, rows=rows, notes=notes)
 
 

@@ -149,6 +149,23 @@ def test_modules_and_state_dicts_in_memory(models):
     assert all(torch.equal(states[name], tensor) for name, tensor in after.items())
 
 
+@pytest.mark.parametrize("mode", ["permute", "zip"])
+def test_tied_parameters_of_modules_stay_tied(mode):
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=40, n_positions=16)
+    loaded = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        loaded.append(transformers.GPT2LMHeadModel(config))
+    batch = {"input_ids": torch.randint(0, 40, (8, 12), generator=generator(0))}
+    units = pymerge.find_permutations(loaded, [batch], mode=mode)
+    merged = pymerge.merge(None, loaded, method="linear", align=units).state_dict()
+    assert torch.equal(merged["lm_head.weight"], merged["transformer.wte.weight"])
+    tensors = [model.state_dict()["transformer.wte.weight"] for model in loaded]
+    shares = [units.aligned("transformer.wte.weight", tensor, t) for t, tensor in enumerate(tensors)]
+    assert not torch.equal(shares[1], tensors[1])
+    torch.testing.assert_close(merged["lm_head.weight"], (shares[0] + shares[1]) / 2, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("after", [1, 5])
 def test_an_interrupted_merge_goes_on(models, tmp_path, after):
     whole, _ = merge(models, tmp_path / "whole", align=search(models))
