@@ -210,6 +210,8 @@ def test_what_cannot_be_placed_is_listed(tiny):
         spec_for(model.shapes, model.config | {"num_attention_heads": 5})
     with pytest.raises(InputError, match="ALiBi"):
         spec_for(model.shapes, model.config | {"alibi": True})
+    with pytest.raises(InputError, match="groups of experts"):
+        spec_for(model.shapes, model.config | {"n_group": 8})
 
 
 def test_fused_experts_are_refused(tiny):

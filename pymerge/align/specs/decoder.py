@@ -37,11 +37,16 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
     """Groups "residual", one of Heads and one MLP a layer or expert, the order of experts. Nothing moves inside a head
     of q and k.
 
-    Raises   InputError: parameters that no row places; positions that tell heads apart (ALiBi); fused experts"""
+    Raises   InputError: parameters that no row places; positions that tell heads apart (ALiBi); fused or grouped
+             experts"""
     refuse_untied(tie_heads)
     if config.get("alibi") or config.get("position_embedding_type") == "alibi":
         raise InputError(
             "ALiBi gives every head a slope of its own: heads may not be permuted, there is no spec for it"
+        )
+    if (config.get("n_group") or 1) > 1:
+        raise InputError(
+            "the router picks groups of experts first: experts may not be permuted, there is no spec for it"
         )
     heads = number(config, "num_attention_heads")
     # A head that is tied and yet stored is the embedding once more: permuted, but no second time in the similarity.

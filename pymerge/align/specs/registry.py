@@ -18,8 +18,8 @@ class Family(Protocol):
 
 
 DECODERS = (
-    "llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text olmo2 olmo3 olmoe opt phi starcoder2 "
-    "granite smollm3 stablelm cohere cohere2 seed_oss"
+    "llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text olmo2 olmo3 olmoe opt phi "
+    "starcoder2 granite smollm3 stablelm cohere cohere2 seed_oss"
 )
 # Family -> its module here, which has a function `spec`, and the model types (transformers) that it serves.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
