@@ -222,7 +222,7 @@ def observe(
 ) -> None:
     """Run MODEL over a few samples and keep what its linear layers see, for methods that need statistics."""
     with reported_errors(debug):
-        from pymerge.statistics.observe import observe as run
+        from pymerge.statistics.observing import observe as run
         from pymerge.statistics.samples import batches_of
 
         at_once = samples if stream else batch_size

@@ -17,7 +17,7 @@ from pymerge.align.moments import Moments, folded, moments, similarities
 from pymerge.align.permutations import positions
 from pymerge.errors import InputError, NonFinite
 from pymerge.statistics.collect import without_padding
-from pymerge.statistics.observe import call, mask_of
+from pymerge.statistics.observing import call, mask_of
 
 
 @dataclass
