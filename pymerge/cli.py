@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pymerge.errors import MergeError
+from pymerge.errors import MergeError, RecipeError
 from pymerge.version import __version__
 
 app = typer.Typer(
@@ -265,6 +265,8 @@ def align(
 ) -> None:
     """Find which unit of B is which unit of A, by weights and by activations; `align:` of a recipe takes the file."""
     with reported_errors(debug):
+        if out.suffix != ".safetensors":
+            raise RecipeError(f"--out {out}: must end in .safetensors")
         from pymerge.engine.alignment import find, parsed_search
         from pymerge.engine.describe import show_alignment
         from pymerge.engine.plan import Options

@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 
 class MadeTensor:
     """Looks like a float32 tensor of the shape of `source`: what `make` returns for it. It is made as a whole when its
-    first bytes are read, and let go when its last are."""
+    first bytes are read, and let go when its last are.
 
-    __slots__ = ("_make", "_made", "_source", "dtype", "file", "name", "nbytes", "offset", "shape")
+    stored  dtype of `source`: a merge is rounded to it at the end"""
+
+    __slots__ = ("_make", "_made", "_source", "dtype", "file", "name", "nbytes", "offset", "shape", "stored")
 
     def __init__(self, source: AnyTensor, make: Callable[[Tensor], Tensor]) -> None:
         self._source, self._make = source, make
         self._made: Tensor | None = None
         self.name, self.shape, self.dtype, self.offset = source.name, source.shape, "F32", source.offset
         self.nbytes = 4 * math.prod(self.shape)
+        self.stored = source.dtype
         self.file: Path | None = source.file
 
     @property

@@ -77,25 +77,26 @@ class MovedTensor:
         *others, last = self._inner or (None,)
         columns = self._inner[last].data if last is not None else None
         unit = math.prod(self._row[last or 0 :]) * ITEMSIZE[self.dtype]
-        step = max(1, SCRATCH // width)
+        step = max(1, min(SCRATCH // width, stop - begin))
+        scratch = np.empty(SPARSE * step * width, np.uint8).data
         for first in range(0, stop - begin, step):
             here = places[first : first + step]
-            raw, rows = self._read(wanted[here], width)
+            raw, rows = self._read(wanted[here], width, scratch)
             for axis in others:
                 raw = np.take(self._entries(raw), self._inner[axis], axis=axis).reshape(-1).view(np.uint8).data
             _C.gather_rows(raw, out, width, rows.data, here.data, columns, unit)
 
-    def _read(self, rows: Any, width: int) -> tuple[memoryview, Any]:
+    def _read(self, rows: Any, width: int, scratch: memoryview) -> tuple[memoryview, Any]:
         """Some rows of the source, ascending, and where they are in what was read: all between the first and the last
-        where most are wanted, else runs."""
+        where many are wanted, else runs."""
         import numpy as np
 
         low, span = int(rows[0]), int(rows[-1] - rows[0]) + 1
         if span <= SPARSE * len(rows):
-            raw = np.empty(span * width, np.uint8).data
+            raw = scratch[: span * width]
             self._source.read_into(raw, low * width)
             return raw, rows - low
-        raw = np.empty(len(rows) * width, np.uint8).data
+        raw = scratch[: len(rows) * width]
         edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
         for edge, after in zip(edges, edges[1:], strict=False):
             self._source.read_into(raw[edge * width : after * width], int(rows[edge]) * width)

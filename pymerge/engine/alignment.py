@@ -67,6 +67,7 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
         return inputs
     if align.file is None:
         refuse_what_zip_is_not_for(recipe, align.options.get("mode"))
+        check_spec(align, *sources(recipe, inputs)[0])
         return inputs
     from pymerge.align import Clusters, Permutations, open_permutations
 
@@ -75,6 +76,15 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
         given = type(units).__name__
         raise RecipeError(f"align: must be permutations, their file or {{method: mudsc, ...}}, got {given}")
     return aligned(recipe, inputs, units)
+
+
+def check_spec(align: Align, ref: ModelRef, model: Checkpoint) -> None:
+    """Refuses now what the search would: an architecture whose units nobody has described."""
+    from pymerge.align.specs import floating_shapes, spec_for
+
+    given = align.options.get("spec")
+    if not ref.in_memory and (given is None or isinstance(given, str)):
+        spec_for(floating_shapes(model), model.config, given, tie_heads=align.options.get("tie_heads", True))
 
 
 def with_found(recipe: Recipe, inputs: Inputs, options: Options) -> Inputs:
@@ -94,7 +104,9 @@ def parsed_search(asked: Mapping[str, Any]) -> Align:
     return align
 
 
-def find(models: Sequence[Any], align: Align, *, memory: int, progress: Progress | None = None) -> Any:
+def find(
+    models: Sequence[Any], align: Align, *, memory: int, progress: Progress | None = None
+) -> Permutations | Clusters:
     """What pymerge.find_permutations returns for a recipe's `align`. Samples are made by the first model's folder."""
     from pymerge.align.api import find_permutations
 
@@ -133,6 +145,8 @@ def checked(recipe: Recipe, found: Sequence[tuple[ModelRef, Checkpoint]], units:
     refuse_what_zip_is_not_for(recipe, "zip" if isinstance(units, Clusters) else None)
     units.check()
     rows, notes = rows_of(found, units)
+    if isinstance(units, Clusters) and len(rows) < len(units.models):
+        raise RecipeError(f"align: a zip is the mean of all its models: merge {', '.join(units.models)}")
     for _, model in found:
         units.spec.check(floating_shapes(model))
     return Alignment(units=units, rows=rows, notes=notes)
@@ -157,7 +171,7 @@ def rows_of(
             f"align: {', '.join(ref.path for ref, _ in found)} are taken for {', '.join(units.models)}, in this order"
         )
         return tuple(range(len(found))), (note,) if on_disk else ()
-    rows = [next((r for r, said in enumerate(known) if same_files(said, files, time=True)), -1) for files in own]
+    rows = [exact_row(files, place, known) for place, files in enumerate(own)]
     notes, problems = [], []
     for place, (ref, _) in enumerate(found):
         if rows[place] >= 0:
@@ -172,9 +186,22 @@ def rows_of(
         else:
             rows[place] = place
             notes.append(f"align: {ref.path} is taken for {units.models[place]}: equal size and header, another time")
+    if not problems and len(set(rows)) < len(rows):
+        problems.append(
+            f"align: which model is which of {', '.join(units.models)} cannot be told: give them in this order"
+        )
     if problems:
         raise InputError("\n".join(problems))
     return tuple(rows), tuple(notes)
+
+
+def exact_row(files: Mapping[str, Any], place: int, known: Sequence[Mapping[str, Any]]) -> int:
+    """The aligned model with files of the same size, header and time, -1 if there is none. Where several have them
+    (unpacked from one archive): the one of the same path, else the one at the same place."""
+    rows = [row for row, said in enumerate(known) if same_files(said, files, time=True)]
+    by_path = [row for row in rows if known[row]["path"] == files["path"]]
+    at_place = [row for row in rows if row == place]
+    return (by_path + at_place + rows + [-1])[0]
 
 
 def refuse_what_zip_is_not_for(recipe: Recipe, mode: str | None) -> None:

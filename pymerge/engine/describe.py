@@ -115,11 +115,13 @@ def show_alignment(units: Any) -> None:
     """What a search found, group by group: units moved in each model but the first, similarity before and after, bound
     on what an assignment may lack. Of a zip only the similarity that it reached."""
     report, console = units.report, Console(highlight=False, soft_wrap=True)
-    table = Table(Column("group", overflow="fold"), "units", "moved", "before", "after", "gap", box=None)
+    table = Table(
+        Column("group", overflow="fold"), "units", "moved", "before", "after", "gap", box=None, padding=(0, 2, 0, 0)
+    )
     for name, row in report["groups"].items():
         cells = [", ".join(shown.format(value) for value in row.get(key, ())) for key, shown in CELLS.items()]
         gaps = [gap for gap in row.get("gap", ()) if gap is not None]
-        table.add_row(safe_name(name), str(row["units"]), *cells, f"{max(gaps):.0e}" if gaps else "")
+        table.add_row(safe_name(name), str(row["units"]), *cells, f"{max(gaps):.1g}" if gaps else "")
     console.print(table)
     before = f"{report['before']:.4f} -> " if "before" in report else ""
     console.print(

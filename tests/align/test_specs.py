@@ -23,7 +23,7 @@ def tiny(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            made[name] = Tiny(name, tmp_path_factory.mktemp(name), torch.float32)
+            made[name] = Tiny(MODELS[name], tmp_path_factory.mktemp(name), torch.float32)
         return made[name]
 
     return get
@@ -36,7 +36,7 @@ def test_any_allowed_permutation_preserves_the_function(name, tiny, tmp_path):
     permutations.check()
     assert model.change(permutations) < 1e-5
     with all_in_float64():
-        assert Tiny(name, tmp_path, torch.float64).change(permutations) < 1e-12
+        assert Tiny(MODELS[name], tmp_path, torch.float64).change(permutations) < 1e-12
 
 
 def without(spec: Spec, place: int) -> tuple[Spec, str]:
@@ -210,6 +210,8 @@ def test_what_cannot_be_placed_is_listed(tiny):
         spec_for(model.shapes, model.config | {"num_attention_heads": 5})
     with pytest.raises(InputError, match="ALiBi"):
         spec_for(model.shapes, model.config | {"alibi": True})
+    with pytest.raises(InputError, match="groups of experts"):
+        spec_for(model.shapes, model.config | {"n_group": 8})
 
 
 def test_fused_experts_are_refused(tiny):

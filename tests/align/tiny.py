@@ -69,10 +69,10 @@ def all_in_float64() -> Iterator[None]:
 class Tiny:
     """A model in a folder: its tensors and config as stored, and what it computes with others in their place."""
 
-    def __init__(self, name: str, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, described: tuple[str, dict[str, Any]], folder: Path, dtype: torch.dtype) -> None:
         import transformers
 
-        self.cls_name, kwargs = MODELS[name]
+        self.cls_name, kwargs = described
         self.cls = getattr(transformers, self.cls_name)
         self.dtype, self.folder = dtype, folder
         torch.manual_seed(0)

@@ -1,9 +1,11 @@
 """Tensors whose entries are put in another order as they are read: equal to index_select, byte by byte."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from pymerge import _C
 from pymerge.checkpoint import LazyTensor, moved, open_checkpoint
 from pymerge.checkpoint.moved import MovedTensor
 
@@ -97,3 +99,23 @@ def test_ranges_outside_are_refused(tmp_path):
         tensor = MovedTensor("w", checkpoint["w"], {0: torch.tensor([1, 0, 3, 2])})
         with pytest.raises(ValueError, match=r"bytes 60\.\.68 asked for, the tensor has 64"):
             tensor.read_into(memoryview(bytearray(8)), 60)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": [0, 4]}, r"rows\[1\] is 4, must be from 0 to 3"),
+        ({"places": [-1, 0]}, r"places\[0\] is -1, must be from 0 to 1"),
+        ({"columns": [0, 3, 1]}, r"columns\[1\] is 3, must be from 0 to 2"),
+        ({"columns": [0, 1]}, "2 rows of 12 bytes to 2 places, in 2 blocks of 4: these do not go together"),
+        ({"places": [0]}, "2 rows of 12 bytes to 1 places"),
+        ({"unit": 0}, "blocks of 0: these do not go together"),
+    ],
+)
+def test_the_native_gather_stays_within_its_buffers(change, message):
+    arguments = {"rows": [2, 0], "places": [1, 0], "columns": [2, 0, 1], "unit": 4} | change
+    lists = {key: np.array(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    source, out = np.arange(12, dtype=np.float32), np.zeros(6, np.float32)
+    with pytest.raises(ValueError, match=message):
+        _C.gather_rows(source.data, out.data, 12, **lists)
+    assert not out.any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -180,6 +181,18 @@ def test_a_zip_is_the_mean_of_its_shares(models, tmp_path):
         shares = [units.aligned(name, model[name], t) for t, model in enumerate(tensors)]
         torch.testing.assert_close(tensor, sum(shares) / 2, rtol=0, atol=1e-6)
     assert summary["align"]["groups"] and summary["tensors"]["merged"] == len(merged)
+    half = [{name: tensor.bfloat16() for name, tensor in model.items()} for model in tensors]
+    for name, tensor in pymerge.merge(None, half, method="linear", align=units).items():  # rounded once, at the end
+        shares = [units.aligned(name, model[name], t) for t, model in enumerate(half)]
+        assert torch.equal(tensor, ((shares[0] + shares[1]) / 2).bfloat16())
+
+
+@pytest.mark.parametrize("models", ["bert"], indirect=True)
+def test_an_architecture_without_groups_is_refused_by_the_plan(models):
+    labels = [{"model": str(models[1] / label), "parameters": {"weight": 1}} for label in ("a", "moved")]
+    raw = {"models": labels, "merge_method": "linear", "align": FIND | {"spec": "brt"}}
+    with pytest.raises(InputError, match="did you mean 'bert'"):
+        pymerge.plan_merge(Recipe.from_dict(raw))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +230,36 @@ def test_permutations_of_other_models_are_refused(models, tmp_path):
     with pytest.raises(InputError, match="has been written since it was aligned"):
         pymerge.merge(None, [tmp_path / "c", folder / "moved"], method="linear", align=units, out=tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("models", ["bert"], indirect=True)
+def test_files_of_one_archive_are_told_by_path_then_by_place(models, tmp_path):
+    """Same size, header and time: only contents differ."""
+    kind, folder = models
+    config = json.loads((folder / "base" / "config.json").read_text())
+
+    def written(name, label):
+        path = write_model(tmp_path / name, read_model(folder / label), config)
+        os.utime(path / "model.safetensors", ns=(10**18, 10**18))
+        return path
+
+    a, b = written("a", "a"), written("b", "moved")
+    units = pymerge.find_permutations([a, b], batches(kind))
+    expected = pymerge.merge(None, [read_model(a), read_model(b)], method="linear", align=units)
+    moved = {"there": [a, b], "turned": [b, a], "copied": [written("c", "a"), written("d", "moved")]}
+    for name, found in moved.items():
+        pymerge.merge(None, found, method="linear", align=units, out=tmp_path / name)
+        assert same(read_model(tmp_path / name), expected)
+    with pytest.raises(InputError, match="which model is which of .* cannot be told: give them in this order"):
+        pymerge.merge(None, [tmp_path / "d", a], method="linear", align=units, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("models", ["bert"], indirect=True)
+def test_a_zip_of_more_models_is_refused(models, tmp_path):
+    kind, folder = models
+    units = pymerge.find_permutations([folder / label for label in ("a", "moved", "b")], batches(kind), mode="zip")
+    with pytest.raises(RecipeError, match="a zip is the mean of all its models"):
+        merge(models, tmp_path / "out", align=units)
 
 
 @pytest.mark.parametrize("models", ["bert"], indirect=True)

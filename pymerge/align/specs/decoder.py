@@ -28,7 +28,7 @@ ROWS = (
     Row("gate_proj|up_proj|fc1|c_fc", Place("{at}"), RESIDUAL),
     Row("down_proj|fc2|c_proj", RESIDUAL, Place("{at}"), tap="input"),
     Row(r"norm|(?<!\d\.)final_layer_?norm", RESIDUAL, tap="output"),
-    Row("[^.]*norm", RESIDUAL),
+    Row("(?![qk]_norm)[^.]*norm", RESIDUAL),
 )
 FIXED = ("*rotary_emb.inv_freq",)
 
@@ -37,15 +37,22 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
     """Groups "residual", one of Heads and one MLP a layer or expert, the order of experts. Nothing moves inside a head
     of q and k.
 
-    Raises   InputError: parameters that no row places; positions that tell heads apart (ALiBi); fused experts"""
+    Raises   InputError: parameters that no row places; positions that tell heads apart (ALiBi); fused or grouped
+             experts"""
     refuse_untied(tie_heads)
     if config.get("alibi") or config.get("position_embedding_type") == "alibi":
         raise InputError(
             "ALiBi gives every head a slope of its own: heads may not be permuted, there is no spec for it"
         )
+    if (config.get("n_group") or 1) > 1:
+        raise InputError(
+            "the router picks groups of experts first: experts may not be permuted, there is no spec for it"
+        )
     heads = number(config, "num_attention_heads")
     # A head that is tied and yet stored is the embedding once more: permuted, but no second time in the similarity.
-    head = Row("lm_head|score|embed_out", None, Place("residual", similarity=not config.get("tie_word_embeddings")))
+    head = Row(
+        "lm_head|score|embed_out|qa_outputs", None, Place("residual", similarity=not config.get("tie_word_embeddings"))
+    )
     builder = Builder(shapes, rotary=None)
     fill(builder, (*head_norms(shapes, heads), *ROWS, head), heads)
     for group in [name for name in builder.entries if name.rpartition(".")[2] == "experts"]:
@@ -54,14 +61,16 @@ def spec(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_
 
 
 def head_norms(shapes: Mapping[str, Sequence[int]], heads: int) -> tuple[Row, ...]:
-    """Norms of q and k: with a scale that all heads share, or one over all heads."""
+    """Norms of q and k: with a scale that all heads share, or one over all heads; of others there is no row."""
     name = next((name for name in shapes if name.endswith(".q_norm.weight")), None)
     if name is None:
         return ()
     rows = shapes.get(name.replace("q_norm", "q_proj"), (0,))[0]
     if tuple(shapes[name]) == (rows // heads,):
         return (Row("[qk]_norm", None),)
-    return (Row("q_norm", Place("{at}", "q")), Row("k_norm", Place("{at}", "k")))
+    if tuple(shapes[name]) == (rows,):
+        return (Row("q_norm", Place("{at}", "q")), Row("k_norm", Place("{at}", "k")))
+    return ()
 
 
 def experts(shapes: Mapping[str, Sequence[int]], group: str) -> tuple[tuple[str, ...], ...]:

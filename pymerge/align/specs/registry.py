@@ -17,13 +17,14 @@ class Family(Protocol):
     def __call__(self, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], *, tie_heads: bool) -> Spec: ...
 
 
+DECODERS = (
+    "llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text olmo2 olmo3 olmoe opt phi "
+    "starcoder2 granite smollm3 stablelm cohere cohere2 seed_oss"
+)
 # Family -> its module here, which has a function `spec`, and the model types (transformers) that it serves.
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "decoder": (
-        "decoder",
-        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "olmo2", "opt", "phi", "starcoder2"),
-    ),
-    "bert": ("bert", ("bert", "roberta")),
+    "decoder": ("decoder", tuple(DECODERS.split())),
+    "bert": ("bert", ("bert", "roberta", "xlm-roberta", "camembert")),
     "gpt2": ("gpt2", ("gpt2",)),
     "gpt_neox": ("gpt_neox", ("gpt_neox",)),
     "vit": ("vit", ("vit", "deit")),
@@ -63,7 +64,10 @@ def family_of(config: Mapping[str, Any], name: str | None) -> str:
     by_type = {model_type: family for family, types in families().items() for model_type in types}
     asked = name if name is not None else config.get("model_type")
     if asked is None:
-        raise InputError(f"which architecture is it? config.json has no model_type; name one of {', '.join(FAMILIES)}")
+        raise InputError(
+            "which architecture is it? config.json has no model_type; say it by spec (on the command line --spec), one "
+            f"of {', '.join(FAMILIES)}"
+        )
     family = asked if asked in FAMILIES else by_type.get(asked)
     if family is None:
         known = [*FAMILIES, *by_type]

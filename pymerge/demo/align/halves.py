@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -148,7 +149,8 @@ def spec(kind: str, model: nn.Module, tie_heads: bool = True) -> pymerge.align.S
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if kind == "conv":
         return pymerge.align.spec_for(shapes, {"num_groups": GROUPS}, "chain")
-    found = pymerge.align.spec_for(shapes, model.config.to_dict(), tie_heads=tie_heads)
+    config: Any = model.config
+    found = pymerge.align.spec_for(shapes, config.to_dict(), tie_heads=tie_heads)
     # The head sees the residual stream of one token an image; all layers see it of all tokens.
     layers = [name.removesuffix(".weight") for name in shapes if name.endswith(("q_proj.weight", "fc1.weight"))]
     seen = tuple(pymerge.align.Tap(module=layer) for layer in layers)
