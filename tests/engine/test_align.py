@@ -14,6 +14,7 @@ import pymerge
 from pymerge.align.permutations import identity
 from pymerge.align.random_permutations import random_permutations
 from pymerge.align.specs import floating_shapes, spec_for
+from pymerge.engine.scaled import why_merged_anew
 from pymerge.errors import InputError, OutputError, RecipeError
 from pymerge.recipe import Recipe
 from tests.models import interrupted_after, read_model, same, write_model
@@ -321,3 +322,11 @@ def test_a_plan_shows_the_permutations_and_searches_for_none(models, tmp_path, m
         assert describe_plan(plan, options)["align"]["recipe"] == align
         show_plan(plan, options)
         assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("models", ["bert"], indirect=True)
+def test_every_scale_of_a_search_is_a_merge_of_its_own(models):
+    labels = [{"model": str(models[1] / label), "parameters": {"weight": 1}} for label in ("a", "moved")]
+    raw = {"base_model": str(models[1] / "base"), "models": labels, "merge_method": "task_arithmetic"}
+    assert why_merged_anew(Recipe.from_dict(raw)) == ""
+    assert "in one order" in why_merged_anew(Recipe.from_dict(raw | {"align": FIND}))
