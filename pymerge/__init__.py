@@ -55,7 +55,7 @@ _HOME = {
     "Statistics": "pymerge.statistics",
     "find_permutations": "pymerge.align",
     "merge": "pymerge.engine.api",
-    "observe": "pymerge.statistics.observe",  # the module of that name hides the function in its package
+    "observe": "pymerge.statistics",
     "open_permutations": "pymerge.align",
     "open_statistics": "pymerge.statistics",
     "open_checkpoint": "pymerge.checkpoint",

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pymerge.errors import MergeError
+from pymerge.errors import MergeError, RecipeError
 from pymerge.version import __version__
 
 app = typer.Typer(
@@ -222,7 +222,7 @@ def observe(
 ) -> None:
     """Run MODEL over a few samples and keep what its linear layers see, for methods that need statistics."""
     with reported_errors(debug):
-        from pymerge.statistics.observe import observe as run
+        from pymerge.statistics.observing import observe as run
         from pymerge.statistics.samples import batches_of
 
         at_once = samples if stream else batch_size
@@ -259,21 +259,24 @@ def align(
     tie_heads: Annotated[
         bool, typer.Option("--tie-heads/--no-tie-heads", help="One order of heads for q, k and v.")
     ] = True,
-    memory: Memory = None,
+    memory: Annotated[
+        str, typer.Option(help="For what is kept between sweeps; what does not fit is computed again.")
+    ] = "2GB",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
     debug: Debug = False,
 ) -> None:
     """Find which unit of B is which unit of A, by weights and by activations; `align:` of a recipe takes the file."""
     with reported_errors(debug):
+        if out.suffix != ".safetensors":
+            raise RecipeError(f"--out {out}: must end in .safetensors")
         from pymerge.engine.alignment import find, parsed_search
         from pymerge.engine.describe import show_alignment
-        from pymerge.engine.plan import Options
         from pymerge.engine.progress import sweeps_shown
 
         asked = {"data": data, "samples": samples, "length": length, "field": field, "alpha": alpha, "mode": mode}
         search = parsed_search(asked | {"spec": spec, "seed": seed, "tie_heads": tie_heads})
         with sweeps_shown(False if quiet else None) as progress:
-            found = find(models, search, memory=Options(memory=budget(memory)).memory_bytes, progress=progress)
+            found = find(models, search, memory=parse_bytes(memory), progress=progress)
         found.save(out)
         if not quiet:
             show_alignment(found)

@@ -17,15 +17,15 @@ from pymerge.align.moments import Moments, folded, moments, similarities
 from pymerge.align.permutations import positions
 from pymerge.errors import InputError, NonFinite
 from pymerge.statistics.collect import without_padding
-from pymerge.statistics.observe import call, mask_of
+from pymerge.statistics.observing import call, mask_of
 
 
 @dataclass
 class Seen:
     """The sums of one set of units: samples of all its taps together.
 
-    shift   of each model, [n]: the mean over the anchor's and the model's first samples, so that little is lost in
-            float32; correlations do not change with it
+    shift   of each model, [n]: the mean of its first samples, so that little is lost in float32; correlations do not
+            change with it
     first, second   of each model, float64 [n]: sums and sums of squares of what is left
     products  view -> pair of models -> float32 [n, n] (r n for a shared view)
     count   samples a unit
@@ -43,7 +43,7 @@ class Seen:
         """Samples [S, n] (r n for the shared view) less the shift, which the first of them set."""
         shared, r = view == self.unit_set.shared, self.blocks.queries
         if t not in self.shift:
-            mean = x.mean(0)
+            mean = x.sum(0) / max(1, len(x))
             self.shift[t] = folded(self.blocks, mean) / r if shared else mean
             self.first[t] = self.second[t] = torch.zeros(len(self.shift[t]), dtype=torch.float64, device=x.device)
         shift = self.shift[t]
@@ -168,7 +168,7 @@ class PairCollector:
         """Group -> correlations of the anchor's units with those of model t. To be asked for once."""
         found: dict[str, dict[View, Tensor]] = {}
         for (group, _), seen in self.seen.items():
-            if t in seen.count:
+            if seen.count.get(t):
                 found.setdefault(group, {}).update(seen.scores(t))
         return found
 

@@ -16,7 +16,7 @@ from pymerge.align.specs import floating_shapes, spec_for
 from pymerge.checkpoint import Checkpoint, open_checkpoint, safe_name
 from pymerge.errors import ExtraTensor, InputError, MissingTensor, ShapeMismatch
 from pymerge.statistics.names import stored_module
-from pymerge.statistics.observe import load_model
+from pymerge.statistics.observing import load_model
 
 Model = nn.Module | str | os.PathLike[str] | Mapping[str, Tensor]
 

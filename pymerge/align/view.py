@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 
 from torch import Tensor
 
 from pymerge.align.clusters import Clusters
+from pymerge.align.groups import Spec
 from pymerge.align.permutations import Permutations
-from pymerge.checkpoint import AnyTensor, Checkpoint
+from pymerge.checkpoint import AnyTensor, Checkpoint, MemoryTensor
 from pymerge.checkpoint.made import MadeTensor
 from pymerge.checkpoint.moved import MovedTensor
 from pymerge.statistics import Statistics
@@ -20,16 +22,41 @@ from pymerge.statistics.moved import MovedStatistics
 def aligned_view(model: Checkpoint, units: Permutations | Clusters, row: int) -> Checkpoint:
     """The checkpoint of model `row` in the anchor's order; of a zip, its share of the merged model. It uses the files
     of `model`, which stays the one to close."""
-    tensors = {name: aligned_tensor(name, model, units, row) for name in model.file_order()}
+    known = known_names(model, units.spec)
+    tensors = {name: aligned_tensor(name, known[name], model, units, row) for name in model.file_order()}
     return Checkpoint(model.path, model.folder, tensors, list(model.files), pickled=model.pickled)
 
 
-def aligned_tensor(name: str, model: Checkpoint, units: Permutations | Clusters, row: int) -> AnyTensor:
+def known_names(model: Checkpoint, spec: Spec) -> dict[str, str]:
+    """What the groups call each tensor: in memory, tied parameters are one tensor of several names, of which the groups
+    may know one."""
+    of_units = {name for group in spec.groups for names in getattr(group, "members", ()) for name in names}
+    of_units |= {entry.parameter for group in spec.groups for entry in group.entries}
+    listed = [name for name in model if name in of_units or any(fnmatchcase(name, fixed) for fixed in spec.fixed)]
+    by_place = {place_of(model[name]): name for name in reversed(listed)}
+    return {name: name for name in model} | {
+        name: by_place[place]
+        for name in model
+        if name not in listed and (place := place_of(model[name])) is not None and place in by_place
+    }
+
+
+def place_of(tensor: AnyTensor) -> Hashable:
+    """Equal for tensors that are one in memory; None: not in memory."""
+    if not isinstance(tensor, MemoryTensor) or not tensor.nbytes:
+        return None
+    held = tensor.load()
+    return held.data_ptr(), tensor.shape, held.stride()
+
+
+def aligned_tensor(name: str, known: str, model: Checkpoint, units: Permutations | Clusters, row: int) -> AnyTensor:
     if isinstance(units, Clusters):
-        zipped = partial(units.aligned, name, model=row)
-        return MadeTensor(model[name], zipped) if name in units.entries else model[name]
-    source, moves = units.source(name, row), units.moves(name, row)
-    return MovedTensor(name, model[source], moves) if moves or source != name else model[name]
+        zipped = partial(units.aligned, known, model=row)
+        return MadeTensor(model[name], zipped) if known in units.entries else model[name]
+    source, moves = units.source(known, row), units.moves(known, row)
+    if source == known:
+        return MovedTensor(name, model[name], moves) if moves else model[name]
+    return MovedTensor(name, model[source], moves)
 
 
 def aligned_statistics(statistics: Statistics, units: Permutations | Clusters, row: int) -> Statistics:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pymerge.align.groups import Entry, Group, Spec, View
 from pymerge.align.match import Match, UnitSet, blocks_of
 from pymerge.align.moments import Moments, folded, matched_similarity, moments, similarities
-from pymerge.align.permutations import positions, whole_axis
+from pymerge.align.permutations import Permutations, positions, whole_axis
 from pymerge.checkpoint import Checkpoint
 from pymerge.errors import NonFinite
 
@@ -41,12 +41,7 @@ class WeightSimilarity:
     def __init__(self, spec: Spec, models: Sequence[Checkpoint], *, cosine: bool, memory: int) -> None:
         self.spec, self.models, self.cosine = spec, models, cosine
         self.by_parameter = spec.by_parameter()
-        self.members = {
-            name: (group.name, row, column)
-            for group in spec.groups
-            for row, names in enumerate(getattr(group, "members", ()))
-            for column, name in enumerate(names)
-        }
+        self.members = Permutations(spec=spec, index={}, models=()).members
         self.terms: dict[str, dict[Term, list[Entry]]] = {group.name: {} for group in spec.groups}
         for group in spec.groups:
             for entry in group.entries:
@@ -62,7 +57,7 @@ class WeightSimilarity:
         are whole parameters, if this is one."""
         found = {group.name for group, other in self.by_parameter[entry.parameter] if other.axis != entry.axis}
         if entry.parameter in self.members:
-            found.add(self.members[entry.parameter][0])
+            found.add(self.members[entry.parameter][0].name)
         return tuple(sorted(found))
 
     def neighbours(self, group: str) -> tuple[str, ...]:
@@ -140,9 +135,8 @@ class WeightSimilarity:
         """What the parameter that belongs to this one of the anchor is called in the model."""
         if parameter not in self.members:
             return parameter
-        name, row, column = self.members[parameter]
-        members = getattr(self.spec.group(name), "members", ())
-        return members[int(placed[name].index["units"][row])][column]
+        group, unit, place = self.members[parameter]
+        return group.members[int(placed[group.name].index["units"][unit])][place]
 
     def indices(self, entry: Entry, placed: Placed) -> dict[int, Tensor]:
         """Axis -> index of all its entries, for the other axes of an entry's parameter that move."""
@@ -158,8 +152,8 @@ class WeightSimilarity:
 
     def moments(self, group: Group, t: int, placed: Placed) -> dict[View, Moments]:
         """Of the units of each set in model t, by base view."""
-        renaming = {self.members[e.parameter][0] for e in group.entries if e.parameter in self.members} if t else ()
-        key = (group.name, t, tuple(placed[name].key for name in sorted(renaming)))
+        renaming = sorted({self.members[e.parameter][0].name for e in group.entries if e.parameter in self.members})
+        key = (group.name, t, tuple(placed[name].key for name in renaming) if t else ())
         if key not in self.known_moments:
             self.known_moments[key] = {
                 unit_set.base: found

@@ -104,7 +104,9 @@ def parsed_search(asked: Mapping[str, Any]) -> Align:
     return align
 
 
-def find(models: Sequence[Any], align: Align, *, memory: int, progress: Progress | None = None) -> Any:
+def find(
+    models: Sequence[Any], align: Align, *, memory: int, progress: Progress | None = None
+) -> Permutations | Clusters:
     """What pymerge.find_permutations returns for a recipe's `align`. Samples are made by the first model's folder."""
     from pymerge.align.api import find_permutations
 
@@ -139,12 +141,16 @@ def checked(recipe: Recipe, found: Sequence[tuple[ModelRef, Checkpoint]], units:
     """Which of the aligned models each of the recipe's is; InputError where one is not among them."""
     from pymerge.align import Clusters
     from pymerge.align.specs import floating_shapes
+    from pymerge.align.view import known_names
 
     refuse_what_zip_is_not_for(recipe, "zip" if isinstance(units, Clusters) else None)
     units.check()
     rows, notes = rows_of(found, units)
+    if isinstance(units, Clusters) and len(rows) < len(units.models):
+        raise RecipeError(f"align: a zip is the mean of all its models: merge {', '.join(units.models)}")
     for _, model in found:
-        units.spec.check(floating_shapes(model))
+        known = known_names(model, units.spec)
+        units.spec.check({known[name]: shape for name, shape in floating_shapes(model).items()})
     return Alignment(units=units, rows=rows, notes=notes)
 
 
@@ -167,7 +173,7 @@ def rows_of(
             f"align: {', '.join(ref.path for ref, _ in found)} are taken for {', '.join(units.models)}, in this order"
         )
         return tuple(range(len(found))), (note,) if on_disk else ()
-    rows = [next((r for r, said in enumerate(known) if same_files(said, files, time=True)), -1) for files in own]
+    rows = [exact_row(files, place, known) for place, files in enumerate(own)]
     notes, problems = [], []
     for place, (ref, _) in enumerate(found):
         if rows[place] >= 0:
@@ -182,9 +188,22 @@ def rows_of(
         else:
             rows[place] = place
             notes.append(f"align: {ref.path} is taken for {units.models[place]}: equal size and header, another time")
+    if not problems and len(set(rows)) < len(rows):
+        problems.append(
+            f"align: which model is which of {', '.join(units.models)} cannot be told: give them in this order"
+        )
     if problems:
         raise InputError("\n".join(problems))
     return tuple(rows), tuple(notes)
+
+
+def exact_row(files: Mapping[str, Any], place: int, known: Sequence[Mapping[str, Any]]) -> int:
+    """The aligned model with files of the same size, header and time, -1 if there is none. Where several have them
+    (unpacked from one archive): the one of the same path, else the one at the same place."""
+    rows = [row for row, said in enumerate(known) if same_files(said, files, time=True)]
+    by_path = [row for row in rows if known[row]["path"] == files["path"]]
+    at_place = [row for row in rows if row == place]
+    return (by_path + at_place + rows + [-1])[0]
 
 
 def refuse_what_zip_is_not_for(recipe: Recipe, mode: str | None) -> None:

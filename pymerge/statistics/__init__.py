@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pymerge.statistics.batch_norm import reset_batch_norm
     from pymerge.statistics.moments import Moments
-    from pymerge.statistics.observe import observe
+    from pymerge.statistics.observing import observe
     from pymerge.statistics.store import Statistics, open_statistics
 
 __all__ = ["Moments", "Statistics", "observe", "open_statistics", "reset_batch_norm"]
@@ -16,7 +16,7 @@ __all__ = ["Moments", "Statistics", "observe", "open_statistics", "reset_batch_n
 _HOME = {
     "Moments": "moments",
     "Statistics": "store",
-    "observe": "observe",
+    "observe": "observing",
     "open_statistics": "store",
     "reset_batch_norm": "batch_norm",
 }

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pymerge.errors import InputError
-from pymerge.statistics.observe import call
+from pymerge.statistics.observing import call
 
 
 def reset_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 import pymerge
 from pymerge.cli import app
-from tests.models import read_model, same
+from tests.models import read_model, same, write_model
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
@@ -94,9 +95,21 @@ def test_weights_alone_need_no_samples(folder, tmp_path):
         (["--data", "absent.jsonl"], 2, "absent.jsonl: no such file or folder"),
         (["--samples", "3"], 2, "`data` gives none"),
         (["--spec", "brt"], 3, "did you mean 'bert'"),
+        (["-o", "perms.st"], 2, "must end in .safetensors"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_run(folder, tmp_path, arguments, code, said):
     done = run("align", folder / "a", folder / "b", "-o", tmp_path / "perms.safetensors", *arguments)
     assert done.exit_code == code and said in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "perms.safetensors").exists()
+
+
+def test_a_folder_that_transformers_does_not_know_is_an_error(folder, tmp_path):
+    for name in ("a", "b"):
+        write_model(tmp_path / name, read_model(folder / name), {"num_attention_heads": 2})
+    given = ["align", tmp_path / "a", tmp_path / "b", "--spec", "bert", "-o", tmp_path / "perms.safetensors"]
+    assert run(*given, "-q").exit_code == 0
+    shutil.copy(folder / "vocab.txt", tmp_path / "a")
+    transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(tmp_path / "a")
+    done = run(*given, "--data", folder / "x.jsonl")
+    assert done.exit_code == 3 and "transformers cannot load it" in done.stderr and "Traceback" not in done.stderr

@@ -317,3 +317,15 @@ class TinyTransformers:
         if self.cls.__name__.endswith(("WithProjection", "VisionModel", "TextModel", "ViTModel", "ResNetModel")):
             return found[0]
         return torch.cat([v.flatten() for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()])
+
+
+class InMemory(TinyTransformers):
+    """The same by the names of its modules, which are not those of the checkpoint."""
+
+    def __init__(self, name: str, folder: Path, dtype: torch.dtype) -> None:
+        super().__init__(name, folder, dtype)
+        self.tensors = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def output(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        self.model.load_state_dict(tensors)
+        return self.compute(self.model)

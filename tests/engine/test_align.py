@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,23 @@ def test_modules_and_state_dicts_in_memory(models):
     assert all(torch.equal(states[name], tensor) for name, tensor in after.items())
 
 
+@pytest.mark.parametrize("mode", ["permute", "zip"])
+def test_tied_parameters_of_modules_stay_tied(mode):
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=40, n_positions=16)
+    loaded = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        loaded.append(transformers.GPT2LMHeadModel(config))
+    batch = {"input_ids": torch.randint(0, 40, (8, 12), generator=generator(0))}
+    units = pymerge.find_permutations(loaded, [batch], mode=mode)
+    merged = pymerge.merge(None, loaded, method="linear", align=units).state_dict()
+    assert torch.equal(merged["lm_head.weight"], merged["transformer.wte.weight"])
+    tensors = [model.state_dict()["transformer.wte.weight"] for model in loaded]
+    shares = [units.aligned("transformer.wte.weight", tensor, t) for t, tensor in enumerate(tensors)]
+    assert not torch.equal(shares[1], tensors[1])
+    torch.testing.assert_close(merged["lm_head.weight"], (shares[0] + shares[1]) / 2, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("after", [1, 5])
 def test_an_interrupted_merge_goes_on(models, tmp_path, after):
     whole, _ = merge(models, tmp_path / "whole", align=search(models))
@@ -229,6 +247,36 @@ def test_permutations_of_other_models_are_refused(models, tmp_path):
     with pytest.raises(InputError, match="has been written since it was aligned"):
         pymerge.merge(None, [tmp_path / "c", folder / "moved"], method="linear", align=units, out=tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("models", ["bert"], indirect=True)
+def test_files_of_one_archive_are_told_by_path_then_by_place(models, tmp_path):
+    """Same size, header and time: only contents differ."""
+    kind, folder = models
+    config = json.loads((folder / "base" / "config.json").read_text())
+
+    def written(name, label):
+        path = write_model(tmp_path / name, read_model(folder / label), config)
+        os.utime(path / "model.safetensors", ns=(10**18, 10**18))
+        return path
+
+    a, b = written("a", "a"), written("b", "moved")
+    units = pymerge.find_permutations([a, b], batches(kind))
+    expected = pymerge.merge(None, [read_model(a), read_model(b)], method="linear", align=units)
+    moved = {"there": [a, b], "turned": [b, a], "copied": [written("c", "a"), written("d", "moved")]}
+    for name, found in moved.items():
+        pymerge.merge(None, found, method="linear", align=units, out=tmp_path / name)
+        assert same(read_model(tmp_path / name), expected)
+    with pytest.raises(InputError, match="which model is which of .* cannot be told: give them in this order"):
+        pymerge.merge(None, [tmp_path / "d", a], method="linear", align=units, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("models", ["bert"], indirect=True)
+def test_a_zip_of_more_models_is_refused(models, tmp_path):
+    kind, folder = models
+    units = pymerge.find_permutations([folder / label for label in ("a", "moved", "b")], batches(kind), mode="zip")
+    with pytest.raises(RecipeError, match="a zip is the mean of all its models"):
+        merge(models, tmp_path / "out", align=units)
 
 
 @pytest.mark.parametrize("models", ["bert"], indirect=True)

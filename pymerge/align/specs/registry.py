@@ -64,7 +64,10 @@ def family_of(config: Mapping[str, Any], name: str | None) -> str:
     by_type = {model_type: family for family, types in families().items() for model_type in types}
     asked = name if name is not None else config.get("model_type")
     if asked is None:
-        raise InputError(f"which architecture is it? config.json has no model_type; name one of {', '.join(FAMILIES)}")
+        raise InputError(
+            "which architecture is it? config.json has no model_type; say it by spec (on the command line --spec), one "
+            f"of {', '.join(FAMILIES)}"
+        )
     family = asked if asked in FAMILIES else by_type.get(asked)
     if family is None:
         known = [*FAMILIES, *by_type]

@@ -96,7 +96,7 @@ def number(config: Mapping[str, Any], *names: str) -> int:
     for name in names:
         if isinstance(config.get(name), int):
             return config[name]
-    raise InputError(f"the permutation groups need {names[0]}, which the config does not have: add it there")
+    raise InputError(f"the permutation groups need {' or '.join(names)}, which the config does not have: add it there")
 
 
 def tables(builder: Builder, end: str, place: Place) -> bool:
