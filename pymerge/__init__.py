@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pymerge.engine.verify import verify
     from pymerge.errors import MergeError
     from pymerge.statistics import Statistics, observe, open_statistics, reset_batch_norm
+    from pymerge.tuning import search
 
 __all__ = [
     "Checkpoint",
@@ -42,6 +43,7 @@ __all__ = [
     "ops",
     "plan_merge",
     "reset_batch_norm",
+    "search",
     "verify",
 ]
 
@@ -61,6 +63,7 @@ _HOME = {
     "open_checkpoint": "pymerge.checkpoint",
     "plan_merge": "pymerge.engine.local",
     "reset_batch_norm": "pymerge.statistics",
+    "search": "pymerge.tuning",
     "verify": "pymerge.engine.verify",
 }
 

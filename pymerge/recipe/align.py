@@ -21,7 +21,9 @@ class Settings:
     alpha: float = param(Auto("0.5, without data 1"), "weights' share of the similarity", low=0.0, high=1.0)
     mode: str = param("permute", "one to one, or many to one (zip)", choices=("permute", "zip"))
     spec: str = param(Auto("by the model's config", str), "architecture whose groups of units are used")
-    start: str = param(Auto("activations, without data identity", str), "", choices=("activations", "identity"))
+    start: str = param(
+        Auto("activations, without data identity", str), "of the sweeps", choices=("activations", "identity")
+    )
     similarity: str = param("correlation", "of weights", choices=("correlation", "cosine"))
     max_sweeps: int = param(100, "over all groups, at most", low=1)
     patience: int = param(5, "sweeps in a row that may bring nothing", low=1)
@@ -36,6 +38,7 @@ class Settings:
     field: str = param("text", "key of the text in .jsonl and datasets")
 
 
+PLAIN = (bool, int, float, str)
 SAMPLING = ("samples", "length", "batch_size", "field")
 KEYS_OF_ALIGN = ("method", "data", *params_of(Settings))
 
@@ -68,10 +71,11 @@ class Align:
         return {name: self.options.get(name, params_of(Settings)[name].authors) for name in SAMPLING}
 
     def plain(self) -> Any:
-        """As a recipe writes it."""
+        """As a recipe writes it; groups from Python have a label."""
         if self.file is not None:
             return self.file
-        return {"method": METHOD} | ({"data": self.data} if self.data is not None else {}) | dict(self.options)
+        options = {name: value if isinstance(value, PLAIN) else "<in memory>" for name, value in self.options.items()}
+        return {"method": METHOD} | ({"data": self.data} if self.data is not None else {}) | options
 
 
 def parse_align(raw: Any, problems: Problems, *, python: bool, must_exist: bool) -> Align | None:

@@ -250,6 +250,17 @@ def test_permutations_of_other_models_are_refused(models, tmp_path):
 
 
 @pytest.mark.parametrize("models", ["bert"], indirect=True)
+def test_groups_from_python(models, tmp_path):
+    kind, folder = models
+    spec = spec_for(
+        floating_shapes(read_model(folder / "a")), json.loads((folder / "base" / "config.json").read_text())
+    )
+    expected, _ = merge(models, tmp_path / "named", align=search(models))
+    merged, summary = merge(models, tmp_path / "out", align=search(models, spec=spec))
+    assert same(merged, expected) and summary["recipe"]["align"]["spec"] == "<in memory>"
+
+
+@pytest.mark.parametrize("models", ["bert"], indirect=True)
 def test_files_of_one_archive_are_told_by_path_then_by_place(models, tmp_path):
     """Same size, header and time: only contents differ."""
     kind, folder = models
