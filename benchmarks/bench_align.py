@@ -186,7 +186,7 @@ def main() -> None:
         times = report.setdefault("assignments", {})[f"beside {package}"] = {}
         for n in sorted({n for pair in ITEMS.values() for n in pair}):
             for kind in args.kinds if n <= args.largest else ():
-                times[f"{kind} {n}"] = assignment(kind, n, args.rounds)
+                times[f"{kind} {n}"] = assignment(kind, n, args.rounds if n > 1024 else 10 * args.rounds)
     OUT.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -152,8 +152,17 @@ class Spec:
             if of < 1 or whole % of:
                 problems.append(f"group {group.name}: {whole} cannot be cut into {of} equal blocks")
             for entry in group.entries:
-                if entry.view not in group.views():
+                size = group.views().get(entry.view)
+                if size is None:
                     problems.append(f"{entry.parameter}: group {group.name} has no view {entry.view!r}")
+                elif not 0 <= entry.part[0] < entry.part[1] or min(entry.interleave, entry.span) < 1:
+                    problems.append(
+                        f"{entry.parameter}: axis {entry.axis} has no part {entry.part} of group {group.name}"
+                    )
+                elif size % entry.interleave:
+                    problems.append(
+                        f"{entry.parameter}: {size} units cannot be cut into {entry.interleave} equal parts"
+                    )
                 place = (entry.parameter, entry.axis, entry.part)
                 if place in seen:
                     problems.append(f"{entry.parameter}: axis {entry.axis} is in two groups, one is {group.name}")

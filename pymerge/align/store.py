@@ -74,7 +74,7 @@ def open_permutations(path: str | os.PathLike[str]) -> Permutations | Clusters:
             fingerprints=tuple(text["fingerprints"]),
         )
         units.check()
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise CorruptFile(f"{path}: the file of permutations is damaged: {type(e).__name__}: {e}") from e
     except InputError as e:
         raise InputError(f"{path}: {e}") from None

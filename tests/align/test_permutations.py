@@ -129,6 +129,21 @@ def test_members_must_be_alike():
         SPEC.check(SHAPES | {"experts.1.down": (5, 4)})
 
 
+def test_entries_that_no_axis_can_have():
+    entries = [Entry(parameter=f"{i}", axis=0, role="out", **kw) for i, kw in enumerate(
+        ({"part": (2, 2)}, {"span": 0}, {"interleave": 4}, {"view": "q"})
+    )]  # fmt: skip
+    with pytest.raises(InputError) as error:
+        Spec(groups=(replace(BLOCKS, entries=tuple(entries)),)).check({})
+    for message in (
+        "0: axis 0 has no part (2, 2)",
+        "1: axis 0 has no",
+        "2: 6 units cannot be cut into 4",
+        "3: group blocks has",
+    ):
+        assert f"\n{message}" in str(error.value)
+
+
 def test_a_file_gives_back_what_was_saved(tmp_path):
     path = tmp_path / "perms.safetensors"
     fingerprints = tuple({"path": f"/{label}", "files": [["m", 1, 2, "d"]]} for label in "abc")
