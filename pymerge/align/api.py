@@ -13,11 +13,12 @@ from pymerge.align.inputs import Model, opened, resolved_spec, seen_on
 from pymerge.align.match import Match
 from pymerge.align.permutations import Permutations
 from pymerge.align.report import report_of, search_report
-from pymerge.align.solve import Solver, unseen
+from pymerge.align.solve import Scores, Solver, unseen
 from pymerge.align.sweeps import Options, Solution
 from pymerge.align.weights import WeightSimilarity
 from pymerge.align.zip import Zip
 from pymerge.align.zip_search import ZipSolver
+from pymerge.checkpoint import Checkpoint
 from pymerge.errors import InputError
 
 WORDS = {
@@ -101,13 +102,9 @@ def find_permutations(
         },
     )
     options = Options(
-        alpha=share,
-        max_sweeps=max_sweeps,
-        patience=patience,
-        seed=seed,
-        threshold=threshold,
-        progress=progress,
+        alpha=share, max_sweeps=max_sweeps, patience=patience, seed=seed, threshold=threshold, progress=progress
     )
+    from_activations, cosine = begin == "activations", similarity == "cosine"
     with opened(models) as inputs:
         groups = resolved_spec(spec, inputs[0], tie_heads and mode == "permute")
         seen = None if batches is None else seen_on(inputs, groups, batches, all_pairs=mode == "zip")
@@ -117,16 +114,27 @@ def find_permutations(
             "fingerprints": tuple(model.weights.fingerprint() for model in inputs),
         }
         tensors = [model.weights for model in inputs]
-        from_activations, cosine = begin == "activations", similarity == "cosine"
         if mode == "zip":
             of_pairs = {} if seen is None else seen.all_scores()
             zipper = ZipSolver(groups, tensors, of_pairs, options, cosine=cosine, decay=zip_decay, budget=zip_budget)
             return zipped(zipper.run(from_activations), options, known)
         scores = [{} if seen is None else seen.scores(t) for t in range(1, len(inputs))]
-        needed = options.alpha > 0 or any(unseen(group, of_model) for group in groups.groups for of_model in scores)
-        weights = WeightSimilarity(groups, tensors, cosine=cosine, memory=memory) if needed else None
-        solver = Solver(groups, weights, scores, options)
+        solver = Solver(groups, weights_for(groups, tensors, scores, share, cosine, memory), scores, options)
         return permuted(solver, solver.run(from_activations), known)
+
+
+def weights_for(
+    spec: Spec,
+    models: Sequence[Checkpoint],
+    activations: Sequence[Mapping[str, Scores]],
+    alpha: float,
+    cosine: bool,
+    memory: int,
+) -> WeightSimilarity | None:
+    """None where activations say all."""
+    if alpha == 0 and not any(unseen(group, of_model) for group in spec.groups for of_model in activations):
+        return None
+    return WeightSimilarity(spec, models, cosine=cosine, memory=memory)
 
 
 def permuted(solver: Solver, solution: Solution[Match], known: Mapping[str, Any]) -> Permutations:
