@@ -118,12 +118,12 @@ def _tail(a: Tensor, count: int, norm: float) -> Tensor:
 def covariance_subspace(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Top `rank` eigenpairs of D C D^T without the square root of C where that is avoidable (ESM's directions).
 
-    d        [..., m, n], c [..., n, n] symmetric positive semidefinite (its lower and upper triangle are averaged);
-             float32 or float64
+    d        [..., m, n], c [..., n, n] symmetric positive semidefinite (only its upper triangle is read); float32 or
+             float64
     Returns  basis [..., m, rank] orthonormal in d's dtype (largest entry of each column positive),
              values float64 [..., rank] descending, >= 0
     Error    all of it in float64; values below about 1e-12 of the largest are noise, and so are their directions
-    Cost     m <= n: m n^2 + m^2 n / 2 multiply-adds, a range eigensolve of m; m > n: n^3 / 3 + m n^2 and one of n
+    Cost     m <= n: m n^2 / 2 + m^2 n multiply-adds, a range eigensolve of m; m > n: n^3 / 3 + m n^2 and one of n
     Raises   NonFinite; ValueError (shapes, dtypes, rank outside 1..min(m, n))."""
     for what, x in (("d", d), ("c", c)):
         _checks.check_matrices(what, x)
@@ -149,18 +149,17 @@ def covariance_subspace(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 def _covariance_top(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if d.shape[0] <= d.shape[1]:
-        product = (d @ c) @ d.mT
-        theta, basis = _dense.top_eigh((product + product.mT) / 2, rank)
+        theta, basis = _dense.top_eigh(_dense.congruence(d, c), rank)
         return basis, theta
-    b = d @ _square_root((c + c.mT) / 2)  # [m, n]
+    b = d @ _square_root(c)  # [m, n]
     theta, right = _dense.top_eigh(_dense.gram(b.mT), rank)
     return _dense.unit_columns(b @ right, theta.sqrt()), theta
 
 
 def _square_root(c: Tensor) -> Tensor:
-    """L with L L^T = c: Cholesky, or, where c is singular, from its eigenpairs."""
-    factor, failed = torch.linalg.cholesky_ex(c)
+    """L with L L^T = c, by the upper triangle of c: Cholesky, or, where c is singular, from its eigenpairs."""
+    factor, failed = torch.linalg.cholesky_ex(c, upper=True)
     if not int(failed):
-        return factor
-    values, vectors = torch.linalg.eigh(c)
+        return factor.mT
+    values, vectors = torch.linalg.eigh(c, UPLO="U")
     return vectors * values.clamp(min=0).sqrt()

@@ -97,6 +97,11 @@ def test_covariance_subspace(shape, samples, dtype):
     eps = torch.finfo(dtype).eps
     assert ((values - s[:k].square()).abs() <= 100 * eps * n * s[0].square()).all()
     assert sine(basis, vh[:k].mT) <= 1e3 * n * eps
+    upper = torch.triu((x.mT @ x).to(dtype)) + torch.randn(n, n, generator=g, dtype=dtype).tril(-1)
+    one_triangle, same_values = covariance_subspace(d.to(dtype), upper, k)
+    assert (same_values - values).abs().max() <= 1e3 * eps * values[0] and sine(
+        one_triangle, basis.double()
+    ) <= 1e3 * eps
 
 
 def test_covariance_batch_zero_and_scale():
