@@ -85,7 +85,8 @@ def tail_subspace(a: Tensor, count: int) -> Tensor:
 
     a        [..., m, n], float32 or float64; for m > n the directions lie in the range of a
     Returns  [..., m, count] orthonormal, smallest value last; well defined where s_{r - count} > s_{r - count + 1}
-    Error    float64 Gram matrix while s_1 / s_r <= 1e5, a float64 SVD beyond
+    Error    float64 Gram matrix while s_1 / s_r <= 1e5; beyond, that of R^-1 (QR), and a float64 SVD where these
+             `count` values themselves differ by more
     Cost     min(m, n)^2 max(m, n) / 2 float64 multiply-adds and a range eigensolve; m > n: a QR of m x count more
     Raises   NonFinite; ValueError (dtype, count outside 1..min(m, n))."""
     _checks.check_matrices("a", a)
@@ -106,13 +107,25 @@ def _tail(a: Tensor, count: int, norm: float) -> Tensor:
     largest = float(_dense.largest_eigenvalue(g))
     theta, vectors = _dense.range_eigh(g, 0, count)
     if float(theta[0]) * TAIL_CONDITION**2 < largest:
-        return torch.linalg.svd(a.double(), full_matrices=False)[0][:, min(m, n) - count :]
+        return _far_tail(a.double(), count)
     vectors, s = vectors.flip(1), theta.flip(0).sqrt()
     if m <= n:
         return vectors
     y = a.double() @ vectors  # columns u_i s_i: QR against what rounding left of the other directions
     q, upper = torch.linalg.qr(y / s)
     return q * torch.where(upper.diagonal() < 0, -1.0, 1.0)
+
+
+def _far_tail(a: Tensor, count: int) -> Tensor:
+    """As _tail whatever the condition of a: what is small in R, A = Q R, is large in its inverse."""
+    m, n = a.shape
+    q, r = torch.linalg.qr(a, mode="reduced") if m > n else torch.linalg.qr(a.mT, mode="r")
+    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=a.dtype, device=a.device), upper=True)
+    if bool(torch.isfinite(inverse).all()):
+        theta, vectors = _dense.top_eigh(_dense.gram(inverse.mT if m > n else inverse), count)
+        if float(theta[0]) <= TAIL_CONDITION**2 * float(theta[-1]):
+            return (q @ vectors if m > n else vectors).flip(1)
+    return torch.linalg.svd(a, full_matrices=False)[0][:, min(m, n) - count :]
 
 
 def covariance_subspace(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
