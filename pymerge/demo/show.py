@@ -68,12 +68,12 @@ def evaluate_merges(
     folders = [out / "tasks" / name for name in names]
     base, heads = train.load(out / "base"), train.load_heads(out / "tasks")
     individual = {
-        name: train.accuracies(train.load(folder), heads, test)[name]
+        name: train.accuracies_on(test, train.load(folder), heads)[name]
         for name, folder in zip(names, folders, strict=True)
     }
     rows = [
         row("(individual models)", individual, individual),
-        row("(base)", train.accuracies(base, heads, test), individual),
+        row("(base)", train.accuracies_on(test, base, heads), individual),
     ]
 
     def merge(job: merges.Job) -> dict[str, float] | None:
@@ -92,7 +92,7 @@ def evaluate_merges(
                     continue
                 model = train.load(folder_of(out, job.name))
                 scale, best = train.rescaled(base, model, heads)
-                found = row(job.name, train.accuracies(model, heads, test), individual) | cost
+                found = row(job.name, train.accuracies_on(test, model, heads), individual) | cost
                 rows.append(found | {"scale": scale, "rescaled": best, "rescaled_mean": mean_of(best)})
                 console.print(f"  merged: {job.name}")
         finally:

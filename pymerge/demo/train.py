@@ -108,7 +108,12 @@ def load_heads(models: Path) -> Heads:
     return {task.name: load(models / task.name).classifier for task in TASKS}
 
 
-def accuracies(model: ViTForImageClassification, heads: Heads, images: Tensor) -> dict[str, float]:
+def accuracies(encoder: Path, models: Path) -> dict[str, float]:
+    """On the test images, of the encoder in one checkpoint with the heads of the tasks' models: see accuracies_on."""
+    return accuracies_on(digits().test, load(encoder), load_heads(models))
+
+
+def accuracies_on(images: Tensor, model: ViTForImageClassification, heads: Heads) -> dict[str, float]:
     """Accuracy on each task of the encoder of one model, with the head of that task's own model."""
     out = {}
     for task in TASKS:
@@ -128,7 +133,7 @@ def rescaled(
 
     def at(scale: float, images: Tensor) -> dict[str, float]:
         model.vit.load_state_dict({key: start[key] + scale * (end[key] - start[key]) for key in start})
-        return accuracies(model, heads, images)
+        return accuracies_on(images, model, heads)
 
     found = {scale: sum(at(scale, digits().validation).values()) for scale in SCALES}
     best = max(found, key=found.__getitem__)

@@ -22,7 +22,6 @@ from pymerge.engine.ranges import batches, tiles
 from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
 from pymerge.errors import InputError, Interrupted
 from pymerge.methods.base import Combine, ElementWiseCombine, Purify, TensorInfo, chain_rule
-from pymerge.methods.emr import Emr
 from pymerge.ops.delta_rule import DeltaRule, resolve
 from pymerge.ops.native import delta_params
 from pymerge.recipe import Steps
@@ -96,6 +95,12 @@ class Piece:
             rule=self.item.rule or IDENTITY,
         )
 
+    def merge_into(self, out: tuple[int, str], params: _C.DeltaParams) -> list[int]:
+        """Merges by an answered rule; counts of entries that are not finite, as `_C.delta_merge` returns them."""
+        tile, entry = self.tile, self.item.entry
+        subtracted, added = (tile.base if used else None for used in (entry.subtracts, entry.adds))
+        return _C.delta_merge(subtracted, tile.tuned, added, out, self.count, self.first, params)
+
 
 class Executor:
     """One run of a plan into a sink."""
@@ -134,10 +139,10 @@ class Executor:
             self.arena.discard()
 
     def needed(self, items: Sequence[Item]) -> bool:
-        """Whether the answer for these items is still asked for: by what is left to do, or, later, by EMR's masks."""
+        """Whether the answer for these items is still asked for: by what is left to do, or by a file beside."""
         return any(
             (item.count and not self.is_done(item, item.first, item.count))
-            or (item.entry.steps is not None and isinstance(item.entry.steps.combine, Emr))
+            or (item.entry.steps is not None and bool(item.entry.steps.combine.beside))
             for item in items
         )
 
@@ -312,8 +317,7 @@ class Executor:
             self.copy(piece)
         else:
             assert params is not None
-            tile = piece.tile
-            bad = _C.delta_merge(tile.base, tile.tuned, tile.base, piece.out, piece.count, piece.first, params)
+            bad = piece.merge_into(piece.out, params)
             if any(bad):
                 settle_non_finite(self.plan.recipe, piece, bad, params)
         return segment_of(piece)

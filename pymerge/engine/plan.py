@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeGuard
 
@@ -163,6 +163,7 @@ class Plan:
     questions: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # likewise, of combine steps that are no rule
     purify_questions: tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...] = ()  # of purify steps: their matrices
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
+    at_once: int = 1  # generic items that are worked on side by side
 
     @property
     def read_bytes(self) -> int:
@@ -352,9 +353,13 @@ def make_plan(
     options: Options,
     fisher: Sequence[Checkpoint] = (),
     statistics: Sequence[Statistics] = (),
+    change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
-    """Check everything that headers tell, then plan. Raises one error with all problems."""
+    """Check everything that headers tell, then plan. Raises one error with all problems.
+
+    change  makes other entries of those that the recipe asks for (`engine.scaled`)"""
     entries, notes = check(recipe, base, models, labels, fisher, statistics)
+    entries = change(entries) if change is not None else entries
     planner = Planner(recipe, options)
     items = planner.items(entries)
     layout = plan_layout(
@@ -379,6 +384,7 @@ def make_plan(
         arena_bytes=planner.arena_bytes,
         notes=notes,
         item_threads=options.thread_count // at_once,
+        at_once=at_once,
         surveys=tuple(groups.values()),
         purify_questions=purify_questions(items),
         questions=tuple(by_steps([i for i in items if i.mode == "generic" and asks_model(i.entry.steps)]).values()),

@@ -151,9 +151,9 @@ def test_scale_is_the_best_on_training_images(out):
             model = train.load(out / "base")
             state = {k: v + s * (merged.vit.state_dict()[k] - v) for k, v in base.vit.state_dict().items()}
             model.vit.load_state_dict(state)
-            means[s] = sum(train.accuracies(model, heads, digits().train[-500:]).values())
+            means[s] = sum(train.accuracies_on(digits().train[-500:], model, heads).values())
             if s == scale:
-                assert found == train.accuracies(model, heads, digits().test)
+                assert found == train.accuracies_on(digits().test, model, heads)
     assert means[scale] == max(means.values())
 
 
