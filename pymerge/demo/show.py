@@ -42,7 +42,8 @@ def show(out: Path, *, all_methods: bool) -> dict[str, Any]:
         if row["skipped"]:
             console.print(f"  {row['name']}: not run, {row['skipped']}")
     console.print(
-        "  (s): the merged update times s, the best of a few on 500 of the training images, the same for every method"
+        "  (s): the merged update times s, the best of a few on 500 of the training images, the same for every "
+        "method;\n  esmpp: with its experts, (s) without"
     )
     console.print(f"checkpoints: {out / 'merged'}; figures: {out / 'results.json'}")
     if find_spec("matplotlib") is not None:
@@ -62,6 +63,7 @@ def evaluate_merges(
     """One row a model: the individual models, the base, then every merge that starts before `deadline`."""
     from pymerge.demo import merges, train
     from pymerge.demo.data import digits
+    from pymerge.runtime import esmpp
 
     names, test = list(titles()), digits().test
     (out / "merged").mkdir(exist_ok=True)
@@ -92,6 +94,8 @@ def evaluate_merges(
                     continue
                 model = train.load(folder_of(out, job.name))
                 scale, best = train.rescaled(base, model, heads)
+                if job.method == "esmpp":
+                    esmpp.attach(model, folder_of(out, job.name))
                 found = row(job.name, train.accuracies_on(test, model, heads), individual) | cost
                 rows.append(found | {"scale": scale, "rescaled": best, "rescaled_mean": mean_of(best)})
                 console.print(f"  merged: {job.name}")
