@@ -21,22 +21,27 @@ from pymerge.recipe.keys import (
     KEYS,
     KEYS_OF_MODEL,
     LATER,
-    LATER_OF_MODEL,
     RELAXATIONS,
 )
+from pymerge.recipe.data import parse_data
 from pymerge.recipe.models import ModelRef, parse_reference
 from pymerge.recipe.params import find_method, method_names, parse_params
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.settings import Setting
 from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
 
-# Key of a model -> the need of methods that it meets, what it is.
+# Need of methods -> the keys of a model of which one meets it, what they are.
 BESIDE = {
     "fisher": (
-        "fisher",
-        "the diagonal of its Fisher information, safetensors with the names and shapes of its parameters",
+        ("fisher",),
+        "`fisher: FILE` beside {}: the diagonal of its Fisher information, safetensors with the names and shapes of "
+        "its parameters",
     ),
-    "statistics": ("covariance", "what its linear layers see, made by `pymerge observe`"),
+    "covariance": (
+        ("statistics", "data"),
+        "`statistics: FILE` beside {}: what its linear layers see, made by `pymerge observe`; or `data: FILE`, samples "
+        "of its task, which are then observed while it is merged",
+    ),
 }
 
 
@@ -186,11 +191,9 @@ class _Parser:
         if not isinstance(entry, dict):
             self.problems.add(where, f"must be {{model: PATH, parameters: {{...}}}}, got {entry!r}")
             return None
-        for key, value in entry.items():
-            if key in LATER_OF_MODEL and value is not None:
-                self.problems.add(where, f"{key}: not supported yet, it comes in a later release")
-            elif key not in (*KEYS_OF_MODEL, *LATER_OF_MODEL):
-                self.problems.unknown(where, key, (*KEYS_OF_MODEL, *LATER_OF_MODEL))
+        for key in entry:
+            if key not in KEYS_OF_MODEL:
+                self.problems.unknown(where, key, KEYS_OF_MODEL)
         ref = self._reference(entry.get("model"), where)
         if ref is None:
             return None
@@ -199,9 +202,17 @@ class _Parser:
             if cls
             else {}
         )
-        beside = {
-            key: self._reference(entry[key], f"{where}: {key}") for key in BESIDE_MODEL if entry.get(key) is not None
-        }
+        beside: dict[str, Any] = {key: entry[key] for key in BESIDE_MODEL if entry.get(key) is not None}
+        for key, raw in beside.items():
+            beside[key] = (
+                parse_data(raw, f"{where}: data", self.problems, python=self.python, must_exist=self.must_exist)
+                if key == "data"
+                else self._reference(raw, f"{where}: {key}")
+            )
+        if "data" in beside and ref.in_memory:
+            self.problems.add(
+                where, "data: is for models in folders; give statistics=[pymerge.observe(model, batches), ...] instead"
+            )
         return ModelRef(path=ref.path, value=ref.value, params=params, **beside)
 
     def _reference(self, raw: Any, where: str) -> ModelRef | None:
@@ -234,15 +245,19 @@ class _Parser:
 
     def _beside(self, steps: Sequence[type[Method]], tasks: Sequence[ModelRef]) -> None:
         """Fisher information and statistics go with the methods that use them."""
-        for key, (need, what) in BESIDE.items():
+        for need, (keys, what) in BESIDE.items():
             users = [step.name for step in steps if need in step.needs]
+            kinds = set()
             for model in tasks:
-                given = getattr(model, key) is not None
+                given = tuple(key for key in keys if getattr(model, key) is not None)
+                kinds.add(given)
                 if users and not given:
-                    self.problems.add("models", f"{users[0]} needs `{key}: FILE` beside {model.path}: {what}")
+                    self.problems.add("models", f"{users[0]} needs {what.format(model.path)}")
                 elif given and not users:
                     names = ", ".join(step.name for step in steps)
-                    self.problems.add("models", f"{key} of {model.path}: {names} does not use it")
+                    self.problems.add("models", f"{given[0]} of {model.path}: {names} does not use it")
+            if len({key for given in kinds for key in given}) > 1:
+                self.problems.add("models", f"{' and '.join(keys)} are given: give one of the two for all models")
 
     def _base_among_the_models(self, cls: type[Combine], base: ModelRef) -> None:
         """A base that is not listed, of a method that subtracts none: one more model, where nothing else is missing."""
