@@ -78,7 +78,9 @@ def difference(one: Path, other: Path) -> float:
         "    worst = max(worst, float((x.double() - y.double()).norm() / y.double().norm()))\n"
         "print(worst)"
     )
-    run = subprocess.run([sys.executable, "-c", script, str(one), str(other)], check=True, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(one), str(other)], check=True, capture_output=True, text=True
+    )
     return float(run.stdout)
 
 

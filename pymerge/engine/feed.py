@@ -24,7 +24,6 @@ Range = tuple[Item, int, int]  # item, first entry, entries
 Group = tuple[str, ...]  # modules whose matrices are merged as one, in order
 
 
-
 class Feed:
     """Puts ranges into the order in which the inputs of their layers become known."""
 

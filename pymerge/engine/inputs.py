@@ -13,8 +13,8 @@ from pymerge.recipe import ModelRef
 
 if TYPE_CHECKING:
     from pymerge.statistics import Statistics
-    from pymerge.statistics.live import LiveStatistics
     from pymerge.statistics.inputs import InputOf
+    from pymerge.statistics.live import LiveStatistics
 
 SUFFIXES = (".weight", ".in_proj_weight")  # a module's name and one of these is its matrix's name
 SHOWN = 10

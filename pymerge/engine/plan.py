@@ -173,6 +173,11 @@ class Plan:
         return sum(item.read_bytes * (1 + item.survey_reads) for item in self.items)
 
     @property
+    def passes(self) -> int:
+        """How often the models run over their samples."""
+        return max((1 + item.survey_reads for item in self.items if item.entry.inputs), default=0)
+
+    @property
     def write_bytes(self) -> int:
         return sum(item.count * item.out_width for item in self.items)
 

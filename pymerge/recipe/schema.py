@@ -13,6 +13,7 @@ from pymerge.methods.base import STYLES, Combine, Method, Purify, Style, TensorI
 from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
+from pymerge.recipe.data import parse_data
 from pymerge.recipe.fused import Fused, parse_fused, parse_matrices, parse_patterns
 from pymerge.recipe.keys import (
     BESIDE_MODEL,
@@ -23,7 +24,6 @@ from pymerge.recipe.keys import (
     LATER,
     RELAXATIONS,
 )
-from pymerge.recipe.data import parse_data
 from pymerge.recipe.models import ModelRef, parse_reference
 from pymerge.recipe.params import find_method, method_names, parse_params
 from pymerge.recipe.problems import Problems

@@ -50,7 +50,9 @@ class Observation:
         self.changed, self.error = changed, None
         self.allowed = self.ended = self.stopping = False
         modules = {name: m for name, m in self.made.modules.items() if self.made.names[name] in wanted}
-        self.thread = threading.Thread(target=self._run, args=(modules, threads), daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, args=(modules, threads), name=f"observe {self.label}", daemon=True
+        )
         self.waiting = False
         self.thread.start()
 
@@ -180,6 +182,12 @@ class LiveStatistics(Statistics):
         """Of the widest input, kept; what is summed in takes twice that."""
         n = max(self.widths.values())
         return 4 * (self.positions * n if 2 * self.positions < n else n * (n + 1) // 2)
+
+    @property
+    def flops(self) -> int:
+        """Of a pass: the linear modules' products, and the moments as if no two of them shared an input."""
+        matrices = sum(p.numel() for m in self.run.made.modules.values() for p in m.parameters())
+        return self.positions * (2 * matrices + sum(n * n for n in self.widths.values()))
 
     @property
     def weight_bytes(self) -> tuple[int, int]:

@@ -47,7 +47,9 @@ def observe(
     batches  what the module is called with: mappings of keyword arguments (`attention_mask` says what is padding),
              tensors, or tuples of positional arguments
     targets, exclude  name patterns of modules; default: every Linear, Conv1D and fused attention but the heads
-    dtype    of the sums: float64 where a spectrum's tail matters (PAVE on ill-conditioned inputs)
+    dtype    of the sums. float32 is off by less than activations in bfloat16 are: ESM's update by 1e-2 against 5e-2
+             where some tokens are 3000 times as large as the others, 2e-5 against 3e-3 at 300 times. float64, at twice
+             the time and memory, where activations are float32 and a spectrum's tail matters
     stream_to  file to write: the weights of a folder are read module by module as it runs, the moments of each layer go
              to this file at once; the samples must be one batch. For models that do not fit in memory.
     Returns  Statistics, modules named as in the checkpoint; `save(path)` writes them

@@ -27,8 +27,20 @@ class Finished(Exception):
     """The last observed module has seen its input."""
 
 
+def load_libraries() -> None:
+    """What making a model without weights takes: some 0.4 GB of program."""
+    try:
+        import accelerate  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401
+    except ImportError:
+        raise InputError(
+            'streaming needs transformers and accelerate; install with: pip install "pymerge[hf]"'
+        ) from None
+
+
 def empty_model(cls: type, path: Path) -> nn.Module:
     """The architecture of a Hugging Face folder with parameters that take no memory; buffers are real."""
+    load_libraries()
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
