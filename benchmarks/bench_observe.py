@@ -1,6 +1,6 @@
 """What observing a Llama-3.2-1B-shaped model costs, streamed and in memory, and whether both find the same.
 
-    python benchmarks/bench_observe.py [--layers 16] [--samples 32] [--length 128] [--threads 1] [--skip-memory] [--keep]
+    python benchmarks/bench_observe.py [--layers 16] [--samples 32] [--length 128] [--threads 1] [--skip-memory]
 
 A checkpoint of 2.5 GB in bfloat16 with random weights (llama_merge.py's shape) and a word-level tokenizer; each run is
 `pymerge observe` on samples of random words, in a process of its own: wall and CPU seconds, peak RSS. The run in memory

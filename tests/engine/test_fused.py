@@ -77,7 +77,7 @@ def test_samples_from_files(llama: Models, tmp_path: Path) -> None:
     recipe.run(tmp_path / "one")
     from pymerge.statistics.samples import batches_of
 
-    sizes = [{"samples": 32, "length": 128}, {"samples": 3, "length": 6}]
+    sizes: list[dict[str, Any]] = [{"samples": 32, "length": 128}, {"samples": 3, "length": 6}]
     found = [
         pymerge.observe(m, batches_of(m, f, batch_size=32, **size))
         for m, f, size in zip(tuned, files, sizes, strict=True)
