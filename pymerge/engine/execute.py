@@ -52,6 +52,10 @@ class Sink(Protocol):
         """Drop the finished segments of a tensor."""
         ...
 
+    def read_into(self, name: str, view: memoryview) -> None:
+        """A tensor that has been written."""
+        ...
+
 
 @dataclass
 class Stop:
@@ -106,8 +110,8 @@ class Executor:
         self.arena = Arena(plan.arena_bytes)
         self.pipeline = Pipeline(self.arena, threads, self.write)
         self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in sink.done.items()}
-        self.feed = Feed(plan, self.arena)
         self.forget_other_tiles()
+        self.feed = Feed(plan, self.arena, sink)
         self.answers: list[DeltaRule] = []  # of the model-wide surveys
         self.decided: dict[tuple[int, ...], Combine] = {}  # survey_key of steps with a question -> what goes on
         self.cleaned: dict[int, Purify] = {}  # id of a purify step with a question -> what goes on
@@ -158,6 +162,7 @@ class Executor:
 
     def write(self, segment: Segment) -> None:
         self.sink.write(segment.name, segment.start, segment.view, segment.crc, segment.facts)
+        self.feed.wrote(segment.name, len(segment.view))
 
     # what is left to do
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint import safe_name
+from pymerge.checkpoint import TORCH_NAME, safe_name
 from pymerge.engine.arena import Arena, Closed
 from pymerge.engine.inputs import not_shared, shortened
 from pymerge.engine.observing import IN_WORK
@@ -18,7 +18,9 @@ from pymerge.engine.plan import Item, Plan
 from pymerge.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
-    from pymerge.statistics.live import Observation
+    from torch import Tensor
+
+    from pymerge.engine.execute import Sink
 
 Range = tuple[Item, int, int]  # item, first entry, entries
 Group = tuple[str, ...]  # modules whose matrices are merged as one, in order
@@ -27,10 +29,16 @@ Group = tuple[str, ...]  # modules whose matrices are merged as one, in order
 class Feed:
     """Puts ranges into the order in which the inputs of their layers become known."""
 
-    def __init__(self, plan: Plan, arena: Arena) -> None:
-        self.plan, self.arena = plan, arena
-        self.runs: list[Observation] = [found.run for found in plan.observed]
+    def __init__(self, plan: Plan, arena: Arena, sink: Sink) -> None:
+        self.plan, self.arena, self.sink = plan, arena, sink
+        self.runs: list[Any] = [found.run for found in plan.observed]
         self.out: dict[str, int] = {}  # module whose matrix is in work -> number of its step
+        self.written: dict[str, int] = {}  # bytes of the output's tensors, where the models run behind merged layers
+        if plan.recipe.sequential:
+            self.entries = {item.entry.name: item.entry for item in plan.items}
+            self.written = {name: sum(size for _, size, _ in parts) for name, parts in sink.done.items()}
+            for run in self.runs:
+                run.is_merged, run.read_merged = self.is_written, self.read
 
     def order(self, ranges: Iterable[Range]) -> Iterator[Range | None]:
         """The ranges; None where what came before must not wait for what comes next.
@@ -60,7 +68,8 @@ class Feed:
             self.wait(lambda: len(set(self.out.values())) < IN_WORK)
             for run in self.runs:
                 run.go_on()
-            self.wait(lambda: all(run.settled for run in self.runs))
+            pending = {item.entry.name for item, _, _ in waiting.values()}
+            self.wait(lambda pending=pending: all(run.settled or run.needs in pending for run in self.runs))
             step += 1
             for group in dict.fromkeys(groups[module] for module in waiting):
                 if all(module in run.held for run in self.runs for module in group):
@@ -70,6 +79,33 @@ class Feed:
             yield None
         self.stop()
         yield from self.never_reached(waiting)
+
+    # what runs behind merged layers read
+
+    def wrote(self, name: str, nbytes: int) -> None:
+        """Some bytes of a tensor have been written."""
+        if self.plan.recipe.sequential:
+            with self.arena.changed:
+                self.written[name] = self.written.get(name, 0) + nbytes
+                self.arena.changed.notify_all()
+
+    def is_written(self, name: str) -> bool:
+        """Whether a tensor is there, or never will be."""
+        slot = self.plan.layout.slots.get(name)
+        return slot is None or self.written.get(name, 0) >= slot.nbytes
+
+    def read(self, name: str) -> Tensor | None:
+        """A merged tensor; None: the output has none of that name."""
+        import torch
+
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        flat = torch.empty(self.plan.layout.slots[name].nbytes, dtype=torch.uint8)
+        self.sink.read_into(name, flat.numpy().data)
+        return flat.view(getattr(torch, TORCH_NAME[entry.dtype])).reshape(entry.shape)
+
+    # the rest
 
     def check_join(self, group: Group, waiting: dict[str, Range]) -> None:
         """Which modules share an input is known only now."""

@@ -32,8 +32,9 @@ def opened_statistics(reference: ModelRef, model: ModelRef) -> Statistics:
     return reference.value
 
 
-def live_statistics(model: ModelRef, checkpoint: Checkpoint) -> LiveStatistics:
-    """What the model's layers see of the samples that a recipe gives beside it, observed when it is asked for."""
+def live_statistics(model: ModelRef, checkpoint: Checkpoint, *, sequential: bool) -> LiveStatistics:
+    """What the model's layers see of the samples that a recipe gives beside it, observed when it is asked for;
+    sequential: behind the layers that have been merged."""
     from pymerge.statistics import live
     from pymerge.statistics.samples import batches_of
 
@@ -49,7 +50,7 @@ def live_statistics(model: ModelRef, checkpoint: Checkpoint) -> LiveStatistics:
             batch_size=data.samples,
             field=data.field,
         )
-    return live.live_statistics(checkpoint, folder, batch, model.path)
+    return live.live_statistics(checkpoint, folder, batch, model.path, sequential=sequential)
 
 
 @dataclass

@@ -68,7 +68,7 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
 
     def observed(model: ModelRef) -> Iterator[Statistics]:
         if model.data is not None:
-            yield live_statistics(model, opened(model))
+            yield live_statistics(model, opened(model), sequential=recipe.sequential)
         if (reference := model.statistics) is not None:
             found = opened_statistics(reference, model)
             if not reference.in_memory:

@@ -31,6 +31,7 @@ from pymerge.methods import (
     pave,
     pcb,
     regmean,
+    regmean_plusplus,
     slerp,
     star,
     svc,
@@ -77,6 +78,7 @@ _BUILT_IN = (
     ace,
     esm,
     regmean,
+    regmean_plusplus,
     svc,
     lines,
 )  # importing a module registers its method

@@ -87,6 +87,11 @@ class Recipe(Parsed):
         return cls
 
     @property
+    def sequential(self) -> bool:
+        """Whether a step asks for the inputs of layers behind those that were merged before."""
+        return any(template.cls.sequential for template in self.templates)
+
+    @property
     def subtract_base(self) -> bool:
         """Whether methods see task vectors (model minus base) and their result is added to the base."""
         return self.combine_class.subtracts(self.base is not None)

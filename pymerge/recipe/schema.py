@@ -256,6 +256,10 @@ class _Parser:
                 elif given and not users:
                     names = ", ".join(step.name for step in steps)
                     self.problems.add("models", f"{given[0]} of {model.path}: {names} does not use it")
+            if any(step.sequential for step in steps) and ("statistics",) in kinds:
+                self.problems.add(
+                    "models", f"{users[0]} observes the models while they are merged: data, no statistics"
+                )
             if len({key for given in kinds for key in given}) > 1:
                 self.problems.add("models", f"{' and '.join(keys)} are given: give one of the two for all models")
 
@@ -376,6 +380,12 @@ class _Parser:
             self.problems.add(
                 "purify", f"{late[0]} needs the models' weights, not task vectors: make it the first step"
             )
+            return
+        if combine.sequential and (
+            observing := [t.cls.name for t in templates[:purify] if "covariance" in t.cls.needs]
+        ):
+            text = f"{observing[0]} and {combine.name} take different inputs of a layer: leave one out"
+            self.problems.add("purify", text)
             return
         if len(templates) > purify + 1 and combine.base_role != "required":
             self.problems.add("calibrate", f"{combine.name} merges whole weights, calibrate steps need a merged update")

@@ -17,7 +17,7 @@ from pymerge.errors import InputError, MergeError
 from pymerge.statistics.moments import Moments
 from pymerge.statistics.observe import Streamable, call, mask_of
 from pymerge.statistics.store import Statistics
-from pymerge.statistics.stream import Finished, Read, StreamingCollector, reader, weights_on_demand
+from pymerge.statistics.stream import Finished, StreamingCollector, reader, weights_on_demand
 
 DTYPE = torch.float32  # of the sums, as `observe` has it
 STATES = 4  # hidden states of the widest input that a layer holds at once: gate, up, their product, and what is carried
@@ -33,13 +33,18 @@ class Observation:
     held    moments of the modules that were reached and not released yet, by their names in the checkpoint
     rows    of all modules that were reached
     error   what ended the run
+    needs   the merged tensor that the run waits for
     """
+
+    forwards: ClassVar[int] = 1  # how often a layer is run
 
     def __init__(self, made: Streamable, checkpoint: Checkpoint, batch: Any, label: str) -> None:
         self.made, self.checkpoint, self.batch, self.label = made, checkpoint, batch, label
+        self.read = reader(checkpoint)
         self.held: dict[str, Moments] = {}
         self.rows: dict[str, int] = {}
         self.error: MergeError | None = None
+        self.needs: str | None = None
         self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
 
@@ -79,10 +84,10 @@ class Observation:
 
     def _run(self, modules: Mapping[str, nn.Module], threads: int) -> None:
         torch.set_num_threads(threads)  # of this thread: others have their own number
-        made, collector = self.made, LiveCollector(self, modules)
+        made, collector = self.made, self.collector(modules)
         collector.mask = mask_of(self.batch)
-        try:
-            with weights_on_demand(made.module, self._reader(), made.stored), collector, torch.inference_mode():
+        try:  # a module's input is observed before its weights are read
+            with collector, weights_on_demand(made.module, self.load, made.stored), torch.inference_mode():
                 call(made.module, self.batch)
         except (Finished, Stopped):
             pass
@@ -97,15 +102,14 @@ class Observation:
                 self.ended = True
                 self.changed.notify_all()
 
-    def _reader(self) -> Read:
-        read = reader(self.checkpoint)
+    def collector(self, modules: Mapping[str, nn.Module]) -> LiveCollector:
+        return LiveCollector(self, modules)
 
-        def load(name: str) -> Tensor:
-            if self.stopping:
-                raise Stopped
-            return read(name)
-
-        return load
+    def load(self, name: str) -> Tensor:
+        """In the run's thread: the weights that a module is about to run with."""
+        if self.stopping:
+            raise Stopped
+        return self.read(name)
 
     def wait(self) -> None:
         """In the run's thread: stay until one more input may be observed."""
@@ -187,7 +191,7 @@ class LiveStatistics(Statistics):
     def flops(self) -> int:
         """Of a pass: the linear modules' products, and the moments as if no two of them shared an input."""
         matrices = sum(p.numel() for m in self.run.made.modules.values() for p in m.parameters())
-        return self.positions * (2 * matrices + sum(n * n for n in self.widths.values()))
+        return self.positions * (2 * self.run.forwards * matrices + sum(n * n for n in self.widths.values()))
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
@@ -197,13 +201,18 @@ class LiveStatistics(Statistics):
         return max(sizes.values()), max(matrices, default=0)
 
 
-def live_statistics(checkpoint: Checkpoint, folder: Path, batch: Any, label: str) -> LiveStatistics:
+def live_statistics(
+    checkpoint: Checkpoint, folder: Path, batch: Any, label: str, *, sequential: bool = False
+) -> LiveStatistics:
     """Statistics of the model in a folder over one batch (keyword arguments), for a merge that observes it.
 
     label   what messages call the model
+    sequential  layers are fed with what the merged layers before them make of the samples
     Raises  InputError (no config.json, no linear layers)"""
+    from pymerge.statistics.behind import BehindMerged
+
     made = Streamable.of(checkpoint, folder)
-    run = Observation(made, checkpoint, batch, label)
+    run = (BehindMerged if sequential else Observation)(made, checkpoint, batch, label)
     widths = {made.names[name]: input_width(module) for name, module in made.modules.items()}
     header = made.header(checkpoint, batch, {name: name for name in widths})
     rows = positions(batch, checkpoint.config or {})

@@ -67,3 +67,7 @@ def write_texts(path: Path, task: int, samples: int = 5) -> Path:
     texts = [" ".join(f"w{i}" for i in torch.randint(1, WORDS, (5 + s,), generator=g)) for s in range(samples)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def loaded(path: Path) -> Any:
+    return type(built(json.loads((path / "config.json").read_text())["model_type"])).from_pretrained(path).eval()

@@ -36,6 +36,7 @@ COMBINE = (
     "nuslerp",
     "pcb",
     "regmean",
+    "regmean_plusplus",
     "slerp",
     "star",
     "task_arithmetic",
