@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymerge.statistics.moments import Moments
-    from pymerge.statistics.observe import observe
+    from pymerge.statistics.observing import observe
     from pymerge.statistics.store import Statistics, open_statistics
 
 __all__ = ["Moments", "Statistics", "observe", "open_statistics"]
 
-_HOME = {"Moments": "moments", "Statistics": "store", "observe": "observe", "open_statistics": "store"}
+_HOME = {"Moments": "moments", "Statistics": "store", "observe": "observing", "open_statistics": "store"}
 
 
 def __getattr__(name: str) -> Any:

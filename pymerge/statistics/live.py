@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pymerge.checkpoint import Checkpoint
 from pymerge.errors import InputError, MergeError
 from pymerge.statistics.moments import Moments
-from pymerge.statistics.observe import Streamable, call, mask_of
+from pymerge.statistics.observing import Streamable, call, mask_of
 from pymerge.statistics.store import Statistics
 from pymerge.statistics.stream import Finished, StreamingCollector, reader, weights_on_demand
 

@@ -22,6 +22,9 @@ def built(kind: str) -> Any:
         return transformers.GPT2LMHeadModel(config)
     if kind == "bert":
         return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, vocab_size=WORDS))
+    if kind == "albert":  # one layer, run twice
+        config = transformers.AlbertConfig(**SMALL, vocab_size=WORDS, embedding_size=16)
+        return transformers.AlbertForSequenceClassification(config)
     return transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=8, patch_size=4))
 
 

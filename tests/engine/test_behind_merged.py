@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import pymerge
+from pymerge.errors import InputError, RecipeError
 from pymerge.methods.regmean import RegMean
 from tests.methods.moments import group_of
+from tests.models import interrupted_after, read_model, same
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -86,3 +89,54 @@ def test_the_same_as_putting_layers_into_the_merged_model(tmp_path: Path, kind: 
         torch.testing.assert_close(tensor, truth[name], rtol=1e-4, atol=1e-5, msg=name)
         moved = max(moved, float((plain[name] - tensor).abs().max()))
     assert moved > 1e-4  # RegMean is something else
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[Path, list[Path], list[dict[str, Tensor]]]:
+    return *children(tmp_path, "llama"), [batch_for("llama", task) for task in range(2)]
+
+
+@pytest.mark.parametrize("segments", [3, 12, 17])
+def test_an_interrupted_merge_continues_to_the_same_bytes(llama: Any, tmp_path: Path, segments: int) -> None:
+    base, tuned, batches = llama
+    join = [["*.q_proj.weight", "*.k_proj.weight", "*.v_proj.weight"]]
+    options: dict[str, Any] = {"method": "regmean_plusplus", "data": batches, "join": join, "dtype": "bfloat16"}
+    pymerge.merge(base, tuned, **options, out=tmp_path / "whole")
+    with interrupted_after(segments):
+        pymerge.merge(base, tuned, **options, out=tmp_path / "out")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("observe ")]
+    pymerge.merge(base, tuned, **options, out=tmp_path / "out")
+    assert same(read_model(tmp_path / "out"), read_model(tmp_path / "whole"))
+
+
+def test_layers_that_are_excluded_are_the_base_in_what_follows(llama: Any, tmp_path: Path) -> None:
+    base, tuned, batches = llama
+    first = ["model.layers.0.*"]
+    pymerge.merge(base, tuned, method="regmean_plusplus", data=batches, exclude=first, out=tmp_path / "out")
+    found = loaded(tmp_path / "out")
+    assert same(found.model.layers[0].state_dict(), loaded(base).model.layers[0].state_dict())
+    rows, name = [], "model.layers.1.self_attn.o_proj"
+    for path, batch in zip(tuned, batches, strict=True):
+        candidate = copy.deepcopy(found)
+        candidate.model.layers[1].load_state_dict(loaded(path).model.layers[1].state_dict())
+        rows.append(inputs_of(candidate, [name], batch)[name])
+    w0, *ws = (loaded(path).get_parameter(f"{name}.weight").detach() for path in (base, *tuned))
+    update = RegMean().combine(group_of(w0, ws, rows))
+    torch.testing.assert_close(found.get_parameter(f"{name}.weight").detach(), w0 + update, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_refused(llama: Any, tmp_path: Path) -> None:
+    base, tuned, batches = llama
+    found = [pymerge.observe(path, [batch]) for path, batch in zip(tuned, batches, strict=True)]
+    with pytest.raises(RecipeError, match="observes the models while they are merged: data, no statistics"):
+        pymerge.Recipe.from_kwargs(base, tuned, "regmean_plusplus", statistics=found)
+    with pytest.raises(RecipeError, match="pave and regmean_plusplus take different inputs"):
+        pymerge.Recipe.from_kwargs(base, tuned, "regmean_plusplus", data=batches, purify="pave")
+
+
+def test_blocks_that_run_twice_are_refused(tmp_path: Path) -> None:
+    base, tuned = children(tmp_path, "albert")
+    with pytest.raises(InputError, match="albert_layer_groups.0 runs more than once in a pass"):
+        data = [batch_for("albert", task) for task in range(2)]
+        pymerge.merge(base, tuned, method="regmean_plusplus", data=data, out=tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
