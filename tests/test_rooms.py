@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "linalg": {"ops", "errors"},
     "checkpoint": {"ops", "errors", "_C"},
     "statistics": {"linalg", "ops", "errors", "checkpoint"},
-    "align": {"linalg", "ops", "errors"},
+    "align": {"linalg", "ops", "errors", "checkpoint", "statistics"},
     "methods": {"linalg", "ops", "errors"},
     "recipe": {"methods", "align", "statistics", "errors"},
     "engine": BELOW_ENGINE | {"version", "_C"},

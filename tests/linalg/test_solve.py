@@ -14,15 +14,6 @@ from tests.linalg.spectra import geometric, orthonormal, with_values
 EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small matrices: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def definite(n: int, condition: float, seed: int = 0) -> torch.Tensor:
     q = orthonormal(n, n, seed)
     m = (q * geometric(n, condition)) @ q.T
