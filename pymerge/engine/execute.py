@@ -20,6 +20,7 @@ from pymerge.engine.pipeline import Output, Pipeline, Segment
 from pymerge.engine.plan import Item, Plan
 from pymerge.engine.questions import answered, answered_purify
 from pymerge.engine.ranges import batches, tiles
+from pymerge.engine.sink import Sink
 from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
 from pymerge.errors import InputError, Interrupted
 from pymerge.methods.base import Combine, ElementWiseCombine, Purify, TensorInfo, chain_rule
@@ -36,25 +37,6 @@ R = TypeVar("R")
 
 class Progress(Protocol):
     def advance(self, read: int, name: str) -> None: ...
-
-
-class Sink(Protocol):
-    """Takes finished segments: a staged folder, or tensors in memory."""
-
-    @property
-    def done(self) -> Mapping[str, Sequence[tuple[int, int, int]]]:
-        """(start, bytes, checksum) of the segments that an earlier run has finished."""
-        ...
-
-    def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any]) -> None: ...
-
-    def forget(self, name: str) -> None:
-        """Drop the finished segments of a tensor."""
-        ...
-
-    def read_into(self, name: str, view: memoryview) -> None:
-        """A tensor that has been written."""
-        ...
 
 
 @dataclass

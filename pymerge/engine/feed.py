@@ -20,7 +20,7 @@ from pymerge.errors import InputError, RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.engine.execute import Sink
+    from pymerge.engine.sink import Sink
 
 Range = tuple[Item, int, int]  # item, first entry, entries
 Group = tuple[str, ...]  # modules whose matrices are merged as one, in order

@@ -13,6 +13,7 @@ from pymerge.methods.base import STYLES, Combine, Method, Purify, Style, TensorI
 from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
+from pymerge.recipe.beside import check_beside
 from pymerge.recipe.data import parse_data
 from pymerge.recipe.fused import Fused, parse_fused, parse_matrices, parse_patterns
 from pymerge.recipe.keys import (
@@ -29,20 +30,6 @@ from pymerge.recipe.params import find_method, method_names, parse_params
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.settings import Setting
 from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
-
-# Need of methods -> the keys of a model of which one meets it, what they are.
-BESIDE = {
-    "fisher": (
-        ("fisher",),
-        "`fisher: FILE` beside {}: the diagonal of its Fisher information, safetensors with the names and shapes of "
-        "its parameters",
-    ),
-    "covariance": (
-        ("statistics", "data"),
-        "`statistics: FILE` beside {}: what its linear layers see, made by `pymerge observe`; or `data: FILE`, samples "
-        "of its task, which are then observed while it is merged",
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +84,8 @@ class _Parser:
         purify = self._steps("purify", len(tasks))
         calibrate = self._steps("calibrate", len(tasks))
         if cls:
-            self._beside(
-                [REGISTRY[spec.method] for spec in purify] + [cls, *(REGISTRY[s.method] for s in calibrate)], tasks
-            )
+            steps = [*(REGISTRY[spec.method] for spec in purify), cls, *(REGISTRY[s.method] for s in calibrate)]
+            check_beside(steps, tasks, self.problems)
         dtype, out_dtype = self._dtype("dtype"), self._dtype("out_dtype")
         patterns = {key: parse_patterns(self.raw.get(key), key, self.problems) for key in ("exclude", "include")}
         matrices = parse_matrices(self.raw.get("spectral"), self.problems)
@@ -242,26 +228,6 @@ class _Parser:
             beside = "" if base is None and cls.base_role == "optional" else " beside the base"
             self.problems.add("models", f"{cls.name} merges {wanted}{beside}, got {len(others)}")
         return (base, *others) if cls.base_role == "first" and base else others
-
-    def _beside(self, steps: Sequence[type[Method]], tasks: Sequence[ModelRef]) -> None:
-        """Fisher information and statistics go with the methods that use them."""
-        for need, (keys, what) in BESIDE.items():
-            users = [step.name for step in steps if need in step.needs]
-            kinds = set()
-            for model in tasks:
-                given = tuple(key for key in keys if getattr(model, key) is not None)
-                kinds.add(given)
-                if users and not given:
-                    self.problems.add("models", f"{users[0]} needs {what.format(model.path)}")
-                elif given and not users:
-                    names = ", ".join(step.name for step in steps)
-                    self.problems.add("models", f"{given[0]} of {model.path}: {names} does not use it")
-            if any(step.sequential for step in steps) and ("statistics",) in kinds:
-                self.problems.add(
-                    "models", f"{users[0]} observes the models while they are merged: data, no statistics"
-                )
-            if len({key for given in kinds for key in given}) > 1:
-                self.problems.add("models", f"{' and '.join(keys)} are given: give one of the two for all models")
 
     def _base_among_the_models(self, cls: type[Combine], base: ModelRef) -> None:
         """A base that is not listed, of a method that subtracts none: one more model, where nothing else is missing."""

@@ -130,6 +130,8 @@ def test_what_is_refused(llama: Any, tmp_path: Path) -> None:
     found = [pymerge.observe(path, [batch]) for path, batch in zip(tuned, batches, strict=True)]
     with pytest.raises(RecipeError, match="observes the models while they are merged: data, no statistics"):
         pymerge.Recipe.from_kwargs(base, tuned, "regmean_plusplus", statistics=found)
+    with pytest.raises(RecipeError, match="regmean_plusplus needs `data: FILE` beside .*task0: samples of its task"):
+        pymerge.Recipe.from_kwargs(base, tuned, "regmean_plusplus")
     with pytest.raises(RecipeError, match="pave and regmean_plusplus take different inputs"):
         pymerge.Recipe.from_kwargs(base, tuned, "regmean_plusplus", data=batches, purify="pave")
 
