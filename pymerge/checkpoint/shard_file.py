@@ -52,7 +52,10 @@ class ShardFile:
         """Fill `view` with what was written from `offset` on."""
         done = 0
         while done < view.nbytes:
-            done += os.preadv(self._fd, [view[done:]], offset + done)
+            got = os.preadv(self._fd, [view[done:]], offset + done)
+            if got == 0:
+                raise OSError(errno.EIO, "the file is shorter than it was made", str(self.path))
+            done += got
 
     def checksum(self, offset: int, nbytes: int) -> int:
         """CRC-32C of the bytes that are in the file now."""

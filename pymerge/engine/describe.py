@@ -75,7 +75,7 @@ def describe_observing(plan: Plan) -> dict[str, int]:
     estimates of operations and of memory."""
     if not plan.observed:
         return {}
-    weights = sum(found.run.checkpoint.nbytes for found in plan.observed)
+    weights = sum(found.run.forwards * found.run.checkpoint.nbytes for found in plan.observed)
     flops = sum(found.flops for found in plan.observed)
     work = {"passes": plan.passes, "bytes_read": plan.passes * weights, "flops": plan.passes * flops}
     return work | observing_bytes(plan.observed)

@@ -60,21 +60,26 @@ class Feed:
 
     def sweep(self, waiting: dict[str, Range], groups: dict[str, Group]) -> Iterator[Range | None]:
         """One pass of all models over their samples."""
+        pending = {item.entry.name for item, _, _ in waiting.values()}
+
+        def paused(run: Any) -> bool:  # waits for what is to come from here
+            return run.settled or run.needs in pending
+
         for run in self.runs:
             run.start(list(waiting), self.arena.changed, self.plan.observing_threads)
-            self.wait(lambda run=run: run.settled)  # one after the other: embeddings are the largest weights of all
+            self.wait(lambda run=run: paused(run))  # one after the other: embeddings are the largest weights of all
         step = 0
-        while waiting and not all(run.ended for run in self.runs):
+        while not all(run.ended or run.needs in pending for run in self.runs):
             self.wait(lambda: len(set(self.out.values())) < IN_WORK)
             for run in self.runs:
                 run.go_on()
-            pending = {item.entry.name for item, _, _ in waiting.values()}
-            self.wait(lambda pending=pending: all(run.settled or run.needs in pending for run in self.runs))
+            self.wait(lambda: all(map(paused, self.runs)))
             step += 1
             for group in dict.fromkeys(groups[module] for module in waiting):
                 if all(module in run.held for run in self.runs for module in group):
                     self.check_join(group, waiting)
                     self.out |= dict.fromkeys(group, step)
+                    pending.difference_update(waiting[module][0].entry.name for module in group)
                     yield from [waiting.pop(module) for module in group]
             yield None
         self.stop()

@@ -32,8 +32,8 @@ class BehindMerged(Observation):
     """Each block runs with the model's weights, which is observed, then with the merged ones, whose outputs go on. What
     is outside of all blocks runs with merged weights alone.
 
-    merged  gives a tensor of the merged model (name in the checkpoint; where it is), None where that has none; and
-            whether it is there. Set before the run is started.
+    is_merged    whether a tensor of the merged model (by its name in the checkpoint) can be read, or will never be
+    read_merged  reads it; None: there is none. Both are set before the run is started.
     """
 
     forwards: ClassVar[int] = 2
@@ -51,11 +51,10 @@ class BehindMerged(Observation):
     def load(self, name: str) -> Tensor:
         if not self.own:
             self.await_merged(name)
-        own = super().load
-        merged = None if self.own else self.read_merged(name)
-        if merged is None:
-            return own(name)
-        return merged.to(getattr(torch, TORCH_NAME[self.checkpoint[name].dtype]))
+            merged = self.read_merged(name)
+            if merged is not None:
+                return merged.to(getattr(torch, TORCH_NAME[self.checkpoint[name].dtype]))
+        return super().load(name)
 
     def await_merged(self, name: str) -> None:
         with self.changed:
