@@ -1,6 +1,6 @@
 """What observing a Llama-3.2-1B-shaped model costs, streamed and in memory, and whether both find the same.
 
-    python benchmarks/bench_observe.py [--layers 16] [--samples 32] [--length 128] [--threads 1] [--skip-memory]
+    python benchmarks/bench_observe.py [--layers 16] [--samples 32] [--length 128] [--threads 1] [--runs streamed]
 
 A checkpoint of 2.5 GB in bfloat16 with random weights (llama_merge.py's shape) and a word-level tokenizer; each run is
 `pymerge observe` on samples of random words, in a process of its own: wall and CPU seconds, peak RSS. The run in memory
@@ -36,11 +36,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--skip-memory", action="store_true", help="no run in memory, which takes 3 times the weights")
+    parser.add_argument("--runs", default=";".join(RUNS), help="of these; figures of the others stay in the report")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "bench_observe")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint for a later run")
     parser.add_argument("--json", type=Path, default=RESULTS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.runs = args.runs.split(";")
+    if unknown := [name for name in args.runs if name not in RUNS]:
+        parser.error(f"unknown: {', '.join(unknown)}; runs: {'; '.join(RUNS)}")
+    return args
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> None:
@@ -99,17 +103,17 @@ def main() -> int:
     config = CONFIG | {"num_hidden_layers": args.layers}
     make_model(root, config)
     write_samples(root / "samples.jsonl", args.samples, args.length)
-    report: dict[str, Any] = {"layers": args.layers, "samples": args.samples, "length": args.length}
-    report |= {"threads": args.threads, **tools.provenance(REPOSITORY), "runs": {}}
+    report: dict[str, Any] = {name: getattr(args, name) for name in ("layers", "samples", "length", "threads")}
+    known = json.loads(args.json.read_text()) if args.json.exists() else {}
+    report["runs"] = known["runs"] if known == report | {"runs": known.get("runs")} else {}
     files = {name: root / f"{name.replace(', ', '-').replace(' ', '-')}.safetensors" for name in RUNS}
-    for name, options in RUNS.items():
-        if name == "in memory" and args.skip_memory:
-            continue
-        report["runs"][name] = found = measure(root / "base", root / "samples.jsonl", files[name], options, args)
+    for name in args.runs:
+        found = measure(root / "base", root / "samples.jsonl", files[name], RUNS[name], args)
+        report["runs"][name] = found | tools.provenance(REPOSITORY)
         print(f"{name:18s} {found['wall']:7.1f} s {found['cpu']:7.1f} CPU s {found['rss'] / 1e9:6.2f} GB", flush=True)
-        if name != "streamed":
-            found["difference"] = difference(files["streamed"], files[name])
-            print(f"{'':18s} streamed differs by {found['difference']:.1e}", flush=True)
+        if name != "streamed" and files["streamed"].exists():
+            wrong = report["runs"][name]["difference"] = difference(files["streamed"], files[name])
+            print(f"{'':18s} streamed differs by {wrong:.1e}", flush=True)
     if not args.keep:
         shutil.rmtree(root)
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,9 @@ from pymerge.methods.regmean import RegMean
 @register("regmean_plusplus")
 @dataclass(frozen=True, kw_only=True)
 class RegMeanPlusPlus(RegMean):
-    """RegMean with X_t the inputs of the layer in block l of model t, fed with what the merged blocks before l make of
-    task t's samples. Embeddings and all else that is no matrix are averaged before.
+    """RegMean behind merged layers: X_t is what a layer of model t sees when merged blocks feed its block.
+
+    They make their hidden states of task t's samples. Embeddings and all else that is no matrix are averaged first.
 
     A block is an entry of a module list (a transformer layer); inside of it the model's own weights are used. Needs
     `data` beside the models: each block runs twice, with the model's weights and with the merged ones.

@@ -86,7 +86,7 @@ class Observation:
         torch.set_num_threads(threads)  # of this thread: others have their own number
         made, collector = self.made, self.collector(modules)
         collector.mask = mask_of(self.batch)
-        try:  # a module's input is observed before its weights are read
+        try:  # an input is summed before the module's weights are read
             with collector, weights_on_demand(made.module, self.load, made.stored), torch.inference_mode():
                 call(made.module, self.batch)
         except (Finished, Stopped):
@@ -169,7 +169,7 @@ class LiveStatistics(Statistics):
     def share_input(self, modules: Sequence[str]) -> bool:
         """Of modules that were not reached: whether they may."""
         if not all(module in self.run.held for module in modules):
-            return all(module in self for module in modules)
+            return len({module in self for module in modules}) == 1
         return len({id(self.run.held[module]) for module in modules}) == 1
 
     def fingerprint(self) -> dict[str, Any]:

@@ -138,7 +138,8 @@ def observe_streamed(
 
         collector = StreamingCollector(made.modules, dtype, found)
         collector.mask = mask_of(one[0])
-        with weights_on_demand(made.module, reader(checkpoint), made.stored), collector, torch.inference_mode():
+        # An input is summed before the module's weights are read.
+        with collector, weights_on_demand(made.module, reader(checkpoint), made.stored), torch.inference_mode():
             with contextlib.suppress(Finished):
                 call(made.module, one[0])
         holders = {made.names[name]: made.names[holder] for name, holder in collector.holders.items()}
