@@ -119,7 +119,8 @@ def main() -> int:
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(report, indent=2) + "\n")
     worst = report["runs"].get("in memory", {}).get("difference", 0.0)
-    return 0 if report["runs"]["streamed"]["rss"] <= WANTED_RSS and worst <= WANTED_DIFFERENCE else 1
+    peak = report["runs"].get("streamed", {}).get("rss", 0)
+    return 0 if peak <= WANTED_RSS and worst <= WANTED_DIFFERENCE else 1
 
 
 if __name__ == "__main__":
