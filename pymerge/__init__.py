@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pymerge.engine.verify import verify
     from pymerge.errors import MergeError
     from pymerge.statistics import Statistics, observe, open_statistics
+    from pymerge.tuning import search
 
 __all__ = [
     "Checkpoint",
@@ -35,6 +36,7 @@ __all__ = [
     "open_statistics",
     "ops",
     "plan_merge",
+    "search",
     "verify",
 ]
 
@@ -49,6 +51,7 @@ _HOME = {
     "open_statistics": "pymerge.statistics",
     "open_checkpoint": "pymerge.checkpoint",
     "plan_merge": "pymerge.engine.local",
+    "search": "pymerge.tuning",
     "verify": "pymerge.engine.verify",
 }
 

@@ -85,6 +85,12 @@ class OutputError(MergeError):
     exit_code = 5
 
 
+class EvaluationError(MergeError):
+    """The evaluation of a search failed, or did not give a finite number."""
+
+    exit_code = 6
+
+
 class Interrupted(MergeError):
     """Stopped by a signal; the work done so far is kept and can be resumed. exit_code is 128 + signal."""
 

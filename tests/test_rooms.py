@@ -22,10 +22,11 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"methods", "align", "statistics", "errors"},
     "engine": BELOW_ENGINE | {"version", "_C"},
     "report": BELOW_REPORT | {"version"},
+    "tuning": BELOW_REPORT | {"version"},
     "integrations": BELOW_REPORT | {"version"},
     "runtime": {"errors"},
     "demo": {"public"},
-    "cli": BELOW_REPORT | {"report", "integrations", "demo", "version", "public"},
+    "cli": BELOW_REPORT | {"report", "integrations", "tuning", "demo", "version", "public"},
     "__main__": {"cli"},
 }
 # Names of `from pymerge import name` and `import pymerge`: the public API; a room by that name counts as the room.

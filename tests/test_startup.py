@@ -43,7 +43,9 @@ def test_public_names_are_light_until_used():
     assert imported_after("import pymerge; dir(pymerge); pymerge.methods.describe('ties'); pymerge.Recipe") == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["demo", "--help"], ["methods"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["merge", "--help"], ["demo", "--help"], ["search", "--help"], ["methods"]], ids=" ".join
+)
 def test_commands_that_only_answer_are_light(arguments):
     assert imported_after(command(*arguments)) == []
 

@@ -57,6 +57,8 @@ class Entry:
     split: tuple[int, tuple[int, ...]] | None = None  # merged in parts: the dimension, and the sizes along it
     join: tuple[int, int] | None = None  # merged with other matrices as one: number of the group, place in it
     equal_to: tuple[AnyTensor, ...] = ()  # integer buffers: must hold the same bytes
+    subtracts: bool = True  # False: tuned is an update already, the base is only added to it
+    adds: bool = True  # False: the output is the update, to which no base is added
 
     @property
     def merged(self) -> bool:

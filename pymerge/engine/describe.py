@@ -75,9 +75,10 @@ def describe_observing(plan: Plan) -> dict[str, int]:
     estimates of operations and of memory."""
     if not plan.observed:
         return {}
+    passes = max((1 + item.survey_reads for item in plan.items if item.entry.inputs), default=0)
     weights = sum(found.run.forwards * found.run.checkpoint.nbytes for found in plan.observed)
     flops = sum(found.flops for found in plan.observed)
-    work = {"passes": plan.passes, "bytes_read": plan.passes * weights, "flops": plan.passes * flops}
+    work = {"passes": passes, "bytes_read": passes * weights, "flops": passes * flops}
     return work | observing_bytes(plan.observed)
 
 

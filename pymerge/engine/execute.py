@@ -83,6 +83,12 @@ class Piece:
             rule=self.item.rule or IDENTITY,
         )
 
+    def merge_into(self, out: tuple[int, str], params: _C.DeltaParams) -> list[int]:
+        """Merges by an answered rule; counts of entries that are not finite, as `_C.delta_merge` returns them."""
+        tile, entry = self.tile, self.item.entry
+        subtracted, added = (tile.base if used else None for used in (entry.subtracts, entry.adds))
+        return _C.delta_merge(subtracted, tile.tuned, added, out, self.count, self.first, params)
+
 
 class Executor:
     """One run of a plan into a sink."""
@@ -303,8 +309,7 @@ class Executor:
             self.copy(piece)
         else:
             assert params is not None
-            tile = piece.tile
-            bad = _C.delta_merge(tile.base, tile.tuned, tile.base, piece.out, piece.count, piece.first, params)
+            bad = piece.merge_into(piece.out, params)
             if any(bad):
                 settle_non_finite(self.plan.recipe, piece, bad, params)
         return segment_of(piece)

@@ -125,6 +125,8 @@ class Feed:
                     raise InputError(f"{', '.join(lacking)}: does not run {safe_name(module)}, the other models do")
         if waiting:
             names = [safe_name(item.entry.name) for item, _, _ in waiting.values()]
+            if not all(item.entry.adds for item, _, _ in waiting.values()):  # at what scale they go is planned
+                raise InputError(f"their modules do not run: {shortened(names)}: exclude them to search over the scale")
             note = f"matrices of modules that do not run, merged without inputs: {len(names)}: {shortened(names)}"
             if note not in self.plan.notes:
                 self.plan.notes.append(note)

@@ -60,12 +60,12 @@ def use_threads(count: int) -> None:
         _here.count = count
 
 
-def merge_group(steps: Steps, group: TaskGroup, rule: DeltaRule | None) -> Tensor:
+def merge_group(steps: Steps, group: TaskGroup, rule: DeltaRule | None, adds: bool) -> Tensor:
     """The merged weight, float32. rule: of the element-wise steps up to combine, behind those that are no rule;
-    model-wide questions are answered."""
-    base = group.base
+    model-wide questions are answered. adds: whether the base is added; False: the merged update."""
+    base = group.base if adds else None
     if rule is not None and not rule_part(steps)[0] and not steps.calibrate:
-        return merge_by_rule(rule, base, group.tuned, add=base)
+        return merge_by_rule(rule, group.base, group.tuned, add=base)
     if rule is not None:
         seen = purified(rule_part(steps)[0], group)
         update = merge_by_rule(rule, seen.base, seen.tuned)
@@ -114,14 +114,14 @@ def combined(steps: Steps, group: TaskGroup) -> Tensor:
 
 
 def merge_parts(
-    steps: Steps, group: TaskGroup, rule: DeltaRule | None, split: tuple[int, tuple[int, ...]] | None
+    steps: Steps, group: TaskGroup, rule: DeltaRule | None, split: tuple[int, tuple[int, ...]] | None, adds: bool
 ) -> Tensor:
     """As merge_group; a matrix with a split is merged part by part."""
     if split is None:
-        return merge_group(steps, group, rule)
+        return merge_group(steps, group, rule, adds)
     merged, facts = [], []
     for part in parts_of(group, split):
-        merged.append(merge_group(steps, part, rule))
+        merged.append(merge_group(steps, part, rule, adds))
         facts.append(part.notes.facts)
     group.notes.facts["parts"] = facts
     return torch.cat(merged, split[0])
@@ -154,7 +154,7 @@ def merge_generic(
     loaded = [load(plan, piece, device) for piece in pieces]
     group = group_of(plan, pieces, loaded)
     try:
-        merged = merge_parts(steps, group, rule, entry.split)
+        merged = merge_parts(steps, group, rule, entry.split, entry.adds)
     except NumericError as error:
         raise NumericError(f"{safe_name(entry.name)}: {error}") from error
     facts = dict(group.notes.facts)

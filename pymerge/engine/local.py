@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint
 from pymerge.checkpoint.card import write_card
 from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
+from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
@@ -97,15 +98,24 @@ def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
         return planned(recipe, inputs, options)
 
 
-def planned(recipe: Recipe, inputs: Inputs, options: Options) -> Plan:
+def planned(
+    recipe: Recipe,
+    inputs: Inputs,
+    options: Options,
+    change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
+) -> Plan:
     if issubclass(recipe.combine_class, Emr) and any(found.live for found in inputs.statistics):
         raise RecipeError("emr reads the models again for each task's mask: observe them first (statistics:, no data:)")
-    return make_plan(recipe, inputs.base, inputs.models, inputs.labels, options, inputs.fisher, inputs.statistics)
+    models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
+    return make_plan(recipe, inputs.base, *models, options, *beside, change)
 
 
-def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = None) -> dict[str, Any]:
+def merge_to_disk(
+    recipe: Recipe, out: str | Path, options: Options | None = None, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Merges into the folder `out`, which appears complete or not at all. Returns the summary written to merge.json.
 
+    extra  goes into the summary.
     Raises a MergeError: before anything is computed for what headers and recipe tell; Interrupted after a signal, when
     the same call resumes."""
     options, out, started = options or Options(), Path(out), time.monotonic()
@@ -116,21 +126,37 @@ def merge_to_disk(recipe: Recipe, out: str | Path, options: Options | None = Non
         plan = planned(recipe, inputs, options)
         if issubclass(recipe.combine_class, Emr) and recipe.fused.joins:
             raise RecipeError("emr writes each task's mask tensor by tensor: no join")
-        staged = StagedOutput(
-            out,
-            plan.layout,
-            identity(recipe, inputs, options, plan),
-            overwrite=options.overwrite,
-            resume=options.resume,
-            inputs=inputs.all,
-        )
-        stack.enter_context(staged)  # whatever fails from here on lets go of the staging folder
+
+        def side_files(folder: Path, executor: Executor, summary: dict[str, Any]) -> None:
+            summary |= extra or {}
+            write_side_files(folder, recipe, inputs, executor, summary)
+
+        same = identity(recipe, inputs, options, plan)
+        return write_folder(out, plan, inputs, options, same, side_files, started=started)
+
+
+def write_folder(
+    out: Path,
+    plan: Plan,
+    inputs: Inputs,
+    options: Options,
+    same: dict[str, Any],
+    side_files: Callable[[Path, Executor, dict[str, Any]], None],
+    *,
+    started: float,
+) -> dict[str, Any]:
+    """Runs a plan into a folder. Returns the summary, as `side_files`, which gets the staging folder, leaves it.
+
+    same     what must be equal for an interrupted run to be continued
+    started  on time.monotonic's clock"""
+    staged = StagedOutput(out, plan.layout, same, overwrite=options.overwrite, resume=options.resume, inputs=inputs.all)
+    with staged:  # whatever fails from here on lets go of the staging folder
         executor = run_staged(plan, staged, options)
         inputs.check_unchanged()
         seconds = time.monotonic() - started
         checksums, facts = staged.checksums(), staged.facts()
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory())
-        staged.commit(lambda folder: write_side_files(folder, recipe, inputs, executor, summary))
+        staged.commit(lambda folder: side_files(folder, executor, summary))
     return summary
 
 
@@ -203,6 +229,10 @@ def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, executor: Exe
     summary["side_files"] = copied["copied"] + extra_files(folder, recipe, inputs, executor)
     summary["notes"] += copied["notes"]
     write_card(folder, recipe, summary)
+    write_summary(folder, summary)
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     (folder / "merge.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
 
 

@@ -81,9 +81,7 @@ def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 def in_float32(piece: Piece, params: _C.DeltaParams) -> memoryview[float]:
     """The piece's result before rounding, float32."""
     buffer = memoryview(bytearray(4 * piece.count))
-    tile = piece.tile
-    out = (address_of(buffer), "F32")
-    _C.delta_merge(tile.base, tile.tuned, tile.base, out, piece.count, piece.first, params)
+    piece.merge_into((address_of(buffer), "F32"), params)
     return buffer.cast("f")
 
 

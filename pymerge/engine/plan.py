@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard
 
@@ -171,11 +171,6 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         return sum(item.read_bytes * (1 + item.survey_reads) for item in self.items)
-
-    @property
-    def passes(self) -> int:
-        """How often the models run over their samples."""
-        return max((1 + item.survey_reads for item in self.items if item.entry.inputs), default=0)
 
     @property
     def write_bytes(self) -> int:
@@ -361,9 +356,13 @@ def make_plan(
     options: Options,
     fisher: Sequence[Checkpoint] = (),
     statistics: Sequence[Statistics] = (),
+    change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
-    """Check everything that headers tell, then plan. Raises one error with all problems."""
+    """Check everything that headers tell, then plan. Raises one error with all problems.
+
+    change  makes other entries of those that the recipe asks for (`engine.scaled`)"""
     entries, notes = check(recipe, base, models, labels, fisher, statistics)
+    entries = change(entries) if change is not None else entries
     live: Any = tuple(found for found in statistics if found.live)
     planner = Planner(recipe, options, sum(observing_bytes(live).values()))
     items = planner.items(entries)

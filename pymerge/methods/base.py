@@ -204,7 +204,10 @@ class Purify(Method):
 
 
 class Combine(Method):
-    """T task tensors in, one merged update out."""
+    """T task tensors in, one merged update out.
+
+    A field called `scale` multiplies the update, last of all and in float32: an update at scale 1 serves every scale.
+    """
 
     step = "combine"
     # "first": the base is the first of the models; "optional": with a base the method merges task vectors, without one
@@ -220,6 +223,10 @@ class Combine(Method):
     def combine(self, group: TaskGroup) -> Tensor:
         """Merged update, float32: what is added to the base, or the merged weight where none is subtracted."""
         raise NotImplementedError
+
+    def factor_of(self, name: str, observed: bool) -> float:
+        """What `scale` multiplies the update of this tensor by. observed: there are statistics of its layer."""
+        return getattr(self, "scale", 1.0)
 
 
 class MatrixCombine(Combine):

@@ -33,15 +33,15 @@ class Cart(MatrixCombine):
 
         tasks = len(group.tuned)
         average = sp.sum_of_deltas(group.base, group.tuned, divisor=tasks)
-        merged = average * self.scale
+        merged = average.clone()
         kept = min(merged.shape) and max(1, int(self.rho * min(merged.shape)))
         shares = []
         for t in range(tasks if kept else 0):
             found = truncated_svd(group.delta(t).sub_(average), kept)
-            merged.addmm_(found.U * (found.S * (self.c * self.scale)), found.Vh)
+            merged.addmm_(found.U * (found.S * self.c), found.Vh)
             shares.append(float(found.info.captured))
         group.notes.facts |= {"rank": kept, "captured": shares}
-        return merged
+        return merged.mul_(self.scale)
 
     def workspace(self, info: TensorInfo) -> int:
         """The average, a difference, singular vectors, Gram matrix and what its eigensolver takes in float64."""

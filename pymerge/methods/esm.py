@@ -127,6 +127,9 @@ class Esm(SurveyedCombine, MatrixCombine):  # pyright: ignore[reportIncompatible
         how: Rest = "base" if not settings.vision and _UNMERGED.search(name) else "mean"
         return how, self.scale if settings.scale_all else 1.0
 
+    def factor_of(self, name: str, observed: bool) -> float:
+        return self.scale if observed or self.settings(name).scale_all else 1.0
+
     def update(self, group: TaskGroup) -> Tensor:
         """The merged update before the layer's factor and `scale`, float32 [m, n]."""
         from pymerge.methods import _esm
@@ -179,9 +182,7 @@ class EsmMerge(Combine):
         update = self.method.update(group)
         factor = self.factors.get(name, 1.0)
         group.notes.facts["layer_factor"] = factor
-        if group.inputs is not None or self.method.settings(name).scale_all:
-            factor *= self.method.scale
-        return update.mul_(factor)
+        return update.mul_(factor).mul_(self.method.factor_of(name, group.inputs is not None))
 
     def workspace(self, info: TensorInfo) -> int:
         return esm_bytes(info)

@@ -39,7 +39,7 @@ class IsoC(MatrixCombine):
         mean, rank = float(mean_singular_value(found.factor, total)), int(found.rank)
         group.notes.facts |= {"rank": rank, "mean_singular_value": mean, "condition": float(found.condition)}
         group.notes.basis = lambda: sp.directions_of_sum(base, tuned, rank)
-        return found.factor.mul_(mean * self.scale)
+        return found.factor.mul_(mean).mul_(self.scale)
 
     def workspace(self, info: TensorInfo) -> int:
         """The sum, a float64 product in blocks, Gram matrix and what is inverted in float64."""

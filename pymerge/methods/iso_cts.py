@@ -59,12 +59,12 @@ class IsoCTS(MatrixCombine):
         facts["mean_singular_value"] = mean = (common.values + sum(sp.sum64(p.s) for p in parts)) / max(1, r)
         if not any(len(p.s) for p in parts):
             group.notes.basis = lambda: sp.directions_of_sum(base, tuned, rank)
-            return common.product.mul_(mean * self.scale)
+            return common.product.mul_(mean).mul_(self.scale)
         left, right, stack_tol = cs.stacks(parts, released)
         merged, condition = cs.stacked_product(common, left.factor, right, stack_tol)
         facts["condition"] = [float(left.condition), condition]
         group.notes.basis = lambda: cs.stacked_directions(base, tuned, rank, left.factor, right, stack_tol)
-        return merged.mul_(mean * self.scale)
+        return merged.mul_(mean).mul_(self.scale)
 
     def workspace(self, info: TensorInfo) -> int:
         """The sum and its polar factor, a task vector, a product of that size; Gram matrix and inverses in float64."""

@@ -59,7 +59,7 @@ class RegMean(MatrixCombine):
 
         if group.inputs is None:
             group.notes.facts["regmean"] = "mean: no statistics"
-            return _mean(group).mul_(self.scale).float()
+            return _mean(group).float().mul_(self.scale)
         m, n = group.tuned[0].shape
         total = torch.zeros(n, n, dtype=torch.float64, device=group.tuned[0].device)
         weighted = total.new_zeros(m, n)
@@ -68,7 +68,7 @@ class RegMean(MatrixCombine):
             weighted.addmm_(group.delta(task).double(), gram)
             total += gram
             del gram
-        return self._solved(total, weighted, group).mul_(self.scale).float()
+        return self._solved(total, weighted, group).float().mul_(self.scale)
 
     def _solved(self, total: Tensor, weighted: Tensor, group: TaskGroup) -> Tensor:
         """weighted total^-1 [m, n], float64; both are overwritten."""

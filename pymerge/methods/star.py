@@ -43,11 +43,11 @@ class Star(MatrixCombine):
             ranks[t] = 1 + int((partial < self.eta / 100 * norm).sum())
             found = truncated_svd(delta, ranks[t])
             shares[t] = sp.sum64(found.S) / norm
-            merged.addmm_(found.U * (found.S * (self.scale / (tasks * shares[t]))), found.Vh)
+            merged.addmm_(found.U * (found.S / (tasks * shares[t])), found.Vh)
         group.notes.facts |= {"ranks": ranks, "nuclear_shares": shares}
         if 0 in ranks:
             group.notes.facts["skipped_tasks"] = [t for t in range(tasks) if not ranks[t]]
-        return merged
+        return merged.mul_(self.scale)
 
     def workspace(self, info: TensorInfo) -> int:
         """A task vector, singular vectors, Gram matrix and eigenvectors in float64."""

@@ -52,7 +52,7 @@ class TsvM(MatrixCombine):
         sp.note_ranks(group, parts)
         group.notes.facts["mean_singular_value"] = sp.sum64(values) / (count * tasks)
         group.notes.facts["condition"] = [float(left.condition), float(right.condition)]
-        return (left.factor * (values * self.scale)) @ right.factor.mT
+        return ((left.factor * values) @ right.factor.mT).mul_(self.scale)
 
     def workspace(self, info: TensorInfo) -> int:
         """A task vector; both stacks and their factors; Gram matrix and eigenvectors in float64, and a polar factor's

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pymerge
+from pymerge.engine.scaled import why_merged_anew
 from pymerge.errors import InputError, RecipeError
 from pymerge.methods.regmean import RegMean
 from tests.methods.moments import group_of
@@ -134,6 +135,12 @@ def test_what_is_refused(llama: Any, tmp_path: Path) -> None:
         pymerge.Recipe.from_kwargs(base, tuned, "regmean_plusplus")
     with pytest.raises(RecipeError, match="pave and regmean_plusplus take different inputs"):
         pymerge.Recipe.from_kwargs(base, tuned, "regmean_plusplus", data=batches, purify="pave")
+
+
+def test_a_search_over_the_scale_merges_anew(llama: Any) -> None:
+    base, tuned, batches = llama
+    found = pymerge.Recipe.from_kwargs(base, tuned, "regmean_plusplus", data=batches)
+    assert "observes layers behind those that are merged at that scale" in why_merged_anew(found)
 
 
 def test_blocks_that_run_twice_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 import pymerge
 from pymerge.engine.plan import Options
+from pymerge.engine.scaled import merge_scaled, merge_update
 from pymerge.errors import InputError, Interrupted, MergeError, NonFinite, OutputError, RecipeError
 from tests.models import interrupted_after, read_model, same
 
@@ -129,6 +130,16 @@ def test_layers_that_never_run_are_merged_without_inputs(tmp_path: Path) -> None
     pymerge.merge(base, tuned, method="regmean", statistics=found, out=tmp_path / "two")
     close(tmp_path / "one", tmp_path / "two")
     assert "matrices without statistics of their input: 1: bert.pooler.dense.weight" in str(ran["notes"])
+
+
+def test_an_update_serves_all_scales(llama: Models, tmp_path: Path) -> None:
+    base, tuned = llama
+    recipe = pymerge.Recipe.from_kwargs(base, tuned, "esm", data=batches(), scale=0.3)
+    once = pymerge.Recipe.from_kwargs(base, tuned, "esm", data=batches(), scale=1.0)
+    merge_update(once, tmp_path / "update")
+    merge_scaled(recipe, tmp_path / "update", tmp_path / "scaled")
+    recipe.run(tmp_path / "merged")
+    assert same(read_model(tmp_path / "scaled"), read_model(tmp_path / "merged"))
 
 
 @pytest.mark.parametrize("name", ["esm", "pave + ties over the model"])

@@ -1,0 +1,142 @@
+"""search.json: every try as soon as it is known, so that an interrupted search goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pymerge.checkpoint.journal import differences, normal_form
+from pymerge.errors import OutputError
+from pymerge.version import __version__
+
+FORMAT = 1
+FILE = "search.json"
+OURS = (f"{FILE}*", "curve.png", "update-*", "try-*")
+
+How = Literal["scaled", "merged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Try:
+    """One value and what it scored.
+
+    number  from 1, in the order of trying
+    score   the mean over tasks, or the number that the evaluation gave
+    tasks   score by task; {} where the evaluation gave one number
+    how     scaled: the update, merged once, times the scale; merged: a merge of its own
+    """
+
+    number: int
+    values: Mapping[str, float]
+    score: float
+    tasks: Mapping[str, float]
+    how: How
+    merge_seconds: float
+    evaluate_seconds: float
+
+
+@dataclass
+class Record:
+    """The state of a search in its work folder.
+
+    identity  what a score depends on beside the values
+    updates   seconds of each update that was merged for several scales, with the recipe's digest
+    failure   why the last run stopped, with the traceback
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    tries: list[Try] = field(default_factory=list)
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    failure: str = ""
+
+    def of(self, values: Mapping[str, float]) -> Try | None:
+        return next((one for one in self.tries if one.values == values), None)
+
+    def best(self, minimize: bool) -> Try | None:
+        """The first of the best."""
+        if not self.tries:
+            return None
+        return (min if minimize else max)(self.tries, key=lambda one: one.score)
+
+    def save(self, **more: Any) -> None:
+        """Replaces the file in one step; more: goes into it."""
+        plain = {
+            "format": FORMAT,
+            "pymerge": __version__,
+            "identity": self.identity,
+            "tries": [asdict(one) for one in self.tries],
+            "updates": self.updates,
+            "failure": self.failure,
+        }
+        new = self.folder / f"{FILE}.new"
+        with open(new, "w") as file:
+            json.dump(plain | more, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.folder / FILE)
+
+    def clear(self, pattern: str, keep: str = "") -> None:
+        """Deletes what matches in the work folder, but for names that begin with `keep`."""
+        for path in self.folder.glob(pattern):
+            if not (keep and path.name.startswith(keep)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def opened(folder: Path, identity: dict[str, Any], *, restart: bool) -> Iterator[Record]:
+    """The record in `folder`, which nobody else may use meanwhile: continued, or new.
+
+    Raises   OutputError: another search is in the folder (it says in what they differ), other files are, or another
+             process works there."""
+    if folder.is_dir() and os.listdir(folder) and not any(any(folder.glob(pattern)) for pattern in OURS):
+        raise OutputError(f"{folder}: holds files that are not of a search: choose another --work folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{folder}: another search works there now: wait for it, or choose another --work folder"
+            ) from None
+        record = Record(folder, normal_form(identity))
+        if restart:
+            for pattern in OURS:
+                record.clear(pattern)
+        _read(record)
+        record.save()
+        yield record
+    finally:
+        os.close(lock)
+
+
+def _read(record: Record) -> None:
+    """Fills in what an earlier run of the same search has left."""
+    path = record.folder / FILE
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text())
+        tries = [Try(**one) for one in found["tries"]]
+        identity, record.updates = found["identity"], found["updates"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise OutputError(
+            f"{path}: is no record of a search ({e}): --restart begins anew, or choose another --work"
+        ) from e
+    changes = differences(identity, record.identity)
+    if changes:
+        more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+        raise OutputError(
+            f"{path}: holds {len(tries)} tries of another search: {'; '.join(changes[:5])}{more}. --restart begins "
+            "anew, --work FOLDER keeps both"
+        )
+    record.tries = tries
