@@ -10,6 +10,7 @@ BELOW_RECIPE = {"methods", "align", "statistics", "checkpoint", "linalg", "ops",
 BELOW_ENGINE = BELOW_RECIPE | {"recipe"}
 BELOW_REPORT = BELOW_ENGINE | {"engine"}
 # `version` is a leaf like `errors`: a string. `_C` is the native host module: buffers, checksums, files.
+# `runtime` loads models and finds their layers as `statistics` does.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
@@ -24,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": BELOW_REPORT | {"version"},
     "tuning": BELOW_REPORT | {"version"},
     "integrations": BELOW_REPORT | {"version"},
-    "runtime": {"errors"},
+    "runtime": {"errors", "statistics"},
     "demo": {"public"},
     "cli": BELOW_REPORT | {"report", "integrations", "tuning", "demo", "version", "public"},
     "__main__": {"cli"},

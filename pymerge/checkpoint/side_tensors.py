@@ -15,11 +15,14 @@ class SideTensors:
     """Allocates the file at its full size and writes its header; `write` then puts bytes of a tensor in their place.
 
     entries   (name, safetensors dtype, shape)
-    Raises    OSError. As a context manager it syncs and closes the file."""
+    checksum  CRC-32C of the whole file, as it is read back, once the file is closed
+    Raises    OSError. As a context manager it syncs and closes the file. `write` may be called by several threads."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
         layout = plan_layout(entries, 1 << 62, metadata)
         self._slots = layout.slots
+        self._size = layout.shards[0].size
+        self.checksum = 0
         self._file = ShardFile(path.parent, replace(layout.shards[0], file=path.name), create=True)
 
     def write(self, name: str, start: int, view: memoryview) -> None:
@@ -36,5 +39,6 @@ class SideTensors:
         try:
             if kind is None:
                 self._file.sync()
+                self.checksum = self._file.checksum(0, self._size)
         finally:
             self._file.close()

@@ -24,7 +24,6 @@ from pymerge.engine.sink import Sink
 from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
 from pymerge.errors import InputError, Interrupted
 from pymerge.methods.base import Combine, ElementWiseCombine, Purify, TensorInfo, chain_rule
-from pymerge.methods.emr import Emr
 from pymerge.ops.delta_rule import DeltaRule, resolve
 from pymerge.ops.native import delta_params
 from pymerge.recipe import Steps
@@ -129,10 +128,10 @@ class Executor:
             self.arena.discard()
 
     def needed(self, items: Sequence[Item]) -> bool:
-        """Whether the answer for these items is still asked for: by what is left to do, or, later, by EMR's masks."""
+        """Whether the answer for these items is still asked for: by what is left to do, or by a file beside."""
         return any(
             (item.count and not self.is_done(item, item.first, item.count))
-            or (item.entry.steps is not None and isinstance(item.entry.steps.combine, Emr))
+            or (item.entry.steps is not None and bool(item.entry.steps.combine.beside))
             for item in items
         )
 

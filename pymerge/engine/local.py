@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint
 from pymerge.checkpoint.card import write_card
 from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
+from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
-from pymerge.errors import Interrupted, MergeError, RecipeError
-from pymerge.methods.emr import Emr
+from pymerge.errors import Interrupted, MergeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.version import __version__
 
@@ -104,10 +104,8 @@ def planned(
     options: Options,
     change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
-    if issubclass(recipe.combine_class, Emr) and any(found.live for found in inputs.statistics):
-        raise RecipeError("emr reads the models again for each task's mask: observe them first (statistics:, no data:)")
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
-    return make_plan(recipe, inputs.base, *models, options, *beside, change)
+    return check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change))
 
 
 def merge_to_disk(
@@ -124,8 +122,6 @@ def merge_to_disk(
         check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan_side_files(inputs.reference)  # refuses now what could not be copied at the end
         plan = planned(recipe, inputs, options)
-        if issubclass(recipe.combine_class, Emr) and recipe.fused.joins:
-            raise RecipeError("emr writes each task's mask tensor by tensor: no join")
 
         def side_files(folder: Path, executor: Executor, summary: dict[str, Any]) -> None:
             summary |= extra or {}
@@ -226,7 +222,9 @@ def peak_memory() -> int:
 def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, executor: Executor, summary: dict[str, Any]) -> None:
     """Everything beside the weights, into the staging folder."""
     copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype)
-    summary["side_files"] = copied["copied"] + extra_files(folder, recipe, inputs, executor)
+    beside = extra_files(folder, recipe, inputs, executor)
+    summary["side_files"] = [*copied["copied"], *beside]
+    summary["side_checksums"] = {name: f"{crc:08x}" for name, crc in beside.items()}
     summary["notes"] += copied["notes"]
     write_card(folder, recipe, summary)
     write_summary(folder, summary)
@@ -236,17 +234,16 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     (folder / "merge.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
 
 
-def extra_files(folder: Path, recipe: Recipe, inputs: Inputs, executor: Executor) -> list[str]:
-    """Writes the files that the method leaves beside the weights; their names. An interruption loses only these."""
-    if not issubclass(recipe.combine_class, Emr):
-        return []
-    from pymerge.engine.masks import write_masks  # imports torch
-
+def extra_files(folder: Path, recipe: Recipe, inputs: Inputs, executor: Executor) -> dict[str, int]:
+    """Writes the files that the method leaves beside the weights; their checksums. An interruption loses only these."""
+    what = recipe.combine_class.beside
+    if not what:
+        return {}
     try:
-        written = write_masks(folder, executor.plan, executor.steps_of)
+        written = write_beside(folder, executor)
     except KeyboardInterrupt:
         raise Interrupted(
-            "stopped while the masks were written; the merged weights are kept: the same command continues",
+            f"stopped while the {what} were written; the merged weights are kept: the same command continues",
             signal.SIGINT,
         ) from None
     inputs.check_unchanged()

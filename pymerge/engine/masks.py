@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,20 +22,22 @@ SCALES = "emr.scales"  # the tensor with a scale for each task, float64
 CHUNK = 1 << 20  # entries read at once; all of a tensor where a purify step must see it
 
 
-def write_masks(folder: Path, plan: Plan, steps_of: Callable[[Item], Steps]) -> list[str]:
-    """Writes the masks of all tensors merged by EMR into the folder. Returns the names of the files written.
+def write_masks(
+    folder: Path, plan: Plan, steps_of: Callable[[Item], Steps], metadata: Mapping[str, str]
+) -> dict[str, int]:
+    """Writes the masks of all tensors merged by EMR into the folder. Returns the checksum of each file written.
 
     steps_of  the steps that an item was merged by, their questions answered
+    metadata  of the file: the models' names
 
     Memory   T + 1 tensors of CHUNK entries; with purify steps what the plan says of the largest tensor"""
     items = [i for i in plan.items if i.mode == "generic" and i.entry.steps and isinstance(i.entry.steps.combine, Emr)]
     if not items:
-        return []
+        return {}
     tasks = len(items[0].entry.tuned)
     entries = [(i.entry.name, "U8", (tasks, -(-i.count // 8))) for i in items]
-    labels = json.dumps([model.path for model in plan.recipe.models])
     deltas, used = ([[] for _ in range(tasks)] for _ in range(2))
-    with SideTensors(folder / MASKS, [(SCALES, "F64", (tasks,)), *entries], {"tasks": labels}) as file:
+    with SideTensors(folder / MASKS, [(SCALES, "F64", (tasks,)), *entries], metadata) as file:
         for item in items:
             sums = write_item(file, plan, item, steps_of(item))
             for t in range(tasks):
@@ -44,7 +45,7 @@ def write_masks(folder: Path, plan: Plan, steps_of: Callable[[Item], Steps]) -> 
                 used[t].append(sums[1][t] / max(1, item.count))
         scales = [math.fsum(d) / math.fsum(u) if math.fsum(u) else 0.0 for d, u in zip(deltas, used, strict=True)]
         file.write(SCALES, 0, torch.tensor(scales, dtype=torch.float64).view(torch.uint8).numpy().data)
-    return [MASKS]
+    return {MASKS: file.checksum}
 
 
 def write_item(file: SideTensors, plan: Plan, item: Item, steps: Steps) -> tuple[list[float], list[float]]:

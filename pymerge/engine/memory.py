@@ -17,7 +17,6 @@ from pymerge.engine.local import open_inputs, planned
 from pymerge.engine.plan import Options
 from pymerge.engine.progress import make_progress
 from pymerge.errors import InputError, RecipeError
-from pymerge.methods.emr import Emr
 from pymerge.recipe import Recipe
 
 
@@ -48,8 +47,10 @@ class MemorySink:
 def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
     """A new state dict on the CPU, or a new module where modules came in. The recipe's models are not touched."""
     options = options or Options()
-    if issubclass(recipe.combine_class, Emr):
-        raise RecipeError("emr leaves masks beside the merged model: give folders, and out= for the result")
+    if what := recipe.combine_class.beside:
+        raise RecipeError(
+            f"{recipe.method} leaves {what} beside the merged model: give folders, and out= for the result"
+        )
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
         plan = planned(recipe, inputs, options)

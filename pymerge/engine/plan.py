@@ -165,6 +165,7 @@ class Plan:
     questions: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # likewise, of combine steps that are no rule
     purify_questions: tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...] = ()  # of purify steps: their matrices
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
+    at_once: int = 1  # generic items that are worked on side by side
     observed: tuple[LiveStatistics, ...] = ()  # of the models that run over their samples during the merge
     observing_threads: int = 1  # numeric threads of one model's run, likewise
 
@@ -388,6 +389,7 @@ def make_plan(
         arena_bytes=planner.arena_bytes,
         notes=notes,
         item_threads=options.thread_count // at_once,
+        at_once=at_once,
         observed=live,
         observing_threads=max(1, options.thread_count // max(1, len(live))),
         surveys=tuple(groups.values()),

@@ -35,6 +35,8 @@ def why_merged_anew(recipe: Recipe) -> str:
     """Why the recipe at another scale is another merge; "" where one update serves all scales."""
     if "scale" not in params_of(recipe.combine_class):
         return f"{recipe.method} has no scale"
+    if recipe.combine_class.beside:
+        return f"the {recipe.combine_class.beside} beside the weights are of one scale"
     if recipe.calibrate:
         return f"{recipe.calibrate[0].method} comes behind the scale"
     if recipe.sequential:

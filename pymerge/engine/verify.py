@@ -16,7 +16,7 @@ CHUNK = 8 << 20  # bytes read at a time
 
 
 def verify(folder: str | Path, *, load: bool = False) -> dict[str, Any]:
-    """Reads every tensor of a merged model again and compares it with merge.json.
+    """Reads every tensor of a merged model, and what the method left beside them, again and compares with merge.json.
 
     load     also load the model with transformers (AutoModel), on the CPU
     Returns  {"tensors", "bytes"}
@@ -41,8 +41,13 @@ def verify(folder: str | Path, *, load: bool = False) -> dict[str, Any]:
             elif bad and finite:
                 problems.append(f"{safe_name(name)}: {bad} NaN or Inf")
         count = len(checkpoint)
+    for name, crc in summary.get("side_checksums", {}).items():
+        size, problem = scan_file(folder / name, crc, block.view, block.address)
+        total += size
+        problems += [f"{name}: {problem}"] if problem else []
     if problems:
-        raise CorruptFile(f"{folder}: {len(problems)} tensor(s) are not what was written:\n" + "\n".join(problems[:20]))
+        what = "tensor(s) or file(s) are not what was written"
+        raise CorruptFile(f"{folder}: {len(problems)} {what}:\n" + "\n".join(problems[:20]))
     if load:
         load_with_transformers(folder)
     return {"tensors": count, "bytes": total}
@@ -58,6 +63,17 @@ def scan(tensor: AnyTensor, view: memoryview, address: int) -> tuple[int, int]:
         if tensor.dtype in FLOATS:
             bad += _C.count_nonfinite((address, tensor.dtype), size // ITEMSIZE[tensor.dtype])[0]
     return crc, bad
+
+
+def scan_file(path: Path, wanted: str, view: memoryview, address: int) -> tuple[int, str]:
+    """(bytes, what is wrong with it) of a file beside the weights, read in chunks."""
+    if not path.is_file():
+        return 0, "missing"
+    crc = total = 0
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(view):
+            crc, total = _C.crc32c((address, size), crc), total + size
+    return total, "" if f"{crc:08x}" == wanted else f"checksum {crc:08x}, written was {wanted}"
 
 
 def load_with_transformers(folder: Path) -> None:

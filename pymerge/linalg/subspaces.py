@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from pymerge.linalg import _checks, _dense, _factors
-from pymerge.linalg.svd import GRAM_SIDE, ITERATED_SHARE, scaled, truncated_svd
+from pymerge.linalg.svd import GRAM_SIDE, ITERATED_SHARE, MODES, scaled, truncated_svd
+from pymerge.ops.sketch import sketch
 
 SIDES = ("left", "right")
+FAST_STEPS, FAST_GAIN = 12, 1e-6  # of the iterated fast mode: steps at most, relative gain of a step at which it ends
 TAIL_CONDITION = 1e5  # a float64 Gram matrix loses the tail beyond (measured on activated weights, cut in the tail)
 
 
@@ -115,16 +117,20 @@ def _tail(a: Tensor, count: int, norm: float) -> Tensor:
     return q * torch.where(upper.diagonal() < 0, -1.0, 1.0)
 
 
-def covariance_subspace(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def covariance_subspace(d: Tensor, c: Tensor, rank: int, *, mode: str = "exact") -> tuple[Tensor, Tensor]:
     """Top `rank` eigenpairs of D C D^T without the square root of C where that is avoidable (ESM's directions).
 
     d        [..., m, n], c [..., n, n] symmetric positive semidefinite (its lower and upper triangle are averaged);
              float32 or float64
+    mode     fast: large matrices of which few directions are asked for are iterated on; near the best captured sum of
+             eigenvalues, but directions of close ones are mixed
     Returns  basis [..., m, rank] orthonormal in d's dtype (largest entry of each column positive),
              values float64 [..., rank] descending, >= 0
     Error    all of it in float64; values below about 1e-12 of the largest are noise, and so are their directions
-    Cost     m <= n: m n^2 + m^2 n / 2 multiply-adds, a range eigensolve of m; m > n: n^3 / 3 + m n^2 and one of n
-    Raises   NonFinite; ValueError (shapes, dtypes, rank outside 1..min(m, n))."""
+    Cost     m <= n: m n^2 + m^2 n / 2 multiply-adds, a range eigensolve of m; m > n: n^3 / 3 + m n^2 and one of n.
+             fast, iterated: 2 rank (2 m n + n^2) for each of at most FAST_STEPS steps
+    Raises   NonFinite; ValueError (shapes, dtypes, mode, rank outside 1..min(m, n))."""
+    _checks.check_choice("mode", mode, MODES)
     for what, x in (("d", d), ("c", c)):
         _checks.check_matrices(what, x)
     _checks.check_count("rank", rank, d.shape)
@@ -140,7 +146,9 @@ def covariance_subspace(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor
         if norm == 0.0 or weight == 0.0:
             basis, theta = torch.eye(m, rank, device=d.device), torch.zeros(rank, dtype=torch.float64, device=d.device)
         else:
-            basis, theta = _covariance_top(x.double(), y.double(), rank)
+            few = min(m, n) > GRAM_SIDE and rank * ITERATED_SHARE <= min(m, n)
+            find = _covariance_iterated if mode == "fast" and few else _covariance_top
+            basis, theta = find(x.double(), y.double(), rank)
         bases.append(_column_signs(basis.to(d.dtype)))
         values.append(theta * power**2 * scale)
     empty = d.new_empty((*batch, m, rank))
@@ -155,6 +163,22 @@ def _covariance_top(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     b = d @ _square_root((c + c.mT) / 2)  # [m, n]
     theta, right = _dense.top_eigh(_dense.gram(b.mT), rank)
     return _dense.unit_columns(b @ right, theta.sqrt()), theta
+
+
+def _covariance_iterated(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Subspace iteration with twice the wanted directions until the sum of the wanted values settles; c by its upper
+    triangle."""
+    c = c.triu() + c.triu(1).mT
+    q = _dense.orth(d @ (c @ sketch(d.mT, min(d.shape[0], max(2 * rank, rank + 16)))))
+    before, steps = 0.0, 0
+    while True:
+        image, steps = d @ (c @ (d.mT @ q)), steps + 1
+        product = q.mT @ image
+        theta, z = torch.linalg.eigh((product + product.mT) / 2)
+        captured = float(theta[-rank:].sum())
+        if captured - before <= FAST_GAIN * captured or steps == FAST_STEPS:
+            return q @ z[:, -rank:].flip(1), theta[-rank:].flip(0).clamp(min=0)
+        q, before = _dense.orth(image), captured
 
 
 def _square_root(c: Tensor) -> Tensor:

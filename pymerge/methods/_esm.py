@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,9 +88,11 @@ def task_part(delta: Tensor, seen: LayerInput, rows: int, count: int, settings: 
     return Part(found.basis[:, :kept] * w, coordinates * w[:, None], norm)
 
 
-def leading_directions(delta: Tensor, seen: LayerInput, rows: int, count: int) -> Directions:
+def leading_directions(
+    delta: Tensor, seen: LayerInput, rows: int, count: int, mode: Literal["exact", "fast"] = "exact"
+) -> Directions:
     """Top eigenvectors of D G D^T, at most as many as its rank can be: from the rows X of G = X^T X where there are
-    some (in N or m dimensions, whichever is less), else from G (in m or n)."""
+    some (in N or m dimensions, whichever is less), else from G (in m or n; `mode` as in `covariance_subspace`)."""
     top = float(delta.abs().amax())
     count = min(count, rows, *delta.shape)
     samples = seen.samples
@@ -101,13 +103,22 @@ def leading_directions(delta: Tensor, seen: LayerInput, rows: int, count: int) -
         return Directions(delta[:, :0], delta.new_empty(0, dtype=torch.float64))
     if samples is None:
         gram = seen.second_moment(torch.float64).to(delta.device)
-        return Directions(*covariance_subspace(delta, gram, count))
+        return Directions(*covariance_subspace(delta, gram, count, mode=mode))
     largest = float(samples.abs().amax())
     if largest == 0.0:
         return Directions(delta[:, :0], delta.new_empty(0, dtype=torch.float64))
     outputs = (delta / top) @ (samples / largest).mT  # [m, N]
     found = truncated_svd(outputs, count)
     return Directions(found.U, found.S.double().square())
+
+
+def expert(base: Tensor, tuned: Tensor, seen: LayerInput, rank: int) -> tuple[Tensor, Tensor]:
+    """B [m, r] orthonormal, A = B^T R [r, n], R = tuned - base: the part of R that moves the outputs most; float32.
+
+    r is less than `rank` where there are fewer rows or the residual is 0."""
+    residual = tuned.float() - base.float()
+    basis = leading_directions(residual, seen, seen.rows, rank, mode="fast").basis
+    return basis, basis.mT @ residual
 
 
 def direction_weights(values: Tensor, count: int, power: float, tol: float) -> Tensor:

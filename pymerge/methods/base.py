@@ -214,6 +214,7 @@ class Combine(Method):
     # whole weights; "none": a base is a model like any other
     base_role: ClassVar[Literal["required", "optional", "none", "first"]] = "required"
     models: ClassVar[tuple[int, int | None]] = (1, None)  # fewest and most fine-tuned models
+    beside: ClassVar[str] = ""  # what it leaves in a file of its own beside the merged weights (engine/beside.py)
 
     @classmethod
     def subtracts(cls, has_base: bool) -> bool:

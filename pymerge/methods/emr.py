@@ -27,6 +27,7 @@ class Emr(Combine):
 
     paper = "arXiv 2405.17461"
     unit = "entries"
+    beside = "masks"
 
     def combine(self, group: TaskGroup) -> Tensor:
         return in_blocks(group, elected)

@@ -53,6 +53,8 @@ class Param:
             return "one of " + ", ".join(self.choices)
         if self.kind is bool:
             return "true or false"
+        if self.kind is str:
+            return "text"
         left = "(" if self.open_low else "["
         if self.low is not None and self.high is not None:
             return f"in {left}{self.low:g}, {self.high:g}]"

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pymerge.errors import InputError
+from pymerge.runtime.tasks import number_of
 
 MASKS = "emr_masks.safetensors"
 SCALES = "emr.scales"
@@ -51,14 +52,6 @@ def of_task(weight: Tensor, base: Tensor, bits: Tensor, scale: float) -> Tensor:
     flat, start = weight.reshape(-1).clone(), base.reshape(-1)[:count].float()
     flat[:count] = (start + scale * mask[:count] * (flat[:count].float() - start)).to(weight.dtype)
     return flat.reshape(weight.shape)
-
-
-def number_of(task: int | str, labels: list[str]) -> int:
-    if isinstance(task, str) and task in labels:
-        return labels.index(task)
-    if isinstance(task, int) and 0 <= task < len(labels):
-        return task
-    raise InputError(f"task {task!r}: the merge had {', '.join(f'{i}: {label}' for i, label in enumerate(labels))}")
 
 
 def tensors_of(model: str | Path | Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:

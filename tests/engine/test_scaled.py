@@ -19,18 +19,14 @@ from tests.engine.observed import SHAPES, saved, statistics_of
 from tests.models import family, interrupted_after, read_model, same, write_model
 
 TASKS = 3
-MERGED_ANEW = "regmean_plusplus"  # what its layers see depends on the scale of those before
-SCALED = [
-    name
-    for name in methods.list("combine")
-    if name != MERGED_ANEW and any(p.name == "scale" for p in methods.describe(name).parameters)
-]
+HAVE_SCALE = [n for n in methods.list("combine") if any(p.name == "scale" for p in methods.describe(n).parameters)]
+# Experts of one scale; layers that see what those before them are at one scale.
+SCALED = [name for name in HAVE_SCALE if name not in ("esmpp", "regmean_plusplus")]
 SETTINGS: dict[str, dict[str, Any]] = {"wudi": {"steps": 5}}
 
 
 def test_methods_without_a_scale_are_merged_anew() -> None:
-    assert set(methods.list("combine")) - set(SCALED) == {
-        MERGED_ANEW,
+    assert set(methods.list("combine")) - set(HAVE_SCALE) == {
         "emr",
         "fisher",
         "karcher",
@@ -118,7 +114,8 @@ def test_what_overflows_is_clamped_alike(tmp_path: Path) -> None:
         assert found.max() == torch.finfo(torch.float16).max and bool((found < found.max()).any())
 
 
-def test_calibrate_steps_are_merged_anew(models: Any) -> None:
+def test_calibrate_steps_and_files_beside_are_merged_anew(models: Any) -> None:
+    assert "experts" in why_merged_anew(at(models, "esmpp", 1.0))
     for step in ("svc", "lines"):
         assert step in why_merged_anew(at(models, "task_arithmetic", 1.0, calibrate=step))
     assert why_merged_anew(pymerge.Recipe.from_kwargs(None, models[1], "linear")) == "linear has no scale"

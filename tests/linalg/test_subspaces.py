@@ -7,7 +7,7 @@ import torch
 
 import pymerge.linalg as linalg
 from pymerge.errors import NonFinite
-from pymerge.linalg import covariance_subspace, singular_values, subspace, tail_subspace
+from pymerge.linalg import covariance_subspace, singular_values, subspace, subspaces, tail_subspace
 from tests.linalg.known_svd import matrix, sine, spectrum
 
 DTYPES = [torch.float32, torch.float64]
@@ -99,6 +99,27 @@ def test_covariance_subspace(shape, samples, dtype):
     assert sine(basis, vh[:k].mT) <= 1e3 * n * eps
 
 
+@pytest.mark.parametrize("shape", [(70, 90), (90, 70)], ids=str)
+@pytest.mark.parametrize("samples", [40, 200])
+def test_covariance_subspace_by_iteration(shape, samples, monkeypatch):
+    """Directions as good as the exact ones in what they capture; a lower rank than asked for is no problem."""
+    monkeypatch.setattr(subspaces, "GRAM_SIDE", 64)
+    monkeypatch.setattr(subspaces, "_covariance_top", None)  # not used
+    m, n = shape
+    g = torch.Generator().manual_seed(1)
+    d, x = (torch.randn(i, n, dtype=torch.float64, generator=g) for i in (m, samples))
+    d, c = d * 0.95 ** torch.arange(n).double(), x.mT @ x
+    basis, values = covariance_subspace(d, c, 4, mode="fast")
+    assert_basis(basis, m, 4, torch.float64)
+    exact = torch.linalg.eigvalsh(d @ c @ d.mT).flip(0)[:4]
+    assert 1 - 1e-4 < float(values.sum() / exact.sum()) <= 1 + 1e-12
+    low = torch.randn(m, 2, generator=g) @ torch.randn(2, n, generator=g)
+    basis, values = covariance_subspace(low, c.float(), 4, mode="fast")
+    assert_basis(basis, m, 4, torch.float32)
+    assert values[2:].max() < 1e-12 * values[0]
+    assert (low - basis @ (basis.mT @ low)).norm() < 1e-5 * low.norm()
+
+
 def test_covariance_batch_zero_and_scale():
     g = torch.Generator().manual_seed(1)
     d, x = torch.randn(2, 3, 5, 4, generator=g), torch.randn(2, 3, 9, 4, generator=g)
@@ -136,6 +157,7 @@ def test_bad_arguments():
         (lambda: singular_values(a[0]), "a matrix or a batch"),
         (lambda: covariance_subspace(a, torch.eye(5), 2), r"c must be \[4, 4\] on cpu for d \[5, 4\], got \[5, 5\]"),
         (lambda: covariance_subspace(a, torch.eye(4).half(), 2), "c must be float32 or float64"),
+        (lambda: covariance_subspace(a, torch.eye(4), 2, mode="quick"), "mode"),
     ):
         with pytest.raises(ValueError, match=message):
             run()

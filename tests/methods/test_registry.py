@@ -26,6 +26,7 @@ COMBINE = (
     "della_linear",
     "emr",
     "esm",
+    "esmpp",
     "fisher",
     "iso_c",
     "iso_cts",
