@@ -211,7 +211,8 @@ def test_what_is_refused_before_anything_runs(llama: Models, tmp_path: Path) -> 
     assert "absent: no such file or folder" in refused(llama, ["absent", text])
     assert "must be a path, or {path, samples, length, field}, got 3" in refused(llama, [3, 3])
     assert "cut it along dim 0" in refused(llama, batches(), split={"*.q_proj.weight": {"parts": 2, "dim": 1}})
-    assert "observe them first" in refused(llama, batches(), "emr", purify="pave")
+    assert "at the models again for its masks" in refused(llama, batches(), "emr", purify="pave")
+    assert "at the models again for its experts" in refused(llama, batches(), "esmpp")
     few = refused(llama, batches(), options=Options(memory=60_000_000))
     assert "a merge that observes its models needs" in few
     with pytest.raises(RecipeError, match="data: is for models in folders"):
