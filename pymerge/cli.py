@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from pymerge.errors import MergeError, RecipeError
+from pymerge.cli_options import (
+    AllowPickle,
+    Debug,
+    Device,
+    Memory,
+    Prefer,
+    RecipePath,
+    ShardSize,
+    Threads,
+    budget,
+    parse_bytes,
+    reported_errors,
+)
+from pymerge.errors import RecipeError
 from pymerge.version import __version__
 
 app = typer.Typer(
@@ -22,53 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; mergekit's run unchanged.")]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="Peak memory of the whole program, e.g. 1GB. Default: a quarter of what is free, at most 8 GB."),
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all processors.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-ShardSize = Annotated[str, typer.Option(help="Largest size of an output file.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin too (tensors only, no code is run).")
-]
-Prefer = Annotated[
-    Literal["single", "sharded"] | None, typer.Option(help="single | sharded: which to read where a folder holds both.")
-]
-
-
-def parse_bytes(text: str) -> int:
-    """`1GB`, `512MiB`, `1e9` in bytes."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
-    unit = match and UNITS.get(
-        match[2].upper() if match[2].upper().endswith("B") or not match[2] else match[2].upper() + "B"
-    )
-    if not match or not unit:
-        raise typer.BadParameter(f"{text!r} is no size: write 800MB, 1GB or 1.5GiB")
-    return int(float(match[1]) * unit)
-
-
-def budget(memory: str | None) -> int | None:
-    """What `--memory` leaves for the merge: the option counts the whole program."""
-    from pymerge.engine.plan import resident_memory
-
-    return parse_bytes(memory) - resident_memory() if memory else None
-
-
-@contextmanager
-def reported_errors(debug: bool) -> Iterator[None]:
-    """One message and the exit code of the error; no traceback unless asked for."""
-    try:
-        yield
-    except MergeError as error:
-        if debug:
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
 
 
 @app.command()
@@ -101,8 +63,9 @@ def merge(
         from pymerge.engine.plan import Options
         from pymerge.recipe import Recipe
 
+        described = Recipe.from_yaml(recipe)
         options = Options(
-            memory=budget(memory),
+            memory=budget(memory, described),
             threads=threads,
             device=device,
             shard_bytes=parse_bytes(shard_size),
@@ -115,10 +78,10 @@ def merge(
         if as_adapter:
             from pymerge.engine.adapter_out import merge_to_adapter
 
-            return show_adapter(out, merge_to_adapter(Recipe.from_yaml(recipe), out, rank, options), quiet)
+            return show_adapter(out, merge_to_adapter(described, out, rank, options), quiet)
         if rank is not None:
             raise RecipeError("--rank goes with --as-adapter")
-        summary = merge_to_disk(Recipe.from_yaml(recipe), out, options)
+        summary = merge_to_disk(described, out, options)
         if not quiet:
             rate = summary["bytes_read"] / max(summary["seconds"], 1e-9) / 1e9
             print(
@@ -190,15 +153,16 @@ def plan(
         from pymerge.engine.plan import Options
         from pymerge.recipe import Recipe
 
+        described = Recipe.from_yaml(recipe)
         options = Options(
-            memory=budget(memory),
+            memory=budget(memory, described),
             threads=threads,
             device=device,
             shard_bytes=parse_bytes(shard_size),
             allow_pickle=allow_pickle,
             prefer=prefer,
         )
-        planned = plan_merge(Recipe.from_yaml(recipe), options)
+        planned = plan_merge(described, options)
         if as_json:
             print(json.dumps(describe_plan(planned, options), indent=1))
         else:
@@ -273,7 +237,7 @@ def observe(
 ) -> None:
     """Run MODEL over a few samples and keep what its linear layers see, for methods that need statistics."""
     with reported_errors(debug):
-        from pymerge.statistics import observe as run
+        from pymerge.statistics.observing import observe as run
         from pymerge.statistics.samples import batches_of
 
         at_once = samples if stream else batch_size
@@ -285,6 +249,53 @@ def observe(
         rows = max(found.rows.values())
         holders = len(set(found.header.modules.values()))
         print(f"{out}: {len(found.modules)} layers, {holders} distinct inputs, {rows} rows")
+
+
+@app.command()
+def align(
+    models: Annotated[list[str], typer.Argument(metavar="A B [C ..]", help="Folders; all are brought to A's order.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, perms.safetensors.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Samples for all models: .jsonl, .txt, images, a dataset folder. Without: weights alone."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="How many samples to run. Default: 64.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Longest sample, tokens. Default: 128.")] = None,
+    field: Annotated[str | None, typer.Option(help="Key of the text in .jsonl and datasets. Default: text.")] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="The weights' share; the rest is the activations'. Default: 0.5 with data."),
+    ] = None,
+    mode: Annotated[
+        Literal["permute", "zip"], typer.Option(help="permute | zip: one to one, or many to one.")
+    ] = "permute",
+    spec: Annotated[str | None, typer.Option(help="Architecture. Default: by config.json.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which groups are visited.")] = 0,
+    tie_heads: Annotated[
+        bool, typer.Option("--tie-heads/--no-tie-heads", help="One order of heads for q, k and v.")
+    ] = True,
+    memory: Annotated[
+        str, typer.Option(help="For what is kept between sweeps; what does not fit is computed again.")
+    ] = "2GB",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Find which unit of B is which unit of A, by weights and by activations; `align:` of a recipe takes the file."""
+    with reported_errors(debug):
+        if out.suffix != ".safetensors":
+            raise RecipeError(f"--out {out}: must end in .safetensors")
+        from pymerge.engine.alignment import find, parsed_search
+        from pymerge.engine.describe import show_alignment
+        from pymerge.engine.progress import sweeps_shown
+
+        asked = {"data": data, "samples": samples, "length": length, "field": field, "alpha": alpha, "mode": mode}
+        search = parsed_search(asked | {"spec": spec, "seed": seed, "tie_heads": tie_heads})
+        with sweeps_shown(False if quiet else None) as progress:
+            found = find(models, search, memory=parse_bytes(memory), progress=progress)
+        found.save(out)
+        if not quiet:
+            show_alignment(found)
+            print(f"{out}: to be used as `align: {out}` in a recipe of these models")
 
 
 @app.command()
@@ -316,12 +327,13 @@ def search(
     """
     with reported_errors(debug):
         from pymerge.engine.plan import Options
+        from pymerge.recipe import Recipe
         from pymerge.tuning import search as run
         from pymerge.tuning.over import parse_overs
         from pymerge.tuning.show import describe
 
         options = Options(
-            memory=budget(memory),
+            memory=budget(memory, Recipe.from_yaml(recipe)),
             threads=threads,
             device=device,
             shard_bytes=parse_bytes(shard_size),
@@ -350,13 +362,21 @@ def search(
 def demo(
     out: Annotated[Path, typer.Option(help="Where the models and results are kept.")] = Path("demo-output"),
     all_methods: Annotated[bool, typer.Option("--all", help="Every method, whatever the time.")] = False,
+    align: Annotated[
+        bool, typer.Option("--align", help="Part two: networks without a common start, their units aligned.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train a small model and four fine-tuned children, merge them with each method, compare. Under 3 minutes."""
     with reported_errors(debug):
-        from pymerge.demo import run
+        if align:
+            from pymerge.demo.align import run as run_align
 
-        run(out, all_methods=all_methods)
+            run_align(out / "align")
+        else:
+            from pymerge.demo import run
+
+            run(out, all_methods=all_methods)
 
 
 def show_version(wanted: bool) -> None:

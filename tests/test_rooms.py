@@ -26,8 +26,9 @@ ALLOWED: dict[str, set[str]] = {
     "tuning": BELOW_REPORT | {"version"},
     "integrations": BELOW_REPORT | {"version"},
     "runtime": {"errors", "statistics"},
-    "demo": {"public"},
-    "cli": BELOW_REPORT | {"report", "integrations", "tuning", "demo", "version", "public"},
+    "demo": {"public", "runtime"},
+    "cli_options": BELOW_REPORT,
+    "cli": BELOW_REPORT | {"cli_options", "report", "integrations", "tuning", "demo", "version", "public"},
     "__main__": {"cli"},
 }
 # Names of `from pymerge import name` and `import pymerge`: the public API; a room by that name counts as the room.

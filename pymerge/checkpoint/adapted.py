@@ -26,7 +26,7 @@ class AdaptedTensor:
     Looks like a LazyTensor. Reading costs the weight and the factors, and 2 r flops an entry.
     """
 
-    __slots__ = ("a", "b", "dtype", "name", "nbytes", "offset", "scale", "shape", "transposed", "weight")
+    __slots__ = ("a", "b", "dtype", "name", "nbytes", "offset", "scale", "shape", "stored", "transposed", "weight")
     file: Path | None = None
 
     def __init__(
@@ -40,6 +40,7 @@ class AdaptedTensor:
         self.weight, self.a, self.b, self.scale, self.transposed = weight, a, b, scale, transposed
         self.name, self.shape, self.offset = weight.name, weight.shape, 0
         self.dtype = "F64" if weight.dtype == "F64" else "F32"
+        self.stored = weight.dtype  # a merge is rounded to it at the end
         self.nbytes = self.numel * ITEMSIZE[self.dtype]
 
     @property

@@ -87,6 +87,8 @@ def check_recipe(recipe: Recipe, rank: int | None) -> None:
         raise RecipeError("an adapter is a change of a base: give base_model and a method that merges task vectors")
     if rank is not None and rank < 1:
         raise RecipeError(f"rank: must be at least 1, got {rank}")
+    if recipe.align is not None:
+        raise RecipeError("align moves units of the models: write a whole model, not an adapter")
     if what := recipe.combine_class.beside:
         raise RecipeError(f"{recipe.method} leaves {what} beside a whole model: not as an adapter")
 

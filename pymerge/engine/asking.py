@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from pymerge.methods.base import ElementWiseCombine, Purify, merges_by_rule
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 from pymerge.recipe import Steps
+
+if TYPE_CHECKING:
+    from pymerge.engine.plan import Item
 
 
 def survey_key(steps: Steps) -> tuple[int, ...]:
@@ -36,3 +42,25 @@ def asks_model(steps: Steps | None) -> SurveyedCombine | None:
     """The combine step, if it asks something of all tensors before it merges any."""
     combine = steps.combine if steps is not None else None
     return combine if isinstance(combine, SurveyedCombine) and combine.survey_scope == "model" else None
+
+
+def by_steps(items: Sequence[Item]) -> dict[tuple[int, ...], tuple[Steps, tuple[Item, ...]]]:
+    """Items whose steps up to combine are the same: they are surveyed together."""
+    groups: dict[tuple[int, ...], list[Item]] = {}
+    steps: dict[tuple[int, ...], Steps] = {}
+    for item in items:
+        assert item.entry.steps is not None
+        key = survey_key(item.entry.steps)
+        steps.setdefault(key, item.entry.steps)
+        groups.setdefault(key, []).append(item)
+    return {key: (steps[key], tuple(found)) for key, found in groups.items()}
+
+
+def purify_questions(items: Sequence[Item]) -> tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...]:
+    """Each purify step that asks, with all matrices that it acts on."""
+    found: dict[int, tuple[SurveyedPurify, list[Item]]] = {}
+    for item in items:
+        step = asking_purify(item.entry.steps)
+        if step is not None and item.mode == "generic":
+            found.setdefault(id(step), (step, []))[1].append(item)
+    return tuple((step, tuple(matrices)) for step, matrices in found.values())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint import AdaptedTensor, AnyTensor, Checkpoint, safe_name
+from pymerge.checkpoint.made import MadeTensor
 from pymerge.checkpoint.tied import tied_pairs
 from pymerge.engine.asking import asks_model, survey_scope
 from pymerge.engine.inputs import InputFinder
@@ -155,7 +156,7 @@ class Checker:
 
     def out_dtype(self, tensor: AnyTensor) -> str:
         asked = self.recipe.output_dtype
-        stored = tensor.weight.dtype if isinstance(tensor, AdaptedTensor) else tensor.dtype
+        stored = tensor.stored if isinstance(tensor, AdaptedTensor | MadeTensor) else tensor.dtype
         return asked if asked and stored in FLOATS else stored
 
     def copied(self, name: str, tensor: AnyTensor, equal_to: tuple[AnyTensor, ...] = ()) -> Entry:
@@ -211,10 +212,10 @@ class Checker:
 
     def is_untouched(self, name: str, found: Sequence[AnyTensor]) -> bool:
         """Whether all are adapters that leave it to the base. Where a step looks at the whole model, it counts too."""
-        steps, reference = self.steps[name], self.reference[name]
+        steps, base = self.steps[name], self.reference[name]
         whole = survey_scope(steps) == "model" or asks_model(steps) is not None
         whole = bool(steps.combine.beside) or (whole and not isinstance(steps.combine, AdapterCombine))
-        return self.recipe.subtract_base and not whole and all(tensor is reference for tensor in found)
+        return self.recipe.subtract_base and not whole and all(t is base for t in found)
 
     def split_of(self, name: str, shape: tuple[int, ...], steps: Steps) -> tuple[int, tuple[int, ...]] | None:
         split = self.recipe.fused.split_of(name)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,11 @@ from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open
 from pymerge.checkpoint.card import write_card
 from pymerge.checkpoint.lora import base_of_adapter, is_adapter, open_adapter
 from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
+from pymerge.engine.alignment import Alignment, with_found, with_given
 from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
-from pymerge.engine.inputs import opened_statistics
+from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
@@ -43,6 +44,7 @@ class Inputs:
     labels: tuple[str, ...]
     fisher: tuple[Checkpoint, ...] = ()  # of each model, where the method has it
     statistics: tuple[Statistics, ...] = ()  # likewise
+    alignment: Alignment | None = None  # by which base, models and fisher are read
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
@@ -90,18 +92,21 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
         base = base if base is not None else base_of_adapter(adapter)
         return open_adapter(adapter, opened_path(base), allow_pickle=options.allow_pickle)
 
-    def observed(model: ModelRef, reference: ModelRef) -> Statistics:
-        found = opened_statistics(reference, model)
-        if not reference.in_memory:
-            stack.callback(found.close)
-        return found
+    def observed(model: ModelRef) -> Iterator[Statistics]:
+        if model.data is not None:
+            yield live_statistics(model, opened(model), sequential=recipe.sequential)
+        if (reference := model.statistics) is not None:
+            found = opened_statistics(reference, model)
+            if not reference.in_memory:
+                stack.callback(found.close)
+            yield found
 
     return Inputs(
         base=opened(recipe.base) if recipe.base is not None else None,
         models=tuple(opened(model) for model in recipe.models),
         labels=tuple(model.path for model in recipe.models),
         fisher=tuple(opened(model.fisher) for model in recipe.models if model.fisher is not None),
-        statistics=tuple(observed(m, m.statistics) for m in recipe.models if m.statistics is not None),
+        statistics=tuple(found for model in recipe.models for found in observed(model)),
     )
 
 
@@ -114,7 +119,7 @@ def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
     """What `merge` would do: every check that headers allow, nothing computed."""
     options = options or Options()
     with ExitStack() as stack:
-        inputs = open_inputs(recipe, options, stack)
+        inputs = with_given(recipe, open_inputs(recipe, options, stack))
         return planned(recipe, inputs, options)
 
 
@@ -125,7 +130,21 @@ def planned(
     change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
-    return check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change))
+    plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change))
+    if inputs.alignment is None:
+        return plan
+    return replace(plan, notes=[*plan.notes, *inputs.alignment.notes], alignment=inputs.alignment.summary())
+
+
+def settled(recipe: Recipe, inputs: Inputs, options: Options) -> tuple[Inputs, Plan]:
+    """The inputs with their units in one order, and the plan. What headers tell is checked before permutations are
+    searched for."""
+    inputs = with_given(recipe, inputs)
+    plan = planned(recipe, inputs, options)
+    if recipe.align is not None and inputs.alignment is None:
+        inputs = with_found(recipe, inputs, options)
+        plan = planned(recipe, inputs, options)
+    return inputs, plan
 
 
 def merge_to_disk(
@@ -141,7 +160,7 @@ def merge_to_disk(
         inputs = open_inputs(recipe, options, stack)
         check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan_side_files(inputs.reference)  # refuses now what could not be copied at the end
-        plan = planned(recipe, inputs, options)
+        inputs, plan = settled(recipe, inputs, options)
 
         def side_files(folder: Path, executor: Executor, summary: dict[str, Any]) -> None:
             summary |= extra or {}
@@ -183,10 +202,11 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "recipe": recipe.to_dict(),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
         "statistics": [found.fingerprint() for found in inputs.statistics],
+        "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,
         "shard_bytes": options.shard_bytes,
         "device": options.device,
         "item_threads": plan.item_threads,
-    }
+    } | ({"observing_threads": plan.observing_threads} if plan.observed else {})
 
 
 def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> Executor:

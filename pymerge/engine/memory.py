@@ -13,7 +13,7 @@ from torch import Tensor
 from pymerge.checkpoint import TORCH_NAME
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
-from pymerge.engine.local import open_inputs, planned
+from pymerge.engine.local import open_inputs, settled
 from pymerge.engine.plan import Options
 from pymerge.engine.progress import make_progress
 from pymerge.errors import InputError, RecipeError
@@ -37,6 +37,9 @@ class MemorySink:
     def forget(self, name: str) -> None:
         """Nothing was ever finished before."""
 
+    def read_into(self, name: str, view: memoryview) -> None:
+        view[:] = self.bytes[name]
+
     def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any]) -> None:
         self.bytes[name][start : start + len(view)] = view
 
@@ -49,8 +52,7 @@ def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
             f"{recipe.method} leaves {what} beside the merged model: give folders, and out= for the result"
         )
     with ExitStack() as stack:
-        inputs = open_inputs(recipe, options, stack)
-        plan = planned(recipe, inputs, options)
+        _, plan = settled(recipe, open_inputs(recipe, options, stack), options)
         sink = MemorySink([item.entry for item in plan.items])
         with make_progress(plan.read_bytes, options.progress) as progress:
             Executor(

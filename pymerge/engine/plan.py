@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard
 
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTensor, plan_layout
-from pymerge.engine.asking import asking_purify, asks_model, rule_part, survey_key, survey_scope
+from pymerge.engine.asking import (
+    asking_purify,
+    asks_model,
+    by_steps,
+    purify_questions,
+    rule_part,
+    survey_key,
+    survey_scope,
+)
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.engine.factored import factored_item, rank_sum, weight_under
+from pymerge.engine.observing import observing_bytes
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
@@ -26,6 +35,7 @@ from pymerge.recipe import Recipe, Steps
 
 if TYPE_CHECKING:
     from pymerge.statistics import Statistics
+    from pymerge.statistics.live import LiveStatistics
 
 Mode = Literal["copy", "tiles", "held", "swept", "generic"]
 TILE = 1 << 22  # entries of a tile where memory allows: 8 MiB of bfloat16, the block in which disks are fastest
@@ -169,8 +179,11 @@ class Plan:
     surveys: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # model-wide: the steps and the items they cover
     questions: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # likewise, of combine steps that are no rule
     purify_questions: tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...] = ()  # of purify steps: their matrices
+    alignment: Mapping[str, Any] | None = None  # of the models' units, where it is known: see Alignment.summary
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
     at_once: int = 1  # generic items that are worked on side by side
+    observed: tuple[LiveStatistics, ...] = ()  # of the models that run over their samples during the merge
+    observing_threads: int = 1  # numeric threads of one model's run, likewise
 
     @property
     def read_bytes(self) -> int:
@@ -189,14 +202,14 @@ class Plan:
 class Planner:
     """Cuts checked entries into items under a memory budget."""
 
-    def __init__(self, recipe: Recipe, options: Options) -> None:
-        self.recipe, self.options = recipe, options
-        self.arena_bytes = options.memory_bytes - SLACK
+    def __init__(self, recipe: Recipe, options: Options, reserved: int = 0) -> None:
+        self.recipe, self.options, self.reserved = recipe, options, reserved
+        self.arena_bytes = options.memory_bytes - SLACK - reserved
         if self.arena_bytes < SMALLEST_ARENA:
-            self.refuse(SLACK + SMALLEST_ARENA, "a merge")
+            self.refuse(SLACK + SMALLEST_ARENA, "a merge that observes its models" if reserved else "a merge")
 
     def refuse(self, needed: int, what: str) -> NoReturn:
-        left = self.options.memory_bytes
+        left, needed = self.options.memory_bytes, needed + self.reserved
         raise RecipeError(
             f"the memory budget leaves {left / 1e6:.0f} MB for the merge, {what} needs {needed / 1e6:.0f} MB: raise "
             f"--memory (memory= in Python) by {(needed - left) / 1e6:.0f} MB"
@@ -302,28 +315,6 @@ class Planner:
         return replace(item, tile=max(1, tile))
 
 
-def by_steps(items: Sequence[Item]) -> dict[tuple[int, ...], tuple[Steps, tuple[Item, ...]]]:
-    """Items whose steps up to combine are the same: they are surveyed together."""
-    groups: dict[tuple[int, ...], list[Item]] = {}
-    steps: dict[tuple[int, ...], Steps] = {}
-    for item in items:
-        assert item.entry.steps is not None
-        key = survey_key(item.entry.steps)
-        steps.setdefault(key, item.entry.steps)
-        groups.setdefault(key, []).append(item)
-    return {key: (steps[key], tuple(found)) for key, found in groups.items()}
-
-
-def purify_questions(items: Sequence[Item]) -> tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...]:
-    """Each purify step that asks, with all matrices that it acts on."""
-    found: dict[int, tuple[SurveyedPurify, list[Item]]] = {}
-    for item in items:
-        step = asking_purify(item.entry.steps)
-        if step is not None and item.mode == "generic":
-            found.setdefault(id(step), (step, []))[1].append(item)
-    return tuple((step, tuple(matrices)) for step, matrices in found.values())
-
-
 def joined(planner: Planner, items: Sequence[Item]) -> list[Item]:
     """Matrices that are merged as one moved together, in the order of the recipe; the first carries the workspace of
     all."""
@@ -368,7 +359,8 @@ def make_plan(
     change  makes other entries of those that the recipe asks for (`engine.scaled`)"""
     entries, notes = check(recipe, base, models, labels, fisher, statistics)
     entries = change(entries) if change is not None else entries
-    planner = Planner(recipe, options)
+    live: Any = tuple(found for found in statistics if found.live)
+    planner = Planner(recipe, options, sum(observing_bytes(live).values()))
     items = planner.items(entries)
     layout = plan_layout(
         [(entry.name, entry.dtype, entry.shape) for entry in entries], options.shard_bytes, {"format": "pt"}
@@ -393,6 +385,8 @@ def make_plan(
         notes=notes,
         item_threads=options.thread_count // at_once,
         at_once=at_once,
+        observed=live,
+        observing_threads=max(1, options.thread_count // max(1, len(live))),
         surveys=tuple(groups.values()),
         purify_questions=purify_questions(items),
         questions=tuple(by_steps([i for i in items if i.mode == "generic" and asks_model(i.entry.steps)]).values()),

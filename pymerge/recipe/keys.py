@@ -9,6 +9,7 @@ KEYS: Final = (
     "models",
     "merge_method",
     "parameters",
+    "align",
     "purify",
     "calibrate",
     "exclude",
@@ -23,10 +24,9 @@ KEYS: Final = (
     "dtype",
     "out_dtype",
 )
-LATER: Final = ("align", "slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
-KEYS_OF_MODEL: Final = ("model", "parameters", "fisher", "statistics")
-BESIDE_MODEL: Final = ("fisher", "statistics")  # files that go with a model; in Python a list with one a model
-LATER_OF_MODEL: Final = ("data",)
+LATER: Final = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
+KEYS_OF_MODEL: Final = ("model", "parameters", "fisher", "statistics", "data")
+BESIDE_MODEL: Final = ("fisher", "statistics", "data")  # what goes with a model; in Python a list with one a model
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 RELAXATIONS: Final[dict[str, tuple[str, ...]]] = {
     "missing": ("base", "skip"),

@@ -21,16 +21,14 @@ BOUNDS = dict.fromkeys(("linear", "task_arithmetic", "slerp", "dare", "breadcrum
 BOUNDS |= {"ace": 1e-5, "iso_c": 5e-5, "iso_cts": 2e-4, "star": 5e-5, "tsv_m": 2e-4}
 
 # Not built yet: (folder, metadata `method`, metadata `variant`), None matches all. Their files are skipped by name.
-NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
-    ("mudsc", None, None): "MuDSC",
-}
+NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {}
 
 # (folder, tensor): why the file's answer is not ours; here a convolution gets the mean.
 EXCEPTED = {("star", "conv.weight"): "SVC's port of STAR decomposes flattened convolutions, its authors matrices only"}
 
-# Folders that need more than base and models: svc merged updates, knots and core_space adapters (test_adapters.py), the
-# others activations. See tests/methods.
-OWN_TESTS = ("core_space", "esm", "knots", "pave", "regmean", "svc")
+# Folders that need more than base and models: svc merged updates, knots and core_space adapters (test_adapters.py),
+# mudsc groups of units (tests/align), the others activations (tests/methods).
+OWN_TESTS = ("core_space", "esm", "knots", "mudsc", "pave", "regmean", "svc")
 
 
 @dataclass(frozen=True, kw_only=True)

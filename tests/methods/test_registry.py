@@ -39,6 +39,7 @@ COMBINE = (
     "nuslerp",
     "pcb",
     "regmean",
+    "regmean_plusplus",
     "slerp",
     "star",
     "task_arithmetic",

@@ -1,0 +1,71 @@
+"""Options that several commands have, and what they mean."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pymerge.errors import MergeError
+
+if TYPE_CHECKING:
+    from pymerge.recipe import Recipe
+
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; mergekit's run unchanged.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Peak memory of the whole program, e.g. 1GB. Default: a quarter of what is free, at most 8 GB."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all processors.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+ShardSize = Annotated[str, typer.Option(help="Largest size of an output file.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin too (tensors only, no code is run).")
+]
+Prefer = Annotated[
+    Literal["single", "sharded"] | None, typer.Option(help="single | sharded: which to read where a folder holds both.")
+]
+
+
+def parse_bytes(text: str) -> int:
+    """`1GB`, `512MiB`, `1e9` in bytes."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    unit = match and UNITS.get(
+        match[2].upper() if match[2].upper().endswith("B") or not match[2] else match[2].upper() + "B"
+    )
+    if not match or not unit:
+        raise typer.BadParameter(f"{text!r} is no size: write 800MB, 1GB or 1.5GiB")
+    return int(float(match[1]) * unit)
+
+
+def budget(memory: str | None, recipe: Recipe | None = None) -> int | None:
+    """What `--memory` leaves for the merge: the option counts the whole program."""
+    from pymerge.engine.plan import resident_memory
+
+    if memory is None:
+        return None
+    if recipe is not None and any(model.data for model in recipe.models):
+        from pymerge.statistics.stream import load_libraries
+
+        load_libraries()
+    return parse_bytes(memory) - resident_memory()
+
+
+@contextmanager
+def reported_errors(debug: bool) -> Iterator[None]:
+    """One message and the exit code of the error; no traceback unless asked for."""
+    try:
+        yield
+    except MergeError as error:
+        if debug:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
