@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -76,9 +76,10 @@ def merge(
             progress=False if quiet else None,
         )
         if as_adapter:
-            from pymerge.engine.adapter_out import merge_to_adapter
+            from pymerge.engine.adapter_out import describe_adapter, merge_to_adapter
 
-            return show_adapter(out, merge_to_adapter(described, out, rank, options), quiet)
+            found = merge_to_adapter(described, out, rank, options)
+            return None if quiet else print(describe_adapter(out, found))
         if rank is not None:
             raise RecipeError("--rank goes with --as-adapter")
         summary = merge_to_disk(described, out, options)
@@ -91,18 +92,6 @@ def merge(
             )
             for note in summary["notes"]:
                 print(f"  note: {note}")
-
-
-def show_adapter(out: Path, summary: dict[str, Any], quiet: bool) -> None:
-    """The closing lines of a command that writes an adapter."""
-    if quiet:
-        return
-    print(
-        f"{out}: adapter of rank {summary['r']}, {summary['matrices']} matrices, {len(summary['whole'])} tensors whole"
-        f"; relative error of the update {summary['error']:.2g} (per matrix in merge.json)"
-    )
-    if summary["left_out"]:
-        print(f"  note: changes that an adapter cannot hold are left out: {', '.join(list(summary['left_out'])[:10])}")
 
 
 @app.command("extract-lora")
@@ -121,7 +110,7 @@ def extract_lora(
 ) -> None:
     """Write what MODEL has more than BASE as a LoRA adapter: the best of that rank for each matrix."""
     with reported_errors(debug):
-        from pymerge.engine.adapter_out import extract
+        from pymerge.engine.adapter_out import describe_adapter, extract
         from pymerge.engine.plan import Options
 
         options = Options(
@@ -131,7 +120,9 @@ def extract_lora(
             prefer=prefer,
             progress=False if quiet else None,
         )
-        show_adapter(out, extract(model, base, out, rank, exclude=exclude or [], options=options), quiet)
+        found = extract(model, base, out, rank, exclude=exclude or [], options=options)
+        if not quiet:
+            print(describe_adapter(out, found))
 
 
 @app.command()

@@ -211,3 +211,15 @@ def config_of(
     if any(feeds_head(base, f"{module}.weight") for module in saved):
         config["ensure_weight_tying"] = True
     return config
+
+
+def describe_adapter(out: str | Path, summary: Mapping[str, Any]) -> str:
+    """The closing words of a command."""
+    lines = [
+        f"{out}: adapter of rank {summary['r']}, {summary['matrices']} matrices, {len(summary['whole'])} tensors whole"
+        f"; relative error of the update {summary['error']:.2g} (per matrix in merge.json)"
+    ]
+    if left := list(summary["left_out"]):
+        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+        lines.append(f"  note: changes that an adapter cannot hold are left out: {', '.join(left[:10])}{more}")
+    return "\n".join(lines + [f"  note: {note}" for note in summary["notes"]])

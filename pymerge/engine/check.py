@@ -170,9 +170,7 @@ class Checker:
         found = self.find_all(name)
         if found is None:
             return None
-        if found == [] and self.models:
-            return self.copied(name, reference)
-        if self.is_untouched(name, found):
+        if (found == [] and self.models) or self.is_untouched(name, found):
             return self.copied(name, reference)
         if not self.dtypes_fit(name, [reference, *found]):
             return None
@@ -213,7 +211,7 @@ class Checker:
     def is_untouched(self, name: str, found: Sequence[AnyTensor]) -> bool:
         """Whether all are adapters that leave it to the base. Where a step looks at the whole model, it counts too."""
         steps, base = self.steps[name], self.reference[name]
-        whole = survey_scope(steps) == "model" or asks_model(steps) is not None
+        whole = survey_scope(steps) == "model" or asks_model(steps)
         whole = bool(steps.combine.beside) or (whole and not isinstance(steps.combine, AdapterCombine))
         return self.recipe.subtract_base and not whole and all(t is base for t in found)
 
