@@ -73,6 +73,9 @@ class AdapterSink:
     def forget(self, name: str) -> None:
         """Nothing was ever finished before."""
 
+    def read_into(self, name: str, view: memoryview) -> None:
+        raise ValueError(f"{name}: what is merged is not kept; steps that look at it are refused before")
+
     def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any]) -> None:
         if name not in self.open:
             shape = self.entries[name].shape

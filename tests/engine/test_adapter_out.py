@@ -108,6 +108,11 @@ def test_refusals(problem: Any, tmp_path: Path) -> None:
         pymerge.merge(None, adapters, method="linear", as_adapter=4, out=tmp_path / "out")
     with pytest.raises(RecipeError, match="emr"):
         pymerge.merge(base, adapters, method="emr", as_adapter=4, out=tmp_path / "out")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "one"}\n')
+    given = {"method": "regmean_plusplus", "data": [data, data], "as_adapter": 4}
+    with pytest.raises(RecipeError, match="write a whole model"):
+        pymerge.merge(base, adapters, out=tmp_path / "out", **given)
     with pytest.raises(OutputError, match="inputs are never changed"):
         pymerge.merge(base, adapters, method="tsv_m", as_adapter=4, out=adapters[0])
     (tmp_path / "full").mkdir()
