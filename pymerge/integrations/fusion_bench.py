@@ -1,0 +1,176 @@
+"""pymerge's methods as a FusionBench algorithm: `fusion_bench method=pymerge/tsv_m ...`.
+
+The configs are in fusion_bench_conf/method/pymerge; hydra_plugins/pymerge_configs.py puts them in hydra's search path.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from fusion_bench import BaseAlgorithm, BaseModelPool, auto_register_config
+from fusion_bench.dataset.image_dataset import ImageClassificationDataset
+from fusion_bench.mixins import LightningFabricMixin
+from fusion_bench.models.utils import get_target_state_dict, validate_target_modules_equal
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from pymerge.engine.api import Recipe, merge
+from pymerge.engine.plan import Options
+from pymerge.errors import InputError, RecipeError
+from pymerge.methods import describe
+from pymerge.statistics import Statistics, observe
+
+log = logging.getLogger(__name__)
+LABELS = ("label", "labels")
+
+
+@auto_register_config
+class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
+    """Any of pymerge's methods on a model pool.
+
+    method        a combine method: pymerge.methods.list("combine")
+    exclude_keys  name patterns of tensors that stay as they are in the base
+    samples, batch_size, dataset  what models are run on where a method needs to know the inputs of their layers: so many
+                  samples, at equal distances, of each task's `train`, `val` or `test` dataset in the pool
+    parameters    the other arguments of pymerge.merge: hyperparameters (one value, or a list with one a model),
+                  `purify`, `calibrate`, `seed`, `statistics`, ...; None: not given
+    """
+
+    def __init__(
+        self,
+        method: str,
+        exclude_keys: Sequence[str] | None = None,
+        samples: int = 32,
+        batch_size: int = 8,
+        dataset: str = "train",
+        **parameters: Any,
+    ) -> None:
+        of_base = {key: parameters.pop(key) for key in ("_recursive_", "_usage_", "_version_") if key in parameters}
+        super().__init__(**of_base)
+        self.exclude_keys = list(exclude_keys or ())
+        self.parameters = {name: plain(value) for name, value in parameters.items() if value is not None}
+
+    @property
+    def config(self) -> DictConfig:
+        return OmegaConf.create({**super().config, **self.parameters}, flags={"allow_objects": True})
+
+    def run(self, modelpool: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> nn.Module:
+        """A new module: the pool's `_pretrained_` model (the first model, where the method has no base) with merged
+        weights. The pool's models are not touched; submodules that a model's `_fusion_bench_target_modules` leaves out
+        are not merged."""
+        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        base = self.load_base(pool)
+        models = [model for _, model in pool.named_models()]
+        together = [*([base] if base is not None else []), *models]
+        validate_target_modules_equal(together)
+        states = {id(model): get_target_state_dict(model) for model in together}
+        arguments: dict[str, Any] = {"exclude": self.exclude_keys, **self.parameters, "method": self.method}
+        arguments |= {"base": states.get(id(base)), "models": [states[id(model)] for model in models]}
+        if self.needs_statistics() and "statistics" not in arguments:
+            Recipe.from_kwargs(**arguments, statistics=[{} for _ in models])  # wrong options, before the models are run
+            arguments["statistics"] = [
+                self.observe(pool, name, model) for name, model in zip(pool.model_names, models, strict=True)
+            ]
+        log.info(f"pymerge: {self.method} of {', '.join(pool.model_names)} on {self.fabric.device}")
+        merged = merge(**arguments, options=Options(device=str(self.fabric.device)))
+        result = copy.deepcopy(together[0]) if pool.has_instance_models else together[0]
+        if extra := result.load_state_dict(merged, strict=False).unexpected_keys:
+            raise InputError(f"the merged tensors do not fit the module: extra {extra}")
+        return result
+
+    def load_base(self, pool: BaseModelPool) -> nn.Module | None:
+        role = describe(self.method).base
+        if role == "required" and not pool.has_pretrained:
+            raise InputError(f"{self.method} needs a base: the pool's models are {pool.model_names}, add `_pretrained_`")
+        return pool.load_pretrained_model() if role in ("required", "optional") and pool.has_pretrained else None
+
+    def needs_statistics(self) -> bool:
+        """Whether a step needs what layers see."""
+        steps: list[Any] = [self.method]
+        for given in (self.parameters.get("purify"), self.parameters.get("calibrate")):
+            steps += given if isinstance(given, list | tuple) else [given] if given else []
+        names = [step.get("method") if isinstance(step, Mapping) else step for step in steps]
+        return any("covariance" in describe(name).needs for name in names)
+
+    def observe(self, pool: BaseModelPool, name: str, model: nn.Module) -> Statistics:
+        """What the layers of one model see of its task's dataset, on Fabric's device."""
+        targets = getattr(model, "_fusion_bench_target_modules", None) or ()
+        home = next(model.parameters()).device
+        log.info(f"pymerge: observing {name} on {self.samples} samples")
+        try:
+            batches = self.batches(pool, name, model.to(self.fabric.device))
+            return observe(model, batches, targets=[p for target in targets for p in (target, f"{target}.*")])
+        finally:
+            model.to(home)
+
+    def batches(self, pool: BaseModelPool, name: str, model: nn.Module) -> Iterator[Any]:
+        """What the model is called with, batch by batch. Override it for datasets of another kind.
+
+        Samples are mappings, of which the model gets what it takes by name but no labels, or tuples, of which it gets
+        the first; in pools with an image processor that prepares the images. Texts of unequal lengths are padded."""
+        dataset = self.load_dataset(pool, name)
+        takes = set(inspect.signature(model.forward).parameters) - set(LABELS)
+        items = (inputs_of(item, takes, name) for item in spread(dataset, self.samples))
+        while batch := list(islice(items, self.batch_size)):
+            yield self.fabric.to_device(collated(batch))
+
+    def load_dataset(self, pool: BaseModelPool, name: str) -> Any:
+        kinds = ("train", "val", "test")
+        if self.dataset not in kinds:
+            raise RecipeError(f"dataset: must be one of {', '.join(kinds)}, got {self.dataset!r}")
+        known = getattr(pool, f"{self.dataset}_dataset_names")
+        if name not in known:
+            raise InputError(
+                f"{self.method} needs a dataset for each task: the pool has {self.dataset} datasets {known}, none for "
+                f"{name}. Add it, choose method.dataset={'|'.join(kinds)}, or give statistics=[...]"
+            )
+        dataset = getattr(pool, f"load_{self.dataset}_dataset")(name)
+        if hasattr(pool, "load_processor"):
+            return ImageClassificationDataset(dataset, pool.load_processor())
+        return dataset
+
+
+def plain(value: Any) -> Any:
+    """Lists and mappings of a config as Python's own."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def spread(dataset: Any, count: int) -> Iterator[Any]:
+    """`count` samples at equal distances: datasets may be sorted by label. Of a stream, the first."""
+    if not hasattr(dataset, "__len__"):
+        return islice(iter(dataset), count)
+    count = min(count, len(dataset))
+    return (dataset[i * len(dataset) // count] for i in range(count))
+
+
+def inputs_of(item: Any, takes: set[str], task: str) -> Tensor | dict[str, Tensor]:
+    """What the model takes of one sample."""
+    if isinstance(item, Mapping):
+        found = {key: torch.as_tensor(value) for key, value in item.items() if key in takes}
+        if not found:
+            raise InputError(f"samples of {task} have {', '.join(item)}; the model takes {', '.join(sorted(takes))}")
+        if "input_ids" in found and "attention_mask" in takes:
+            found.setdefault("attention_mask", torch.ones_like(found["input_ids"]))
+        return found
+    value = item[0] if isinstance(item, tuple | list) else item
+    if not isinstance(value, Tensor):
+        raise InputError(f"samples of {task} hold {type(value).__name__}: tensors, or mappings by name, are needed")
+    return value
+
+
+def collated(items: Sequence[Any]) -> Tensor | dict[str, Tensor]:
+    """One batch; rows of unequal length are filled up with zeros, which the attention mask then marks."""
+    if isinstance(items[0], dict):
+        return {
+            key: nn.utils.rnn.pad_sequence([item[key] for item in items], batch_first=True)
+            if items[0][key].dim() == 1
+            else torch.stack([item[key] for item in items])
+            for key in items[0]
+        }
+    return torch.stack(list(items))
