@@ -1,1 +1,1 @@
-"""Doors from other tools: adapters over the public API. Each needs its tool installed and is imported by nothing else."""
+"""Doors from other tools: adapters over the public API, each imported only by its tool."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -17,6 +18,7 @@ from fusion_bench import BaseAlgorithm, BaseModelPool, auto_register_config
 from fusion_bench.dataset.image_dataset import ImageClassificationDataset
 from fusion_bench.mixins import LightningFabricMixin
 from fusion_bench.models.utils import get_target_state_dict, validate_target_modules_equal
+from fusion_bench.utils.lazy_state_dict import LazyStateDict
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -36,8 +38,8 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     method        a combine method: pymerge.methods.list("combine")
     exclude_keys  name patterns of tensors that stay as they are in the base
-    samples, batch_size, dataset  what models are run on where a method needs to know the inputs of their layers: so many
-                  samples, at equal distances, of each task's `train`, `val` or `test` dataset in the pool
+    samples, batch_size, dataset  what models are run on where a method needs to know the inputs of their layers: so
+                  many samples, at equal distances, of each task's `train`, `val` or `test` dataset in the pool
     parameters    the other arguments of pymerge.merge: hyperparameters (one value, or a list with one a model),
                   `purify`, `calibrate`, `seed`, `statistics`, ...; None: not given
     """
@@ -63,31 +65,37 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
     def run(self, modelpool: BaseModelPool | Mapping[str, nn.Module] | Sequence[nn.Module]) -> nn.Module:
         """A new module: the pool's `_pretrained_` model (the first model, where the method has no base) with merged
         weights. The pool's models are not touched; submodules that a model's `_fusion_bench_target_modules` leaves out
-        are not merged."""
+        are not merged. Pools that load lazily are merged from disk to disk, in a temporary folder."""
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         base = self.load_base(pool)
         models = [model for _, model in pool.named_models()]
-        together = [*([base] if base is not None else []), *models]
-        validate_target_modules_equal(together)
-        states = {id(model): get_target_state_dict(model) for model in together}
+        first = base if base is not None else models[0]
+        validate_target_modules_equal([first, *models])
         arguments: dict[str, Any] = {"exclude": self.exclude_keys, **self.parameters, "method": self.method}
-        arguments |= {"base": states.get(id(base)), "models": [states[id(model)] for model in models]}
+        arguments |= {"base": None if base is None else source_of(base), "models": [source_of(m) for m in models]}
         if self.needs_statistics() and "statistics" not in arguments:
             Recipe.from_kwargs(**arguments, statistics=[{} for _ in models])  # wrong options, before the models are run
             arguments["statistics"] = [
                 self.observe(pool, name, model) for name, model in zip(pool.model_names, models, strict=True)
             ]
+        arguments["options"] = Options(device=str(self.fabric.device))
         log.info(f"pymerge: {self.method} of {', '.join(pool.model_names)} on {self.fabric.device}")
-        merged = merge(**arguments, options=Options(device=str(self.fabric.device)))
-        result = copy.deepcopy(together[0]) if pool.has_instance_models else together[0]
+        if isinstance(first, LazyStateDict):
+            with tempfile.TemporaryDirectory(prefix="pymerge-") as folder:
+                merge(**arguments, out=f"{folder}/merged")
+                return loaded(first, f"{folder}/merged")
+        merged = merge(**arguments)
+        result = copy.deepcopy(first) if pool.has_instance_models else first
         if extra := result.load_state_dict(merged, strict=False).unexpected_keys:
             raise InputError(f"the merged tensors do not fit the module: extra {extra}")
         return result
 
-    def load_base(self, pool: BaseModelPool) -> nn.Module | None:
+    def load_base(self, pool: BaseModelPool) -> nn.Module | LazyStateDict | None:
         role = describe(self.method).base
         if role == "required" and not pool.has_pretrained:
-            raise InputError(f"{self.method} needs a base: the pool's models are {pool.model_names}, add `_pretrained_`")
+            raise InputError(
+                f"{self.method} needs a base: the pool's models are {pool.model_names}, add `_pretrained_`"
+            )
         return pool.load_pretrained_model() if role in ("required", "optional") and pool.has_pretrained else None
 
     def needs_statistics(self) -> bool:
@@ -98,16 +106,17 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         names = [step.get("method") if isinstance(step, Mapping) else step for step in steps]
         return any("covariance" in describe(name).needs for name in names)
 
-    def observe(self, pool: BaseModelPool, name: str, model: nn.Module) -> Statistics:
+    def observe(self, pool: BaseModelPool, name: str, model: nn.Module | LazyStateDict) -> Statistics:
         """What the layers of one model see of its task's dataset, on Fabric's device."""
-        targets = getattr(model, "_fusion_bench_target_modules", None) or ()
-        home = next(model.parameters()).device
+        module = loaded(model, model._local_path) if isinstance(model, LazyStateDict) else model
+        targets = getattr(module, "_fusion_bench_target_modules", None) or ()
+        home = next(module.parameters()).device
         log.info(f"pymerge: observing {name} on {self.samples} samples")
         try:
-            batches = self.batches(pool, name, model.to(self.fabric.device))
-            return observe(model, batches, targets=[p for target in targets for p in (target, f"{target}.*")])
+            batches = self.batches(pool, name, module.to(self.fabric.device))
+            return observe(module, batches, targets=[p for target in targets for p in (target, f"{target}.*")])
         finally:
-            model.to(home)
+            module.to(home)
 
     def batches(self, pool: BaseModelPool, name: str, model: nn.Module) -> Iterator[Any]:
         """What the model is called with, batch by batch. Override it for datasets of another kind.
@@ -134,6 +143,18 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         if hasattr(pool, "load_processor"):
             return ImageClassificationDataset(dataset, pool.load_processor())
         return dataset
+
+
+def source_of(model: nn.Module | LazyStateDict) -> Mapping[str, Tensor] | str:
+    """What pymerge.merge takes of a model: its tensors, or the folder that it would be loaded from."""
+    return model._local_path if isinstance(model, LazyStateDict) else get_target_state_dict(model)
+
+
+def loaded(model: LazyStateDict, folder: str) -> nn.Module:
+    """The module of this lazily loading model's class with the weights in `folder`."""
+    if model.meta_module_class is None:
+        raise InputError(f"{model.checkpoint}: loaded lazily by a pool that does not say its class")
+    return model.meta_module_class.from_pretrained(folder, torch_dtype=model._torch_dtype)
 
 
 def plain(value: Any) -> Any:
