@@ -1,4 +1,5 @@
 """Hydra finds this module by its place: it puts pymerge's configs in reach of `fusion_bench method=pymerge/...`."""
+# pyright: reportMissingImports=false
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin

@@ -2,6 +2,7 @@
 
 The configs are in fusion_bench_conf/method/pymerge; hydra_plugins/pymerge_configs.py puts them in hydra's search path.
 """
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from fusion_bench import BaseAlgorithm, BaseModelPool, auto_register_config
 from fusion_bench.dataset.image_dataset import ImageClassificationDataset
-from fusion_bench.mixins import LightningFabricMixin
+from fusion_bench.method import BaseAlgorithm
+from fusion_bench.mixins import LightningFabricMixin, auto_register_config
+from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.models.utils import get_target_state_dict, validate_target_modules_equal
 from fusion_bench.utils.lazy_state_dict import LazyStateDict
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from pymerge.engine.api import Recipe, merge
 from pymerge.engine.plan import Options
 from pymerge.errors import InputError, RecipeError
-from pymerge.methods import describe
+from pymerge.methods import describe, get
 from pymerge.statistics import Statistics, observe
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ LABELS = ("label", "labels")
 class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
     """Any of pymerge's methods on a model pool.
 
-    method        a combine method: pymerge.methods.list("combine")
+    merge_method  a combine method: pymerge.methods.list("combine")
     exclude_keys  name patterns of tensors that stay as they are in the base
     samples, batch_size, dataset  what models are run on where a method needs to know the inputs of their layers: so
                   many samples, at equal distances, of each task's `train`, `val` or `test` dataset in the pool
@@ -46,7 +48,7 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
 
     def __init__(
         self,
-        method: str,
+        merge_method: str,
         exclude_keys: Sequence[str] | None = None,
         samples: int = 32,
         batch_size: int = 8,
@@ -66,20 +68,21 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         """A new module: the pool's `_pretrained_` model (the first model, where the method has no base) with merged
         weights. The pool's models are not touched; submodules that a model's `_fusion_bench_target_modules` leaves out
         are not merged. Pools that load lazily are merged from disk to disk, in a temporary folder."""
-        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        pool: Any = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         base = self.load_base(pool)
         models = [model for _, model in pool.named_models()]
+        if not models:
+            raise InputError(f"the pool has no models to merge, only {pool.all_model_names}")
         first = base if base is not None else models[0]
         validate_target_modules_equal([first, *models])
-        arguments: dict[str, Any] = {"exclude": self.exclude_keys, **self.parameters, "method": self.method}
+        exclude = [*self.exclude_keys, *self.parameters.get("exclude", ())]
+        arguments: dict[str, Any] = {**self.parameters, "method": self.merge_method, "exclude": exclude}
         arguments |= {"base": None if base is None else source_of(base), "models": [source_of(m) for m in models]}
         if self.needs_statistics() and "statistics" not in arguments:
-            Recipe.from_kwargs(**arguments, statistics=[{} for _ in models])  # wrong options, before the models are run
-            arguments["statistics"] = [
-                self.observe(pool, name, model) for name, model in zip(pool.model_names, models, strict=True)
-            ]
+            Recipe.from_kwargs(**arguments, statistics=[{} for _ in models])  # wrong options, before models are run
+            arguments["statistics"] = self.observe(pool, dict(zip(pool.model_names, models, strict=True)))
         arguments["options"] = Options(device=str(self.fabric.device))
-        log.info(f"pymerge: {self.method} of {', '.join(pool.model_names)} on {self.fabric.device}")
+        log.info(f"pymerge: {self.merge_method} of {', '.join(pool.model_names)} on {self.fabric.device}")
         if isinstance(first, LazyStateDict):
             with tempfile.TemporaryDirectory(prefix="pymerge-") as folder:
                 merge(**arguments, out=f"{folder}/merged")
@@ -91,53 +94,63 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         return result
 
     def load_base(self, pool: BaseModelPool) -> nn.Module | LazyStateDict | None:
-        role = describe(self.method).base
+        """The pool's base, where the method has one."""
+        if what := getattr(get(self.merge_method), "beside", ""):
+            raise RecipeError(f"{self.merge_method} leaves {what} beside the merged model: merge folders with pymerge")
+        role = describe(self.merge_method).base
         if role == "required" and not pool.has_pretrained:
             raise InputError(
-                f"{self.method} needs a base: the pool's models are {pool.model_names}, add `_pretrained_`"
+                f"{self.merge_method} needs a base: the pool's models are {pool.model_names}, add `_pretrained_`"
             )
         return pool.load_pretrained_model() if role in ("required", "optional") and pool.has_pretrained else None
 
     def needs_statistics(self) -> bool:
         """Whether a step needs what layers see."""
-        steps: list[Any] = [self.method]
+        steps: list[Any] = [self.merge_method]
         for given in (self.parameters.get("purify"), self.parameters.get("calibrate")):
             steps += given if isinstance(given, list | tuple) else [given] if given else []
-        names = [step.get("method") if isinstance(step, Mapping) else step for step in steps]
+        names = [step.get("method", "") if isinstance(step, Mapping) else step for step in steps]
         return any("covariance" in describe(name).needs for name in names)
 
-    def observe(self, pool: BaseModelPool, name: str, model: nn.Module | LazyStateDict) -> Statistics:
-        """What the layers of one model see of its task's dataset, on Fabric's device."""
-        module = loaded(model, model._local_path) if isinstance(model, LazyStateDict) else model
-        targets = getattr(module, "_fusion_bench_target_modules", None) or ()
-        home = next(module.parameters()).device
-        log.info(f"pymerge: observing {name} on {self.samples} samples")
-        try:
-            batches = self.batches(pool, name, module.to(self.fabric.device))
-            return observe(module, batches, targets=[p for target in targets for p in (target, f"{target}.*")])
-        finally:
-            module.to(home)
+    def observe(self, pool: BaseModelPool, models: Mapping[str, Any]) -> list[Statistics]:
+        """What the layers of each model see of its task's dataset, on Fabric's device."""
+        batches = {
+            name: self.batches(pool, name, getattr(model, "meta_module", model)) for name, model in models.items()
+        }
+        found = []
+        for name, model in models.items():
+            log.info(f"pymerge: observing {name} on {self.samples} samples")
+            module = loaded(model, model._local_path) if isinstance(model, LazyStateDict) else model
+            targets = getattr(module, "_fusion_bench_target_modules", None) or ()
+            patterns = [pattern for target in targets for pattern in (target, f"{target}.*")]
+            home = next(module.parameters()).device
+            try:
+                found.append(observe(module.to(self.fabric.device), batches[name], targets=patterns))
+            finally:
+                module.to(home)
+        return found
 
     def batches(self, pool: BaseModelPool, name: str, model: nn.Module) -> Iterator[Any]:
         """What the model is called with, batch by batch. Override it for datasets of another kind.
 
         Samples are mappings, of which the model gets what it takes by name but no labels, or tuples, of which it gets
         the first; in pools with an image processor that prepares the images. Texts of unequal lengths are padded."""
-        dataset = self.load_dataset(pool, name)
         takes = set(inspect.signature(model.forward).parameters) - set(LABELS)
-        items = (inputs_of(item, takes, name) for item in spread(dataset, self.samples))
-        while batch := list(islice(items, self.batch_size)):
-            yield self.fabric.to_device(collated(batch))
+        items = (inputs_of(item, takes, name) for item in spread(self.load_dataset(pool, name), self.samples))
+        return (
+            self.fabric.to_device(collated(batch)) for batch in iter(lambda: list(islice(items, self.batch_size)), [])
+        )
 
     def load_dataset(self, pool: BaseModelPool, name: str) -> Any:
+        """The dataset of a task, with its images prepared."""
         kinds = ("train", "val", "test")
         if self.dataset not in kinds:
             raise RecipeError(f"dataset: must be one of {', '.join(kinds)}, got {self.dataset!r}")
         known = getattr(pool, f"{self.dataset}_dataset_names")
         if name not in known:
             raise InputError(
-                f"{self.method} needs a dataset for each task: the pool has {self.dataset} datasets {known}, none for "
-                f"{name}. Add it, choose method.dataset={'|'.join(kinds)}, or give statistics=[...]"
+                f"a dataset is needed for each task: the pool has {self.dataset} datasets {known}, none for {name}. "
+                f"Add it, choose method.dataset={'|'.join(kinds)}, or give statistics=[...]"
             )
         dataset = getattr(pool, f"load_{self.dataset}_dataset")(name)
         if hasattr(pool, "load_processor"):
@@ -145,7 +158,7 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         return dataset
 
 
-def source_of(model: nn.Module | LazyStateDict) -> Mapping[str, Tensor] | str:
+def source_of(model: Any) -> Mapping[str, Tensor] | str:
     """What pymerge.merge takes of a model: its tensors, or the folder that it would be loaded from."""
     return model._local_path if isinstance(model, LazyStateDict) else get_target_state_dict(model)
 

@@ -48,9 +48,9 @@ def config(name: str) -> str:
     lines = [f"# {name} ({info.paper}), made from `pymerge methods {name}`"]
     lines += ["_target_: pymerge.integrations.fusion_bench.PymergeAlgorithm"]
     if info.step == "combine":
-        lines += [f"method: {name}", *hyperparameters(name)]
+        lines += [f"merge_method: {name}", *hyperparameters(name)]
     else:
-        lines += line("method", "task_arithmetic", "any combine method; its hyperparameters: +method.scale=0.5")
+        lines += line("merge_method", "task_arithmetic", "any combine method; its hyperparameters: +method.scale=0.5")
     if "fisher" in info.needs:
         lines += line("fisher", "???", "a list with one file a model: the diagonal of its Fisher information")
     steps = {step: ", ".join(methods.list(step)) for step in ("purify", "calibrate")}

@@ -220,15 +220,28 @@ def test_wrong_options_are_found_before_models_are_run(models):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "regmean", "dataset": "test"}, "the pool has test datasets .*, none for a"),
-        ({"method": "regmean", "dataset": "dev"}, "one of train, val, test"),
-        ({"method": "tsvm"}, "did you mean"),
+        ({"merge_method": "regmean", "dataset": "test"}, "the pool has test datasets .*, none for a"),
+        ({"merge_method": "regmean", "dataset": "dev"}, "one of train, val, test"),
+        ({"merge_method": "tsvm"}, "did you mean"),
+        ({"merge_method": "emr"}, "leaves masks beside"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_wrong_is_said(arguments, message, pool):
     with pytest.raises(pymerge.MergeError, match=message):
         PymergeAlgorithm(**arguments).run(pool)
+
+
+def test_datasets_of_all_tasks_are_there_before_models_are_run(models):
+    only_a = OmegaConf.create({"a": {"_target_": f"{HERE}.Vectors", "seed": 0}})
+    models["a"].register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    with pytest.raises(pymerge.MergeError, match="none for b"):
+        PymergeAlgorithm("regmean").run(BaseModelPool(models, train_datasets=only_a))
+
+
+def test_a_pool_without_tasks_is_refused(models):
+    with pytest.raises(pymerge.MergeError, match="no models to merge"):
+        PymergeAlgorithm("ties").run({"_pretrained_": models["_pretrained_"]})
 
 
 def test_a_pool_without_a_base_is_refused_where_one_is_needed(models):
