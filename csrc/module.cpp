@@ -11,6 +11,7 @@
 
 #include "cpu/crc32c.h"
 #include "cpu/delta.h"
+#include "cpu/gather.h"
 #include "host_params.h"
 
 namespace py = pybind11;
@@ -174,6 +175,56 @@ uint32_t crc32c_combine_host(uint32_t first, uint32_t second, int64_t second_byt
   return crc32c_combine(first, second, second_bytes);
 }
 
+// A contiguous buffer of Python, let go at the end of the scope.
+class View {
+ public:
+  View(const py::object& object, bool writable = false) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) {
+      throw py::error_already_set();
+    }
+  }
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+  ~View() { PyBuffer_Release(&view_); }
+
+  unsigned char* data() const { return static_cast<unsigned char*>(view_.buf); }
+  int64_t bytes() const { return view_.len; }
+  const int64_t* indices() const { return reinterpret_cast<const int64_t*>(view_.buf); }
+  int64_t count() const { return view_.len / 8; }
+
+ private:
+  Py_buffer view_;
+};
+
+void check_indices(const char* name, const View& indices, int64_t size) {
+  for (int64_t i = 0; i < indices.count(); ++i) {
+    const int64_t index = indices.indices()[i];
+    if (index < 0 || index >= size) {
+      throw py::value_error("gather_rows: " + std::string(name) + "[" + std::to_string(i) + "] is " +
+                            std::to_string(index) + ", must be from 0 to " + std::to_string(size - 1));
+    }
+  }
+}
+
+void gather_rows_host(const py::object& source, const py::object& out, int64_t row_bytes, const py::object& rows,
+                      const py::object& places, const std::optional<py::object>& columns, int64_t unit) {
+  const View from(source), to(out, true), wanted(rows), put(places);
+  const View order(columns.value_or(py::bytes("")));
+  const int64_t n = order.count();
+  if (row_bytes <= 0 || unit <= 0 || (n > 0 && row_bytes % (n * unit) != 0) || wanted.count() != put.count()) {
+    throw py::value_error("gather_rows: " + std::to_string(wanted.count()) + " rows of " + std::to_string(row_bytes) +
+                          " bytes to " + std::to_string(put.count()) + " places, in " + std::to_string(n) +
+                          " blocks of " + std::to_string(unit) + ": these do not go together");
+  }
+  check_indices("rows", wanted, from.bytes() / row_bytes);
+  check_indices("places", put, to.bytes() / row_bytes);
+  check_indices("columns", order, n);
+  py::gil_scoped_release release;
+  const std::vector<int32_t> narrow(order.indices(), order.indices() + n);
+  gather_rows({from.data(), to.data(), wanted.indices(), put.indices(), wanted.count(), row_bytes,
+               n > 0 ? narrow.data() : nullptr, n, unit});
+}
+
 // Two paths change places in one step; false where the kernel or the file system cannot.
 bool rename_exchange(const std::string& a, const std::string& b) {
   constexpr unsigned kExchange = 2;  // RENAME_EXCHANGE
@@ -216,6 +267,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("count_nonfinite", &count_nonfinite_host, py::arg("buffer"), count);
   m.def("crc32c", &crc32c_host, py::arg("data"), py::arg("crc") = 0);
   m.def("crc32c_combine", &crc32c_combine_host, py::arg("first"), py::arg("second"), py::arg("second_bytes"));
+  m.def("gather_rows", &gather_rows_host, py::arg("source"), py::arg("out"), py::arg("row_bytes"), py::arg("rows"),
+        py::arg("places"), py::arg("columns"), py::arg("unit"));
   m.def("rename_exchange", &rename_exchange, py::arg("a"), py::arg("b"));
   m.def("cpu_level", &cpu_level);
   m.def("cpu_features", &cpu_features_host);

@@ -102,6 +102,12 @@ def crc32c(data: _Bytes | tuple[int, int], crc: int = 0) -> int:
     """Of a bytes-like object or (address, bytes), continuing from crc."""
 
 def crc32c_combine(first: int, second: int, second_bytes: int) -> int: ...
+def gather_rows(
+    source: _Bytes, out: _Bytes, row_bytes: int, rows: _Bytes, places: _Bytes, columns: _Bytes | None, unit: int
+) -> None:
+    """Row rows[i] of source becomes row places[i] of out, its blocks of `unit` bytes in the order of columns (repeated
+    over the row); rows, places, columns: int64."""
+
 def rename_exchange(a: str, b: str) -> bool:
     """Exchanges two paths in one step; False where the kernel or the file system cannot."""
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pymerge.errors import MergeError
+from pymerge.errors import MergeError, RecipeError
 from pymerge.version import __version__
 
 app = typer.Typer(
@@ -222,7 +222,7 @@ def observe(
 ) -> None:
     """Run MODEL over a few samples and keep what its linear layers see, for methods that need statistics."""
     with reported_errors(debug):
-        from pymerge.statistics import observe as run
+        from pymerge.statistics.observing import observe as run
         from pymerge.statistics.samples import batches_of
 
         at_once = samples if stream else batch_size
@@ -234,6 +234,53 @@ def observe(
         rows = max(found.rows.values())
         holders = len(set(found.header.modules.values()))
         print(f"{out}: {len(found.modules)} layers, {holders} distinct inputs, {rows} rows")
+
+
+@app.command()
+def align(
+    models: Annotated[list[str], typer.Argument(metavar="A B [C ..]", help="Folders; all are brought to A's order.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, perms.safetensors.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Samples for all models: .jsonl, .txt, images, a dataset folder. Without: weights alone."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="How many samples to run. Default: 64.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Longest sample, tokens. Default: 128.")] = None,
+    field: Annotated[str | None, typer.Option(help="Key of the text in .jsonl and datasets. Default: text.")] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="The weights' share; the rest is the activations'. Default: 0.5 with data."),
+    ] = None,
+    mode: Annotated[
+        Literal["permute", "zip"], typer.Option(help="permute | zip: one to one, or many to one.")
+    ] = "permute",
+    spec: Annotated[str | None, typer.Option(help="Architecture. Default: by config.json.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which groups are visited.")] = 0,
+    tie_heads: Annotated[
+        bool, typer.Option("--tie-heads/--no-tie-heads", help="One order of heads for q, k and v.")
+    ] = True,
+    memory: Annotated[
+        str, typer.Option(help="For what is kept between sweeps; what does not fit is computed again.")
+    ] = "2GB",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Find which unit of B is which unit of A, by weights and by activations; `align:` of a recipe takes the file."""
+    with reported_errors(debug):
+        if out.suffix != ".safetensors":
+            raise RecipeError(f"--out {out}: must end in .safetensors")
+        from pymerge.engine.alignment import find, parsed_search
+        from pymerge.engine.describe import show_alignment
+        from pymerge.engine.progress import sweeps_shown
+
+        asked = {"data": data, "samples": samples, "length": length, "field": field, "alpha": alpha, "mode": mode}
+        search = parsed_search(asked | {"spec": spec, "seed": seed, "tie_heads": tie_heads})
+        with sweeps_shown(False if quiet else None) as progress:
+            found = find(models, search, memory=parse_bytes(memory), progress=progress)
+        found.save(out)
+        if not quiet:
+            show_alignment(found)
+            print(f"{out}: to be used as `align: {out}` in a recipe of these models")
 
 
 @app.command()
@@ -299,13 +346,21 @@ def search(
 def demo(
     out: Annotated[Path, typer.Option(help="Where the models and results are kept.")] = Path("demo-output"),
     all_methods: Annotated[bool, typer.Option("--all", help="Every method, whatever the time.")] = False,
+    align: Annotated[
+        bool, typer.Option("--align", help="Part two: networks without a common start, their units aligned.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train a small model and four fine-tuned children, merge them with each method, compare. Under 3 minutes."""
     with reported_errors(debug):
-        from pymerge.demo import run
+        if align:
+            from pymerge.demo.align import run as run_align
 
-        run(out, all_methods=all_methods)
+            run_align(out / "align")
+        else:
+            from pymerge.demo import run
+
+            run(out, all_methods=all_methods)
 
 
 def show_version(wanted: bool) -> None:

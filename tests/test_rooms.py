@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "tuning": BELOW_REPORT | {"version"},
     "integrations": BELOW_REPORT | {"version"},
     "runtime": {"errors", "statistics"},
-    "demo": {"public"},
+    "demo": {"public", "runtime"},
     "cli": BELOW_REPORT | {"report", "integrations", "tuning", "demo", "version", "public"},
     "__main__": {"cli"},
 }

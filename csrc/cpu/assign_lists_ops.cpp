@@ -16,6 +16,7 @@ AssignLists::AssignLists(AssignState& state)
       costs_(static_cast<size_t>(state.rows * kListed)),
       columns_(costs_.size()),
       lengths_(static_cast<size_t>(state.rows)),
+      cuts_(static_cast<size_t>(state.rows)),
       distance_(static_cast<size_t>(state.columns)),
       mark_(static_cast<size_t>(state.columns), -1) {}
 
@@ -31,6 +32,7 @@ void AssignLists::list(int64_t i) {
   count += scans.collect(row, 0, first, sign, prices_.data(), limit, kListed - count, out + count);
   for (int64_t k = 0; k < count; ++k) costs_[static_cast<size_t>(i * kListed + k)] = sign * row[out[k]];
   lengths_[static_cast<size_t>(i)] = static_cast<int32_t>(count);
+  cuts_[static_cast<size_t>(i)] = limit;
 }
 
 RowBest AssignLists::best(int64_t i) const {
@@ -74,6 +76,21 @@ void AssignLists::reach(int64_t i, double shift) {
     queue_.push_back({x, column});
     std::push_heap(queue_.begin(), queue_.end(), std::greater<>());
   }
+  ends_.push_back({cuts_[static_cast<size_t>(i)] - shift, shift, static_cast<int32_t>(i)});
+  std::push_heap(ends_.begin(), ends_.end(), std::greater<>());
+}
+
+// Makes a list anew, from the prices as they are now, whose end the search has come to: beyond it, columns that are not
+// listed may be nearer. False where the new list ends no later.
+bool AssignLists::extend() {
+  const End end = ends_.front();
+  std::pop_heap(ends_.begin(), ends_.end(), std::greater<>());
+  ends_.pop_back();
+  const float before = cuts_[static_cast<size_t>(end.row)];
+  list(end.row);
+  if (cuts_[static_cast<size_t>(end.row)] <= before) return false;
+  reach(end.row, end.shift);
+  return true;
 }
 
 void AssignLists::search(int64_t start) {
@@ -81,9 +98,16 @@ void AssignLists::search(int64_t start) {
   limit_ = kNever;
   sink_ = -1;
   queue_.clear();
+  ends_.clear();
   settled_.clear();
   reach(start, 0.0);
-  while (!queue_.empty() && queue_.front().distance < limit_) {
+  while (true) {
+    const double nearest = queue_.empty() ? limit_ : std::min(limit_, queue_.front().distance);
+    if (ends_.front().distance < nearest) {
+      if (!extend()) return;
+      continue;
+    }
+    if (nearest == limit_) break;
     const Reached next = queue_.front();
     std::pop_heap(queue_.begin(), queue_.end(), std::greater<>());
     queue_.pop_back();
@@ -94,18 +118,29 @@ void AssignLists::search(int64_t start) {
     reach(state_.row_of[j], state_.held[j] - state_.prices[j] - next.distance);
   }
   if (sink_ < 0) return;
-  for (const Reached& one : settled_) state_.prices[static_cast<size_t>(one.column)] += one.distance - limit_;
+  for (const Reached& one : settled_) {
+    const auto j = static_cast<size_t>(one.column);
+    state_.prices[j] += one.distance - limit_;
+    prices_[j] = static_cast<float>(state_.prices[j]);
+  }
   state_.augment(sink_, start);
 }
 
-void AssignLists::solve(std::vector<int32_t> free) {
+void AssignLists::round_prices() {
   for (int64_t j = 0; j < state_.columns; ++j) {
     prices_[static_cast<size_t>(j)] = static_cast<float>(state_.prices[static_cast<size_t>(j)]);
   }
+}
+
+void AssignLists::solve(std::vector<int32_t> free) {
+  round_prices();
   const bool first = search_ == 0;
   for (int64_t i = 0; first && i < state_.rows; ++i) list(i);
   for (size_t k = 0; !first && k < free.size(); ++k) list(free[k]);
-  if (first) reduce_rows(state_, free, [this](int64_t i) { return best(i); });
+  if (first) {
+    reduce_rows(state_, free, [this](int64_t i) { return best(i); });
+    round_prices();
+  }
   for (const int32_t i : free) search(i);
 }
 

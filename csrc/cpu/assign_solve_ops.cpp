@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kListsFrom = 1536;  // columns from which lists of candidates pay (measured: 1024 not, 2048 twice)
 constexpr size_t kFew = 4;            // free rows for which they do not
-constexpr int kListRounds = 6, kRounds = 12;
+constexpr int kRounds = 12;
 constexpr double kEps = 0x1p-52;
 
 class Solver {
@@ -43,6 +43,7 @@ class Solver {
   };
   std::vector<Settled> settled_;
   std::unique_ptr<AssignLists> lists_;
+  size_t listed_ = SIZE_MAX;  // free rows that were last left to the lists: they go on while these halve
 };
 
 // Square: each column's least cost, so that every column is some row's best. Otherwise 0, which free columns must have.
@@ -107,7 +108,8 @@ bool Solver::settle_dummies(double tolerance) {
 
 void Solver::repair(std::vector<int32_t> free, int round) {
   const bool square = state_.rows == state_.columns;
-  if (square && state_.columns >= kListsFrom && round < kListRounds && free.size() > kFew) {
+  if (square && state_.columns >= kListsFrom && free.size() > kFew && free.size() <= listed_ / 2) {
+    listed_ = free.size();
     if (lists_ == nullptr) lists_ = std::make_unique<AssignLists>(state_);
     return lists_->solve(std::move(free));
   }

@@ -92,13 +92,14 @@ void reduce_rows(AssignState& state, std::vector<int32_t>& free, Best best) {
   }
 }
 
-// The same search on a few columns of each row: prices that are nearly right, at a fraction of the cost. Columns left
-// out may make them wrong; whoever looks at whole rows afterwards finds out.
+// The same search on a few columns of each row, at a fraction of the cost. A list is made anew where a search goes
+// beyond what it vouches for. Prices are right but for rounding and for ties that a list has no room for; whoever looks
+// at whole rows afterwards finds out.
 class AssignLists {
  public:
   explicit AssignLists(AssignState& state);
 
-  // Matches rows of `free` (all others keep a match) as far as the lists allow; lists of these rows are made anew.
+  // Matches rows of `free` (all others keep a match) as far as the lists reach; lists of these rows are made anew.
   void solve(std::vector<int32_t> free);
 
  private:
@@ -110,17 +111,30 @@ class AssignLists {
     }
   };
 
+  // Columns that are not on the list of a row that the search has come to are no nearer than this.
+  struct End {
+    double distance, shift;
+    int32_t row;
+    bool operator>(const End& other) const {
+      return distance > other.distance || (distance == other.distance && row > other.row);
+    }
+  };
+
+  void round_prices();
   void list(int64_t i);
   RowBest best(int64_t i) const;
   void reach(int64_t i, double shift);
+  bool extend();
   void search(int64_t i);
 
   AssignState& state_;
   std::vector<float> prices_, costs_;  // float32 prices; [rows, kListed]
   std::vector<int32_t> columns_, lengths_;
+  std::vector<float> cuts_;  // [rows] cost - price of columns that a list leaves out: at least this
   std::vector<double> distance_;
   std::vector<int64_t> mark_;  // 2 * search: reached; 2 * search + 1: settled
   std::vector<Reached> queue_, settled_;
+  std::vector<End> ends_;
   int64_t search_ = 0, sink_ = -1;
   double limit_ = kNever;
 };

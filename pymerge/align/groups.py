@@ -25,6 +25,9 @@ class Entry:
                 embedding); "in": it consumes them
     view        which of its group's index vectors permutes the axis
     part        (i, c): the axis holds c equal parts, as of fused q, k, v, and the units are the i-th
+    interleave  the axis is b = interleave such axes one after another, each with its c parts: [b, c, n / b], as where
+                q, k, v are fused head by head; the units are [:, i, :]
+    span        entries of the axis that each unit has, one after the other: positions of a flattened channel
     similarity  False: permuted and averaged, but no part of the weights' similarity (running statistics)
     """
 
@@ -33,13 +36,15 @@ class Entry:
     role: Literal["out", "in"]
     view: View = "units"
     part: tuple[int, int] = (0, 1)
+    interleave: int = 1
+    span: int = 1
     similarity: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
     """Where a group's activations are seen: an input or output of a module (named as in the checkpoint), its units on
-    `axis`, in the i-th of c equal parts of it; all other axes are samples.
+    `axis`, in the i-th of c equal parts of it (`part`, `interleave` as of an Entry); all other axes are samples.
 
     The modules named are those whose parameters the checkpoint has; in memory they may be called otherwise."""
 
@@ -48,18 +53,23 @@ class Tap:
     axis: int = -1
     view: View = "units"
     part: tuple[int, int] = (0, 1)
+    interleave: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
     """n = size units that are permuted freely, or, with b = blocks > 1 (heads, GroupNorm groups), whole blocks of n / b
-    with each other and units within each block. Its one view is "units" [n]."""
+    with each other and units within each block. Its one view is "units" [n].
+
+    members   for units that are whole parameters of their own (experts of a checkpoint): the names of those of each
+              unit, in one order. Permuting the units renames them; all entries are named as in the anchor."""
 
     name: str
     size: int
     entries: tuple[Entry, ...]
     taps: tuple[Tap, ...] = ()
     blocks: int = 1
+    members: tuple[tuple[str, ...], ...] = ()
 
     def views(self) -> dict[View, int]:
         return {"units": self.size}
@@ -124,8 +134,12 @@ class Spec:
                 continue
             for group, entry in found:
                 problems += size_problems(group, entry, shapes[name])
+        covered = set(entries)
+        for group in self.groups:
+            problems += member_problems(group, shapes)
+            covered.update(name for names in getattr(group, "members", ()) for name in names)
         for name in shapes:
-            if name not in entries and not any(fnmatchcase(name, pattern) for pattern in self.fixed):
+            if name not in covered and not any(fnmatchcase(name, pattern) for pattern in self.fixed):
                 problems.append(f"{name} {list(shapes[name])}: in no group and not listed as fixed")
         if problems:
             raise InputError("the permutation groups do not fit the model:\n" + "\n".join(problems))
@@ -138,8 +152,17 @@ class Spec:
             if of < 1 or whole % of:
                 problems.append(f"group {group.name}: {whole} cannot be cut into {of} equal blocks")
             for entry in group.entries:
-                if entry.view not in group.views():
+                size = group.views().get(entry.view)
+                if size is None:
                     problems.append(f"{entry.parameter}: group {group.name} has no view {entry.view!r}")
+                elif not 0 <= entry.part[0] < entry.part[1] or min(entry.interleave, entry.span) < 1:
+                    problems.append(
+                        f"{entry.parameter}: axis {entry.axis} has no part {entry.part} of group {group.name}"
+                    )
+                elif size % entry.interleave:
+                    problems.append(
+                        f"{entry.parameter}: {size} units cannot be cut into {entry.interleave} equal parts"
+                    )
                 place = (entry.parameter, entry.axis, entry.part)
                 if place in seen:
                     problems.append(f"{entry.parameter}: axis {entry.axis} is in two groups, one is {group.name}")
@@ -150,10 +173,24 @@ class Spec:
 def size_problems(group: Group, entry: Entry, shape: Sequence[int]) -> list[str]:
     if not 0 <= entry.axis < len(shape):
         return [f"{entry.parameter} {list(shape)}: has no axis {entry.axis} (group {group.name})"]
-    size, parts = group.views().get(entry.view, 0), entry.part[1]
-    if shape[entry.axis] != size * parts:
+    needed = group.views().get(entry.view, 0) * entry.span * entry.part[1]
+    if shape[entry.axis] != needed:
         return [
             f"{entry.parameter} {list(shape)}: axis {entry.axis} has {shape[entry.axis]} entries, group {group.name} "
-            f"needs {size * parts}"
+            f"needs {needed}"
         ]
     return []
+
+
+def member_problems(group: Group, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Units that are whole parameters must have the same ones, unit by unit."""
+    if isinstance(group, Heads) or not group.members:
+        return []
+    found = [tuple(tuple(shapes.get(name, ())) for name in names) for names in group.members]
+    if len(found) != group.size:
+        return [f"group {group.name}: {group.size} units, parameters of {len(found)}"]
+    return [
+        f"group {group.name}: unit {unit} has parameters of shapes {other}, unit 0 of {found[0]}"
+        for unit, other in enumerate(found)
+        if other != found[0] or () in other
+    ]

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_header, safe_name
 from pymerge.checkpoint.index import Prefer, check_index, read_json_object, resolve
+from pymerge.checkpoint.made import MadeTensor
+from pymerge.checkpoint.moved import MovedTensor
 from pymerge.errors import ChangedInput, InputError, UnsupportedDtype
 
 if TYPE_CHECKING:
@@ -175,7 +177,7 @@ class MemoryTensor:
 
 
 _CODE = {torch_name: code for code, torch_name in TORCH_NAME.items()}
-AnyTensor = LazyTensor | MemoryTensor
+AnyTensor = LazyTensor | MemoryTensor | MovedTensor | MadeTensor
 
 
 class Checkpoint(Mapping[str, AnyTensor]):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 TRAINING = 1297  # images; the other 500 are the test set
+VALIDATION = 500  # of the training images; on them a scale is chosen for each merged update
 DIGITS = tuple(str(n) for n in range(10))
 
 
@@ -28,12 +29,17 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Digits:
-    """images float32 [N, 1, 8, 8] in [-1, 1]; digits int64 [N]; train and test: indices, disjoint."""
+    """images float32 [N, 1, 8, 8] in [-1, 1]; digits int64 [N]; train and test: indices, disjoint; validation: the
+    last of train."""
 
     images: Tensor
     digits: Tensor
     train: Tensor
     test: Tensor
+
+    @property
+    def validation(self) -> Tensor:
+        return self.train[-VALIDATION:]
 
 
 def tilted(images: Tensor) -> Tensor:

@@ -30,39 +30,53 @@ class Job:
     method: str
     keywords: dict[str, Any] = field(default_factory=dict)
     pairwise: bool = False  # the method takes two models: halves are merged, then merged with each other
+    observed: bool = False  # a step needs to know what each model's layers see
     skipped: str = ""
 
 
 def jobs(tasks: int) -> Iterator[Job]:
-    """Every combine method there is, then each purify and calibrate step on task arithmetic."""
+    """Every combine method there is, then each purify and calibrate step on task arithmetic; purify steps that need
+    statistics on TIES too (selections of entries are methods of their own there)."""
     for name in pymerge.methods.list("combine"):
         yield job(name, tasks)
-    for step in ("purify", "calibrate"):
-        for name in pymerge.methods.list(step):
-            needs = pymerge.methods.describe(name).needs
-            label = f"{name} + task_arithmetic" if step == "purify" else f"task_arithmetic + {name}"
-            yield Job(name=label, method="task_arithmetic", keywords={step: name}, skipped=missing(needs))
+    for name in pymerge.methods.list("purify"):
+        for method in ("task_arithmetic", "ties") if pymerge.methods.describe(name).needs else ("task_arithmetic",):
+            yield with_step(f"{name} + {method}", method, "purify", name)
+    for name in pymerge.methods.list("calibrate"):
+        yield with_step(f"task_arithmetic + {name}", "task_arithmetic", "calibrate", name)
 
 
 def job(name: str, tasks: int) -> Job:
     info = pymerge.methods.describe(name)
     fewest, most = info.models
     pairwise = most is not None and most + (info.base == "first") == 2
-    skipped = missing(info.needs)
+    observed, skipped = needed(info.needs)
     if not pairwise and (tasks < fewest or (most is not None and tasks > most)):
         skipped = f"takes {fewest} to {most} models"
-    return Job(name=name, method=name, keywords=SETTINGS.get(name, {}), pairwise=pairwise, skipped=skipped)
+    keywords = SETTINGS.get(name, {})
+    return Job(name=name, method=name, keywords=keywords, pairwise=pairwise, observed=observed, skipped=skipped)
 
 
-def missing(needs: tuple[str, ...]) -> str:
-    return f"needs {', '.join(needs)}" if needs else ""
+def with_step(label: str, method: str, step: str, name: str) -> Job:
+    observed, skipped = needed(pymerge.methods.describe(name).needs)
+    return Job(name=label, method=method, keywords={step: name}, observed=observed, skipped=skipped)
 
 
-def run(job: Job, base: Path, models: list[Path], out: Path) -> dict[str, float]:
-    """Merges into `out`. Returns seconds (without the start of Python) and the peak memory of the process in bytes."""
+def needed(needs: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether statistics are needed, and what is needed that the demo does not have."""
+    absent = [need for need in needs if need != "covariance"]
+    return "covariance" in needs, f"needs {', '.join(absent)}" if absent else ""
+
+
+def run(job: Job, base: Path, models: list[Path], statistics: list[Path], out: Path) -> dict[str, float]:
+    """Merges into `out`. Returns seconds (without the start of Python) and the peak memory of the process in bytes.
+
+    statistics  one file a model; only methods that need them get them"""
     role = pymerge.methods.describe(job.method).base
     if not job.pairwise:
         request = {"base": str(base) if role != "none" else None, "models": [str(m) for m in models], "out": str(out)}
+        if job.observed:
+            request["statistics"] = [str(file) for file in statistics]
         return in_process(request, job)
     costs = []
     while len(models) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -10,15 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging as transformers_logging
 
+import pymerge
 from pymerge.demo.data import BASE, TASKS, Task, digits, labels, shifted
 
 BATCH = 128
+# What merged updates are multiplied by: authors search it for most methods, ESM's on [0, 2]
+SCALES = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
+OBSERVED = 32  # images of each task that its own model is run on for statistics
 MARK = "trained.json"
+STATISTICS = "statistics"
+
+Heads = dict[str, nn.Linear | nn.Identity]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,26 +93,51 @@ def fit(
     model.eval()
 
 
-def accuracy(model: ViTForImageClassification, task: Task) -> float:
-    """Share of the 500 test images that are classified correctly."""
-    test = digits().test
+def accuracy(model: ViTForImageClassification, task: Task, images: Tensor) -> float:
+    """Share of the images with these indices that are classified correctly."""
     with torch.no_grad():
-        found = model.eval()(task.view(digits().images[test])).logits.argmax(-1)
-    return (found == labels(task)[test]).double().mean().item()
+        found = model.eval()(task.view(digits().images[images])).logits.argmax(-1)
+    return (found == labels(task)[images]).double().mean().item()
 
 
 def load(folder: Path) -> ViTForImageClassification:
     return ViTForImageClassification.from_pretrained(folder, local_files_only=True)
 
 
+def load_heads(models: Path) -> Heads:
+    return {task.name: load(models / task.name).classifier for task in TASKS}
+
+
 def accuracies(encoder: Path, models: Path) -> dict[str, float]:
-    """Accuracy on each task of the encoder in one checkpoint, with the head of that task's own model."""
-    model = load(encoder)
+    """On the test images, of the encoder in one checkpoint with the heads of the tasks' models: see accuracies_on."""
+    return accuracies_on(digits().test, load(encoder), load_heads(models))
+
+
+def accuracies_on(images: Tensor, model: ViTForImageClassification, heads: Heads) -> dict[str, float]:
+    """Accuracy on each task of the encoder of one model, with the head of that task's own model."""
     out = {}
     for task in TASKS:
-        model.classifier = load(models / task.name).classifier
-        out[task.name] = accuracy(model, task)
+        model.classifier = heads[task.name]
+        out[task.name] = accuracy(model, task, images)
     return out
+
+
+def rescaled(
+    base: ViTForImageClassification, merged: ViTForImageClassification, heads: Heads
+) -> tuple[float, dict[str, float]]:
+    """base + s (merged - base) with the s of SCALES that has the best mean accuracy on the validation images.
+
+    Returns s (the first of equals) and the accuracies on the test images."""
+    start, end = base.vit.state_dict(), merged.vit.state_dict()
+    model = copy.deepcopy(base)
+
+    def at(scale: float, images: Tensor) -> dict[str, float]:
+        model.vit.load_state_dict({key: start[key] + scale * (end[key] - start[key]) for key in start})
+        return accuracies_on(images, model, heads)
+
+    found = {scale: sum(at(scale, digits().validation).values()) for scale in SCALES}
+    best = max(found, key=found.__getitem__)
+    return best, at(best, digits().test)
 
 
 @contextmanager
@@ -129,12 +162,12 @@ def train_all(out: Path, say: Callable[[str], None], schedule: Schedule | None =
     if mark.is_file() and json.loads(mark.read_text()) == asdict(schedule):
         return False
     mark.unlink(missing_ok=True)
-    for name in ("base", "tasks"):
+    for name in ("base", "tasks", STATISTICS):
         shutil.rmtree(out / name, ignore_errors=True)
     base = new_model(BASE, seed=0)
     fit(base, BASE, base.parameters(), schedule.base_epochs, schedule.base_rate, seed=0)
     base.save_pretrained(out / "base")
-    say(f"base: {accuracy(base, BASE):.1%} on {BASE.title}")
+    say(f"base: {accuracy(base, BASE, digits().test):.1%} on {BASE.title}")
     for number, task in enumerate(TASKS, start=1):
         model = new_model(task, seed=number)
         model.vit.load_state_dict(base.vit.state_dict())
@@ -142,9 +175,20 @@ def train_all(out: Path, say: Callable[[str], None], schedule: Schedule | None =
             model.classifier.load_state_dict(base.classifier.state_dict())
         else:
             fit(model, task, model.classifier.parameters(), schedule.head_epochs, schedule.head_rate, seed=10 + number)
-        before = accuracy(model, task)
+        before = accuracy(model, task, digits().test)
         fit(model, task, model.vit.parameters(), schedule.task_epochs, schedule.task_rate, seed=20 + number)
         model.save_pretrained(out / "tasks" / task.name)
-        say(f"{task.name}: {before:.1%} -> {accuracy(model, task):.1%} on {task.title}")
+        say(f"{task.name}: {before:.1%} -> {accuracy(model, task, digits().test):.1%} on {task.title}")
     mark.write_text(json.dumps(asdict(schedule)))
     return True
+
+
+def observe_all(out: Path) -> list[Path]:
+    """out/statistics/<name>.safetensors, unless they are there: what each task's own model sees in training images."""
+    files = [out / STATISTICS / f"{task.name}.safetensors" for task in TASKS]
+    (out / STATISTICS).mkdir(exist_ok=True)
+    for task, file in zip(TASKS, files, strict=True):
+        if not file.is_file():
+            images = task.view(digits().images[digits().train[:OBSERVED]])
+            pymerge.observe(out / "tasks" / task.name, [{"pixel_values": images}]).save(file)
+    return files

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint import AnyTensor, Checkpoint, safe_name
+from pymerge.checkpoint.made import MadeTensor
 from pymerge.checkpoint.tied import tied_pairs
 from pymerge.engine.inputs import InputFinder
 from pymerge.errors import (
@@ -154,7 +155,8 @@ class Checker:
 
     def out_dtype(self, tensor: AnyTensor) -> str:
         asked = self.recipe.output_dtype
-        return asked if asked and tensor.dtype in FLOATS else tensor.dtype
+        stored = tensor.stored if isinstance(tensor, MadeTensor) else tensor.dtype
+        return asked if asked and stored in FLOATS else stored
 
     def copied(self, name: str, tensor: AnyTensor, equal_to: tuple[AnyTensor, ...] = ()) -> Entry:
         return Entry(name=name, shape=tensor.shape, dtype=self.out_dtype(tensor), reference=tensor, equal_to=equal_to)

@@ -8,7 +8,7 @@ import platform
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pymerge.checkpoint import safe_name
 from pymerge.engine.plan import Item, Options, Plan, resident_memory
@@ -39,6 +39,7 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
         modes[item.mode] = modes.get(item.mode, 0) + 1
     largest = sorted(plan.items, key=lambda item: -item.read_bytes)[:5]
     return {
+        **({"align": {"recipe": plan.recipe.align.plain()} | dict(plan.alignment or {})} if plan.recipe.align else {}),
         "tensors": plan.counts,
         "items": modes,
         "bytes_read": plan.read_bytes,
@@ -71,6 +72,8 @@ def show_plan(plan: Plan, options: Options) -> None:
     facts, console = describe_plan(plan, options), Console(highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     counts, seconds = facts["tensors"], facts["seconds"]
+    if "align" in facts:
+        table.add_row("align", align_in_words(facts["align"]))
     table.add_row("tensors", f"{counts['merged']} merged, {counts['copied']} copied")
     table.add_row("read", f"{facts['bytes_read'] / 1e9:.2f} GB, about {seconds['read']:.1f} s from disk")
     table.add_row(
@@ -95,6 +98,39 @@ def show_plan(plan: Plan, options: Options) -> None:
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False)
     console.print("no problems found: `pymerge merge` will run this")
+
+
+def align_in_words(facts: dict[str, Any]) -> str:
+    """One line of a plan."""
+    recipe, groups = facts["recipe"], facts.get("groups")
+    if groups is None:
+        data = f"weights and what the units see of {recipe['data']}" if "data" in recipe else "weights alone"
+        return f"permutations are found first, by {data}"
+    moved = sum(sum(row["moved"]) for row in groups.values() if "moved" in row)
+    units = sum(row["units"] for row in groups.values()) * (len(facts["models"]) - 1)
+    return f"{moved} of {units} units move in {len(groups)} groups" if moved else f"{len(groups)} groups"
+
+
+def show_alignment(units: Any) -> None:
+    """What a search found, group by group: units moved in each model but the first, similarity before and after, bound
+    on what an assignment may lack. Of a zip only the similarity that it reached."""
+    report, console = units.report, Console(highlight=False, soft_wrap=True)
+    table = Table(
+        Column("group", overflow="fold"), "units", "moved", "before", "after", "gap", box=None, padding=(0, 2, 0, 0)
+    )
+    for name, row in report["groups"].items():
+        cells = [", ".join(shown.format(value) for value in row.get(key, ())) for key, shown in CELLS.items()]
+        gaps = [gap for gap in row.get("gap", ()) if gap is not None]
+        table.add_row(safe_name(name), str(row["units"]), *cells, f"{max(gaps):.1g}" if gaps else "")
+    console.print(table)
+    before = f"{report['before']:.4f} -> " if "before" in report else ""
+    console.print(
+        f"similarity {before}{report['after']:.4f}; alpha {report['alpha']:g}, {report['sweeps']} sweep(s), "
+        f"{report['assignments']} assignments solved"
+    )
+
+
+CELLS = {"moved": "{}", "before": "{:.3f}", "after": "{:.3f}"}
 
 
 def show_methods(methods: list[MethodInfo]) -> None:

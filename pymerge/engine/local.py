@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint
 from pymerge.checkpoint.card import write_card
 from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
+from pymerge.engine.alignment import Alignment, with_found, with_given
 from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
@@ -40,6 +41,7 @@ class Inputs:
     labels: tuple[str, ...]
     fisher: tuple[Checkpoint, ...] = ()  # of each model, where the method has it
     statistics: tuple[Statistics, ...] = ()  # likewise
+    alignment: Alignment | None = None  # by which base, models and fisher are read
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
@@ -91,7 +93,7 @@ def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
     """What `merge` would do: every check that headers allow, nothing computed."""
     options = options or Options()
     with ExitStack() as stack:
-        inputs = open_inputs(recipe, options, stack)
+        inputs = with_given(recipe, open_inputs(recipe, options, stack))
         return planned(recipe, inputs, options)
 
 
@@ -102,7 +104,21 @@ def planned(
     change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
-    return check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change))
+    plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change))
+    if inputs.alignment is None:
+        return plan
+    return replace(plan, notes=[*plan.notes, *inputs.alignment.notes], alignment=inputs.alignment.summary())
+
+
+def settled(recipe: Recipe, inputs: Inputs, options: Options) -> tuple[Inputs, Plan]:
+    """The inputs with their units in one order, and the plan. What headers tell is checked before permutations are
+    searched for."""
+    inputs = with_given(recipe, inputs)
+    plan = planned(recipe, inputs, options)
+    if recipe.align is not None and inputs.alignment is None:
+        inputs = with_found(recipe, inputs, options)
+        plan = planned(recipe, inputs, options)
+    return inputs, plan
 
 
 def merge_to_disk(
@@ -118,7 +134,7 @@ def merge_to_disk(
         inputs = open_inputs(recipe, options, stack)
         check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan_side_files(inputs.reference)  # refuses now what could not be copied at the end
-        plan = planned(recipe, inputs, options)
+        inputs, plan = settled(recipe, inputs, options)
 
         def side_files(folder: Path, executor: Executor, summary: dict[str, Any]) -> None:
             summary |= extra or {}
@@ -160,6 +176,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "recipe": recipe.to_dict(),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
         "statistics": [found.fingerprint() for found in inputs.statistics],
+        "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,
         "shard_bytes": options.shard_bytes,
         "device": options.device,
         "item_threads": plan.item_threads,

@@ -13,7 +13,7 @@ from torch import Tensor
 from pymerge.checkpoint import TORCH_NAME
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
-from pymerge.engine.local import open_inputs, planned
+from pymerge.engine.local import open_inputs, settled
 from pymerge.engine.plan import Options
 from pymerge.engine.progress import make_progress
 from pymerge.errors import InputError, RecipeError
@@ -49,8 +49,7 @@ def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
             f"{recipe.method} leaves {what} beside the merged model: give folders, and out= for the result"
         )
     with ExitStack() as stack:
-        inputs = open_inputs(recipe, options, stack)
-        plan = planned(recipe, inputs, options)
+        _, plan = settled(recipe, open_inputs(recipe, options, stack), options)
         sink = MemorySink([item.entry for item in plan.items])
         with make_progress(plan.read_bytes, options.progress) as progress:
             Executor(

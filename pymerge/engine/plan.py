@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard
 
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTensor, plan_layout
 from pymerge.engine.asking import asking_purify, asks_model, rule_part, survey_key, survey_scope
@@ -162,6 +162,7 @@ class Plan:
     surveys: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # model-wide: the steps and the items they cover
     questions: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # likewise, of combine steps that are no rule
     purify_questions: tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...] = ()  # of purify steps: their matrices
+    alignment: Mapping[str, Any] | None = None  # of the models' units, where it is known: see Alignment.summary
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
     at_once: int = 1  # generic items that are worked on side by side
 

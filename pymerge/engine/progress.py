@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class NoProgress:
@@ -64,3 +66,16 @@ def make_progress(total: int, wanted: bool | None) -> NoProgress:
     """A bar where it is wanted, or where nobody said and a person is looking."""
     show = sys.stderr.isatty() if wanted is None else wanted
     return Bar(total) if show else NoProgress()
+
+
+@contextmanager
+def sweeps_shown(wanted: bool | None) -> Iterator[Callable[[int, float], None] | None]:
+    """A line on standard error that says how far a search for permutations is: called with the number of sweeps done
+    and their similarity. None where nobody is looking."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("activations and first matches") as status:
+        yield lambda sweep, similarity: status.update(f"sweep {sweep}: similarity {similarity:.4f}")

@@ -32,6 +32,7 @@ def summary_of(
         "machine": {"processor": platform.machine(), "cpu_level": _C.cpu_level()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": plan.recipe.to_dict(),
+        **({"align": plan.alignment} if plan.alignment is not None else {}),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs],
         "tensors": plan.counts,
         "relaxations": plan.recipe.relaxations,

@@ -28,6 +28,14 @@ def gram(a: Tensor) -> Tensor:
     return total
 
 
+def congruence(d: Tensor, s: Tensor) -> Tensor:
+    """d S d^T [m, m], float64; S symmetric, of which the upper triangle s [n, n] is read; on the CPU only the lower
+    triangle is computed, the upper one is unspecified."""
+    if d.device.type == "cpu":
+        return _lapack.congruence(d.contiguous(), s.contiguous())
+    return d @ (s.triu() + s.triu(1).mT) @ d.mT
+
+
 def range_eigh(g: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Eigenpairs low..high-1 (ascending order of all) of a symmetric float64 matrix given by its lower triangle; may
     overwrite it. Values ascending [high - low], vectors [r, high - low].

@@ -58,6 +58,19 @@ def add_gram_(total: Tensor, block: Tensor) -> None:
     _call("dsyrk", b"L", b"T", r, n, 1.0, block, max(1, n), 1.0, total, r)
 
 
+def congruence(d: Tensor, s: Tensor) -> Tensor:
+    """d S d^T [m, m], lower triangle, column-major; d [m, n], S symmetric given by the upper triangle s [n, n], both
+    float64 and row-major. With U = s: d U d^T + (d U d^T)^T has the diagonal of S once too often; n^2 m / 2 + n m^2
+    multiply-adds, where two products take n^2 m + n m^2."""
+    m, n = d.shape
+    y = d.clone()  # d U; row-major is the transpose to Fortran, whose lower triangle s is
+    _call("dtrmm", b"L", b"L", b"N", b"N", n, m, 1.0, s, max(1, n), y, max(1, n))
+    y.addcmul_(d, s.diagonal(), value=-0.5)
+    total = torch.zeros(m, m, dtype=torch.float64).mT
+    _call("dsyr2k", b"L", b"T", m, n, 1.0, d, max(1, n), y, max(1, n), 0.0, total, m)
+    return total
+
+
 def tridiagonal(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Householder reduction of the symmetric matrix whose lower triangle g [r, r] (column-major) holds; g becomes the
     reflectors. Returns diagonal [r], off-diagonal [r] (the last entry is no part of it), factors of the reflectors."""

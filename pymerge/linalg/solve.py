@@ -14,6 +14,7 @@ from pymerge.ops.gram64 import gram64
 # A float32 solve is off by condition * 6e-8 (times 0.2 to 4): up to here that is a few 1e-5.
 FLOAT32_CONDITION = 1e3
 POWER_STEPS, POWER_VECTORS = 8, 4
+KRYLOV_STEPS = 12
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 Precision = Literal["auto", "float32", "float64"]
@@ -126,7 +127,7 @@ def capped_ridge(c: Tensor, start: float, max_condition: float) -> float:
         raise NonFinite("capped_ridge: c has NaN or infinite entries")
     if c.numel() == 0:
         return start
-    top = float(_largest(wide[None], steps=64)[0])
+    top = _krylov_largest(wide)
     ridge = start
     while not _is_definite(_with_ridge(wide, ridge - (top + ridge) / max_condition)):
         ridge *= 2.0
@@ -220,10 +221,19 @@ def _vectors_like(m: Tensor) -> Tensor:
     return start.mT.to(m).contiguous().expand(m.shape[0], -1, -1)
 
 
-def _largest(m: Tensor, steps: int = POWER_STEPS) -> Tensor:
+def _krylov_largest(m: Tensor) -> float:
+    """Largest eigenvalue of a symmetric m [n, n] from below, in the space that KRYLOV_STEPS products span."""
+    blocks = [_vectors_like(m[None])[0]]
+    for _ in range(KRYLOV_STEPS):
+        blocks.append(torch.linalg.qr((blocks[-1] @ m).mT).Q.mT.contiguous())
+    q = torch.linalg.qr(torch.cat(blocks[1:]).mT).Q.mT.contiguous()
+    return float(torch.linalg.eigvalsh(q @ m @ q.mT)[-1])
+
+
+def _largest(m: Tensor) -> Tensor:
     """Largest eigenvalue of each symmetric m [b, n, n] from below, float64 [b]."""
     v = _vectors_like(m)
-    for _ in range(steps):
+    for _ in range(POWER_STEPS):
         v = torch.nn.functional.normalize(v @ m, dim=-1)
     return (v @ m).double().norm(dim=-1).amax(-1)
 

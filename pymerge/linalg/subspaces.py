@@ -87,7 +87,8 @@ def tail_subspace(a: Tensor, count: int) -> Tensor:
 
     a        [..., m, n], float32 or float64; for m > n the directions lie in the range of a
     Returns  [..., m, count] orthonormal, smallest value last; well defined where s_{r - count} > s_{r - count + 1}
-    Error    float64 Gram matrix while s_1 / s_r <= 1e5, a float64 SVD beyond
+    Error    float64 Gram matrix while s_1 / s_r <= 1e5; beyond, that of R^-1 (QR), and a float64 SVD where these
+             `count` values themselves differ by more
     Cost     min(m, n)^2 max(m, n) / 2 float64 multiply-adds and a range eigensolve; m > n: a QR of m x count more
     Raises   NonFinite; ValueError (dtype, count outside 1..min(m, n))."""
     _checks.check_matrices("a", a)
@@ -108,7 +109,7 @@ def _tail(a: Tensor, count: int, norm: float) -> Tensor:
     largest = float(_dense.largest_eigenvalue(g))
     theta, vectors = _dense.range_eigh(g, 0, count)
     if float(theta[0]) * TAIL_CONDITION**2 < largest:
-        return torch.linalg.svd(a.double(), full_matrices=False)[0][:, min(m, n) - count :]
+        return _far_tail(a.double(), count)
     vectors, s = vectors.flip(1), theta.flip(0).sqrt()
     if m <= n:
         return vectors
@@ -117,17 +118,29 @@ def _tail(a: Tensor, count: int, norm: float) -> Tensor:
     return q * torch.where(upper.diagonal() < 0, -1.0, 1.0)
 
 
+def _far_tail(a: Tensor, count: int) -> Tensor:
+    """As _tail whatever the condition of a: what is small in R, A = Q R, is large in its inverse."""
+    m, n = a.shape
+    q, r = torch.linalg.qr(a, mode="reduced") if m > n else torch.linalg.qr(a.mT, mode="r")
+    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=a.dtype, device=a.device), upper=True)
+    if bool(torch.isfinite(inverse).all()):
+        theta, vectors = _dense.top_eigh(_dense.gram(inverse.mT if m > n else inverse), count)
+        if float(theta[0]) <= TAIL_CONDITION**2 * float(theta[-1]):
+            return (q @ vectors if m > n else vectors).flip(1)
+    return torch.linalg.svd(a, full_matrices=False)[0][:, min(m, n) - count :]
+
+
 def covariance_subspace(d: Tensor, c: Tensor, rank: int, *, mode: str = "exact") -> tuple[Tensor, Tensor]:
     """Top `rank` eigenpairs of D C D^T without the square root of C where that is avoidable (ESM's directions).
 
-    d        [..., m, n], c [..., n, n] symmetric positive semidefinite (its lower and upper triangle are averaged);
-             float32 or float64
+    d        [..., m, n], c [..., n, n] symmetric positive semidefinite (only its upper triangle is read); float32 or
+             float64
     mode     fast: large matrices of which few directions are asked for are iterated on; near the best captured sum of
              eigenvalues, but directions of close ones are mixed
     Returns  basis [..., m, rank] orthonormal in d's dtype (largest entry of each column positive),
              values float64 [..., rank] descending, >= 0
     Error    all of it in float64; values below about 1e-12 of the largest are noise, and so are their directions
-    Cost     m <= n: m n^2 + m^2 n / 2 multiply-adds, a range eigensolve of m; m > n: n^3 / 3 + m n^2 and one of n.
+    Cost     m <= n: m n^2 / 2 + m^2 n multiply-adds, a range eigensolve of m; m > n: n^3 / 3 + m n^2 and one of n.
              fast, iterated: 2 rank (2 m n + n^2) for each of at most FAST_STEPS steps
     Raises   NonFinite; ValueError (shapes, dtypes, mode, rank outside 1..min(m, n))."""
     _checks.check_choice("mode", mode, MODES)
@@ -157,10 +170,9 @@ def covariance_subspace(d: Tensor, c: Tensor, rank: int, *, mode: str = "exact")
 
 def _covariance_top(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if d.shape[0] <= d.shape[1]:
-        product = (d @ c) @ d.mT
-        theta, basis = _dense.top_eigh((product + product.mT) / 2, rank)
+        theta, basis = _dense.top_eigh(_dense.congruence(d, c), rank)
         return basis, theta
-    b = d @ _square_root((c + c.mT) / 2)  # [m, n]
+    b = d @ _square_root(c)  # [m, n]
     theta, right = _dense.top_eigh(_dense.gram(b.mT), rank)
     return _dense.unit_columns(b @ right, theta.sqrt()), theta
 
@@ -182,9 +194,9 @@ def _covariance_iterated(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 def _square_root(c: Tensor) -> Tensor:
-    """L with L L^T = c: Cholesky, or, where c is singular, from its eigenpairs."""
-    factor, failed = torch.linalg.cholesky_ex(c)
+    """L with L L^T = c, by the upper triangle of c: Cholesky, or, where c is singular, from its eigenpairs."""
+    factor, failed = torch.linalg.cholesky_ex(c, upper=True)
     if not int(failed):
-        return factor
-    values, vectors = torch.linalg.eigh(c)
+        return factor.mT
+    values, vectors = torch.linalg.eigh(c, UPLO="U")
     return vectors * values.clamp(min=0).sqrt()

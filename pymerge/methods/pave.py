@@ -31,7 +31,7 @@ class Pave(SurveyedPurify):
     doubled until the condition of C is at most max_condition; the summary has it. Must be the first purify step.
 
     Cost: per task 2 m n^2 multiply-adds (4 m n N where the rows are kept), a float64 Gram matrix and a range
-    eigensolve of K; the search once more, with all eigenvalues. Above a condition of 1e5 a float64 SVD of [m, n].
+    eigensolve of K; the search once more, with all eigenvalues. Above a condition of 1e5 a float64 QR of [m, n] more.
     """
 
     rank_ratio: PerModel = param(0.984375, "rho, share of directions to keep", low=0, high=1, per_model=True)

@@ -8,7 +8,7 @@ from torch.library import impl, register_fake
 
 from pymerge.ops import _load  # noqa: F401
 
-_MIRROR_BLOCK = 1024
+_MIRROR_BLOCK = 128
 
 
 def cov_accumulate_reference(
@@ -70,7 +70,7 @@ def cov_accumulate(
 def cov_mirror_(cov: Tensor) -> Tensor:
     """Copies the upper triangle of each [..., n, n] matrix onto the lower one, in place; returns cov.
 
-    Cost     one read and one write of half the entries, in blocks of 1024: no temporary of the matrix's size.
+    Cost     one read and one write of half the entries, in small blocks: no temporary of the matrix's size.
     Raises   ValueError (matrices that are not square)."""
     if cov.dim() < 2 or cov.shape[-1] != cov.shape[-2]:
         raise ValueError(f"cov_mirror_: square matrices are needed, got {list(cov.shape)}")

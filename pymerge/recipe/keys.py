@@ -9,6 +9,7 @@ KEYS: Final = (
     "models",
     "merge_method",
     "parameters",
+    "align",
     "purify",
     "calibrate",
     "exclude",
@@ -23,7 +24,7 @@ KEYS: Final = (
     "dtype",
     "out_dtype",
 )
-LATER: Final = ("align", "slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
+LATER: Final = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
 KEYS_OF_MODEL: Final = ("model", "parameters", "fisher", "statistics")
 BESIDE_MODEL: Final = ("fisher", "statistics")  # files that go with a model; in Python a list with one a model
 LATER_OF_MODEL: Final = ("data",)

@@ -37,6 +37,7 @@ class Recipe(Parsed):
               interpolates it
     listed    the models as the recipe lists them, the base included or not
     params    hyperparameters of the combine step for all models; a model's own are in its `params`
+    align     permutations that put the models' units in one order first, or how they are found
     matrices  which tensors methods for matrices act on
     fused     matrices that are merged in parts or together
     notes     what the recipe says without effect, for the summary
@@ -66,7 +67,7 @@ class Recipe(Parsed):
 
         base, models  paths, or models in memory: mappings from name to tensor, or modules. base None: the method needs
         none
-        options       keys of a recipe (purify, calibrate, exclude, include, style, seed, strict, relax, dtype,
+        options       keys of a recipe (align, purify, calibrate, exclude, include, style, seed, strict, relax, dtype,
                       out_dtype) and hyperparameters of the method; a list for a per-model hyperparameter has one entry
                       a model, and so have `fisher`, the Fisher information (paths, or mappings from name to tensor),
                       and `statistics`, what `observe` found (paths, or Statistics)
@@ -168,6 +169,7 @@ class Recipe(Parsed):
         out["models"] = [_model_plain(m) for m in self.listed]
         out["merge_method"] = self.method
         out["parameters"] = {name: setting.plain() for name, setting in self.params.items()}
+        out["align"] = self.align.plain() if self.align is not None else None
         out["purify"] = [spec.plain() for spec in self.purify]
         out["calibrate"] = [spec.plain() for spec in self.calibrate]
         out |= {"exclude": list(self.exclude), "include": list(self.include), "style": self.style, "seed": self.seed}

@@ -13,6 +13,7 @@ from pymerge.methods.base import STYLES, Combine, Method, Purify, Style, TensorI
 from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
+from pymerge.recipe.align import Align, parse_align
 from pymerge.recipe.fused import Fused, parse_fused, parse_matrices, parse_patterns
 from pymerge.recipe.keys import (
     BESIDE_MODEL,
@@ -49,6 +50,7 @@ class Parsed:
     models: tuple[ModelRef, ...]
     listed: tuple[ModelRef, ...]
     params: Mapping[str, Setting]
+    align: Align | None
     purify: tuple[StepSpec, ...]
     calibrate: tuple[StepSpec, ...]
     style: Style
@@ -99,6 +101,7 @@ class _Parser:
         patterns = {key: parse_patterns(self.raw.get(key), key, self.problems) for key in ("exclude", "include")}
         matrices = parse_matrices(self.raw.get("spectral"), self.problems)
         fused = parse_fused(self.raw.get("split"), self.raw.get("join"), self.problems)
+        align = parse_align(self.raw.get("align"), self.problems, python=self.python, must_exist=self.must_exist)
         seed, strict, relax = self._seed(), self._strict(), self._relax()
         templates: tuple[StepTemplate, ...] = ()
         if cls and tasks:
@@ -115,6 +118,7 @@ class _Parser:
             models=tasks,
             listed=listed,
             params=params,
+            align=align,
             purify=purify,
             calibrate=calibrate,
             matrices=matrices,

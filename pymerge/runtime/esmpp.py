@@ -34,7 +34,7 @@ def load(path: str | os.PathLike[str], task: int | str | None = None) -> nn.Modu
     Raises  InputError (no experts there, another format, no such task, no transformers, layers that the class has not)
     Memory  the model and its experts: T r (m + n) numbers for a matrix [m, n]
     Cost    2 r (m + n) operations a token and routed layer beside 2 m n; fused attention runs twice."""
-    from pymerge.statistics.observe import load_model
+    from pymerge.statistics.observing import load_model
 
     check_folder(path)
     return attach(load_model(path)[0], path, task)

@@ -6,13 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pymerge.statistics.batch_norm import reset_batch_norm
     from pymerge.statistics.moments import Moments
-    from pymerge.statistics.observe import observe
+    from pymerge.statistics.observing import observe
     from pymerge.statistics.store import Statistics, open_statistics
 
-__all__ = ["Moments", "Statistics", "observe", "open_statistics"]
+__all__ = ["Moments", "Statistics", "observe", "open_statistics", "reset_batch_norm"]
 
-_HOME = {"Moments": "moments", "Statistics": "store", "observe": "observe", "open_statistics": "store"}
+_HOME = {
+    "Moments": "moments",
+    "Statistics": "store",
+    "observe": "observing",
+    "open_statistics": "store",
+    "reset_batch_norm": "batch_norm",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -73,14 +73,15 @@ class Collector:
                 )
             return
         self.recent = [(weakref.ref(x), name), *self.recent[: RECENT - 1]]
-        rows = self.without_padding(x.transpose(0, 1) if transposed and x.dim() == 3 else x)
+        rows = without_padding(x.transpose(0, 1) if transposed and x.dim() == 3 else x, self.mask)
         self.accumulators.setdefault(name, Accumulator(name, self.dtype)).add(rows)
 
-    def without_padding(self, x: Tensor) -> Tensor:
-        """[rows, n]. Inputs that are not laid out as [B, S, n] or [B S, n] (routed experts) are taken whole."""
-        flat = x.reshape(-1, x.shape[-1])
-        if self.mask is None or x.dim() < 2:
-            return flat
-        if x.shape[:-1] == self.mask.shape or flat.shape[0] == self.mask.numel():
-            return flat[self.mask.reshape(-1).to(x.device)]
+
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[rows, n]. Inputs that are not laid out as [B, S, n] or [B S, n] (routed experts) are taken whole."""
+    flat = x.reshape(-1, x.shape[-1])
+    if mask is None or x.dim() < 2:
         return flat
+    if x.shape[:-1] == mask.shape or flat.shape[0] == mask.numel():
+        return flat[mask.reshape(-1).to(x.device)]
+    return flat

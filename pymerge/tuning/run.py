@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import check_output_path, plan_side_files
+from pymerge.engine.alignment import with_given
 from pymerge.engine.local import merge_to_disk, open_inputs, planned
 from pymerge.engine.plan import Options
 from pymerge.engine.scaled import merge_scaled, merge_update, why_merged_anew
@@ -305,7 +306,7 @@ def _without(recipe: Recipe, axes: Sequence[Axis]) -> dict[str, Any]:
 def _inputs(recipe: Recipe, work: Path, out: Path | None, options: Options) -> dict[str, Any]:
     """Fingerprints of the inputs. Refuses now what would be refused later: inputs, plan, places of the output."""
     with ExitStack() as stack:
-        inputs = open_inputs(recipe, options, stack)
+        inputs = with_given(recipe, open_inputs(recipe, options, stack))
         check_output_path(work / "try", inputs.all)
         if out is not None:
             check_output_path(out, inputs.all, overwrite=options.overwrite)
@@ -316,4 +317,5 @@ def _inputs(recipe: Recipe, work: Path, out: Path | None, options: Options) -> d
         return {
             "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
             "statistics": [found.fingerprint() for found in inputs.statistics],
+            "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,
         }

@@ -65,18 +65,21 @@ def test_head_is_kept_while_the_encoder_learns(out):
     assert not torch.equal(base["vit.layernorm.weight"], mirrored["vit.layernorm.weight"])
 
 
-def test_every_method_has_a_row_and_values_are_the_merge(out):
+def test_every_method_has_a_row_and_values_are_the_merge(out, monkeypatch):
+    monkeypatch.setattr(train, "SCALES", (0.5, 1.0))
     with train.quiet_and_alone():
-        rows = show.evaluate_merges(out, False, Console(quiet=True))
-    purified = [f"{name} + task_arithmetic" for name in pymerge.methods.list("purify")]
+        rows = show.evaluate_merges(out, train.observe_all(out), Console(quiet=True))
+    purified = ["dare + task_arithmetic", "pave + task_arithmetic", "pave + ties", "trim + task_arithmetic"]
     calibrated = [f"task_arithmetic + {name}" for name in pymerge.methods.list("calibrate")]
     assert [row["name"] for row in rows[2:]] == [*pymerge.methods.list("combine"), *purified, *calibrated]
+    assert [(row["name"], row["skipped"]) for row in rows if row["skipped"]] == [("fisher", "needs fisher")]
     for row in rows:
         if not row["skipped"]:
             assert set(row["accuracy"]) == {task.name for task in TASKS}
             assert row["mean"] == pytest.approx(sum(row["accuracy"].values()) / 4)
     assert all(row["seconds"] > 0 and row["memory"] > 1e6 for row in rows[2:] if not row["skipped"])
     json.dumps(rows)
+    assert show.table(rows).row_count == len(rows) - 1
 
     base, merged = weights(out / "base"), weights(out / "merged" / "task_arithmetic")
     children = [weights(out / "tasks" / task.name) for task in TASKS]
@@ -93,7 +96,7 @@ def test_pairwise_methods_merge_halves(out):
     """slerp of slerps, t = 0.5 each: the two halves stay beside the result."""
     job = merges.job("slerp", 4)
     assert job.pairwise and not job.skipped
-    merges.run(job, out / "base", [out / "tasks" / task.name for task in TASKS], out / "merged" / "slerp")
+    merges.run(job, out / "base", [out / "tasks" / task.name for task in TASKS], [], out / "merged" / "slerp")
     halves = [weights(out / "merged" / f"slerp-4-{n}")["vit.layernorm.weight"].double() for n in (0, 1)]
     merged = weights(out / "merged" / "slerp")["vit.layernorm.weight"].double()
     cosine = torch.dot(halves[0], halves[1]) / (halves[0].norm() * halves[1].norm())
@@ -106,7 +109,9 @@ def test_methods_that_cannot_run_say_why(monkeypatch):
     monkeypatch.setattr(pymerge.methods, "describe", lambda name: info)
     assert not merges.job("ties", 4).skipped
     object.__setattr__(info, "needs", ("covariance",))
-    assert merges.job("ties", 4).skipped == "needs covariance"
+    assert merges.job("ties", 4).observed and not merges.job("ties", 4).skipped
+    object.__setattr__(info, "needs", ("covariance", "fisher"))
+    assert merges.job("ties", 4).skipped == "needs fisher"
     object.__setattr__(info, "needs", ())
     object.__setattr__(info, "models", (2, 3))
     assert merges.job("ties", 4).skipped == "takes 2 to 3 models"
@@ -115,4 +120,54 @@ def test_methods_that_cannot_run_say_why(monkeypatch):
 def test_a_failed_merge_carries_the_message(out, tmp_path):
     job = merges.Job(name="ties", method="ties", keywords={"density": 2.0})
     with pytest.raises(pymerge.MergeError, match=r"demo, ties: RecipeError: (.|\n)*density"):
-        merges.run(job, out / "base", [out / "tasks" / "parity"], tmp_path / "merged")
+        merges.run(job, out / "base", [out / "tasks" / "parity"], [], tmp_path / "merged")
+
+
+def test_statistics_are_of_each_tasks_model_and_observed_once(out):
+    """The first layer's input of the tilted task, by a hook of the test."""
+    with train.quiet_and_alone():
+        files = train.observe_all(out)
+        written = [file.stat().st_mtime_ns for file in files]
+        assert [file.stat().st_mtime_ns for file in train.observe_all(out)] == written
+        model, seen = train.load(out / "tasks" / "tilted"), []
+        query = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+        query.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        with torch.no_grad():
+            model(tilted(digits().images[digits().train[:32]]))
+    name = "vit.encoder.layer.0.attention.attention.query"
+    found = pymerge.statistics.open_statistics(files[1])[name].second_moment()
+    rows = seen[0].reshape(-1, 64).double()
+    assert len(rows) == 32 * 5
+    torch.testing.assert_close(found, rows.mT @ rows, rtol=1e-5, atol=1e-4)
+
+
+def test_scale_is_the_best_on_training_images(out):
+    base, merged = train.load(out / "base"), train.load(out / "tasks" / "mirrored")
+    heads = train.load_heads(out / "tasks")
+    with train.quiet_and_alone():
+        scale, found = train.rescaled(base, merged, heads)
+        means = {}
+        for s in train.SCALES:
+            model = train.load(out / "base")
+            state = {k: v + s * (merged.vit.state_dict()[k] - v) for k, v in base.vit.state_dict().items()}
+            model.vit.load_state_dict(state)
+            means[s] = sum(train.accuracies_on(digits().train[-500:], model, heads).values())
+            if s == scale:
+                assert found == train.accuracies_on(digits().test, model, heads)
+    assert means[scale] == max(means.values())
+
+
+def test_merges_after_the_deadline_are_left_out(out):
+    with train.quiet_and_alone():
+        rows = show.evaluate_merges(out, [], Console(quiet=True), deadline=0.0)
+    assert {row["skipped"] for row in rows[2:]} == {"left to --all", "needs fisher"}
+
+
+def test_picture_has_every_merge(tmp_path):
+    pytest.importorskip("matplotlib")
+    from pymerge.demo import picture
+
+    entries = [("(individual models)", 0.9), ("(base)", 0.3), ("a", 0.5), ("b", 0.6)]
+    rows = [{"name": name, "skipped": "", "mean": mean, "rescaled_mean": mean} for name, mean in entries]
+    out = picture.draw([*rows, {"name": "c", "skipped": "needs fisher"}], tmp_path / "accuracy.png")
+    assert out.read_bytes().startswith(b"\x89PNG")

@@ -24,14 +24,14 @@ BOUNDS |= {"ace": 1e-5, "iso_c": 5e-5, "iso_cts": 2e-4, "star": 5e-5, "tsv_m": 2
 NOT_BUILT: dict[tuple[str, str | None, str | None], str] = {
     ("core_space", None, None): "Core Space",
     ("knots", None, None): "KnOTS",
-    ("mudsc", None, None): "MuDSC",
 }
 
 # (folder, tensor): why the file's answer is not ours; here a convolution gets the mean.
 EXCEPTED = {("star", "conv.weight"): "SVC's port of STAR decomposes flattened convolutions, its authors matrices only"}
 
-# Folders that need more than base and models: svc merged updates, the others activations. See tests/methods.
-OWN_TESTS = ("esm", "pave", "regmean", "svc")
+# Folders that need more than base and models: svc merged updates, mudsc groups of units (tests/align), the others
+# activations (tests/methods).
+OWN_TESTS = ("esm", "mudsc", "pave", "regmean", "svc")
 
 
 @dataclass(frozen=True, kw_only=True)

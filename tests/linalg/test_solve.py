@@ -136,7 +136,8 @@ def test_condition_estimate(condition):
 
 @pytest.mark.parametrize("most", [1e2, 1e4, 1e6])
 def test_capped_ridge(most):
-    for c in (definite(50, 1e8), with_values(50, 50, geometric(20, 10.0)), torch.zeros(5, 5, dtype=torch.float64)):
+    flat = with_values(400, 400, 1.0 - torch.arange(400, dtype=torch.float64) / 1000)
+    for c in (definite(50, 1e8), with_values(50, 50, geometric(20, 10.0)), flat, torch.zeros(5, 5).double()):
         c = c @ c.T
         ridge = capped_ridge(c, 1e-9, most)
         values = torch.linalg.eigvalsh(c).clamp(min=0)

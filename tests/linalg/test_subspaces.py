@@ -73,6 +73,18 @@ def test_ill_conditioned_tail(shape, cond):
     assert sine(tail_subspace(a, 6), exact) <= 1e-5 if cond <= 1e5 else sine(tail_subspace(a, 6), exact) <= 1e-7
 
 
+@pytest.mark.parametrize("count", [1, 6, 20])
+@pytest.mark.parametrize("shape", [(30, 30), (30, 50), (50, 30)], ids=str)
+def test_tail_far_below_the_largest_value(shape, count):
+    """Against the truth, eps64 cond / gap: from the inverse of R, or by SVD where the tail itself is wide (20)."""
+    truth = 1e11 ** (-torch.arange(30).double() / 29)
+    a, u, _ = matrix(*shape, truth)
+    basis = tail_subspace(a, count)
+    assert_basis(basis, shape[0], count, torch.float64)
+    assert sine(basis, u[:, 30 - count : 30]) <= 1e-4
+    assert sine(basis[:, -1:], u[:, 29:30]) <= 1e-4
+
+
 def test_tail_of_zero_and_whole():
     assert torch.equal(tail_subspace(torch.zeros(3, 5), 2), torch.eye(3)[:, -2:])
     a = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
@@ -97,6 +109,11 @@ def test_covariance_subspace(shape, samples, dtype):
     eps = torch.finfo(dtype).eps
     assert ((values - s[:k].square()).abs() <= 100 * eps * n * s[0].square()).all()
     assert sine(basis, vh[:k].mT) <= 1e3 * n * eps
+    upper = torch.triu((x.mT @ x).to(dtype)) + torch.randn(n, n, generator=g, dtype=dtype).tril(-1)
+    one_triangle, same_values = covariance_subspace(d.to(dtype), upper, k)
+    assert (same_values - values).abs().max() <= 1e3 * eps * values[0] and sine(
+        one_triangle, basis.double()
+    ) <= 1e3 * eps
 
 
 @pytest.mark.parametrize("shape", [(70, 90), (90, 70)], ids=str)

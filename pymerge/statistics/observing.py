@@ -162,5 +162,9 @@ def load_model(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any],
     in the checkpoint."""
     with open_checkpoint(path) as checkpoint:
         cls = model_class(checkpoint.config)
-        model = cls.from_pretrained(path, local_files_only=True, dtype="auto")  # type: ignore[attr-defined]
+        try:
+            model = cls.from_pretrained(path, local_files_only=True, dtype="auto")  # type: ignore[attr-defined]
+        except (OSError, ValueError) as e:
+            why = str(e).splitlines()[0]
+            raise InputError(f"{path}: transformers cannot load it, load it yourself and give the module: {why}") from e
         return model, {"class": type(model).__name__, **checkpoint.fingerprint()}, stored_names(model, checkpoint)
