@@ -16,6 +16,7 @@ COMMON = {
     "exclude_keys": ([], "name patterns of tensors that stay as in the base"),
     "purify": (None, "{purify}, or a mapping with its hyperparameters: a step in front of the merge"),
     "calibrate": (None, "{calibrate}, likewise: a step after it"),
+    "spectral": (None, "which matrices are decomposed, where methods decompose: {{include: [...], exclude: [...]}}"),
     "seed": (None, "of random methods; default 0"),
     "samples": (32, "of each task's dataset, for steps that need to know the inputs of layers (esm, regmean, pave)"),
     "batch_size": (8, "samples that are run at once"),

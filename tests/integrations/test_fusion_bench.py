@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("fusion_bench", reason="FusionBench is not installed: make test-fusion-bench")
 
 from fusion_bench import BaseModelPool
+from fusion_bench import method as theirs
 from fusion_bench.modelpool import CausalLMPool, CLIPVisionModelPool
 from fusion_bench.utils import instantiate
 from omegaconf import OmegaConf
@@ -199,6 +200,30 @@ def test_images_go_through_the_pools_processor(tmp_path):
         statistics.append(pymerge.observe(pool.load_model(name), [pixels]))
     base, *tasks = (pool.load_model(name) for name in ("_pretrained_", "a", "b"))
     assert_same(merged.state_dict(), pymerge.merge(base, tasks, method="esm", statistics=statistics).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        (lambda: theirs.SimpleAverageAlgorithm(), {"merge_method": "linear"}),
+        (lambda: theirs.TaskArithmeticAlgorithm(scaling_factor=0.4), {"merge_method": "task_arithmetic", "scale": 0.4}),
+        (
+            lambda: theirs.TiesMergingAlgorithm(scaling_factor=0.5, threshold=20, merge_func="sum", remove_keys=[]),
+            {"merge_method": "ties", "scale": 0.5, "merge_func": "sum"},
+        ),
+        (lambda: theirs.ISO_C_Merge(scaling_factor=1.0, exclude_keys=None), {"merge_method": "iso_c"}),
+        (lambda: theirs.TaskSingularVectorMerging(alpha=1.0, exclude_keys=None), {"merge_method": "tsv_m"}),
+    ],
+    ids=["average", "task_arithmetic", "ties", "iso_c", "tsv_m"],
+)
+def test_agrees_with_fusion_bench(algorithm, arguments, tmp_path):
+    pool = CLIPVisionModelPool(OmegaConf.create(clip(tmp_path)))
+    if arguments["merge_method"] in ("iso_c", "tsv_m"):  # FusionBench decomposes every 2-D tensor
+        arguments = arguments | {"spectral": {"include": ["*.position_embedding.weight"]}}
+    base = pool.load_pretrained_model().state_dict()
+    got, expected = PymergeAlgorithm(**arguments).run(pool).state_dict(), algorithm().run(pool).state_dict()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 1e-4 * (tensor - base[name]).norm(), name
 
 
 def test_merges_on_the_device_of_fabric(models, monkeypatch):
