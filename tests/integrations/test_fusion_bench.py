@@ -163,6 +163,18 @@ def test_samples_are_spread_over_the_dataset(models, pool):
         torch.testing.assert_close(merged.state_dict()[name], tensor)
 
 
+def test_statistics_from_files_need_no_datasets(models, tmp_path):
+    files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    statistics = observed(models)
+    for path, found in zip(files, statistics, strict=True):
+        found.save(path)
+    merged = PymergeAlgorithm("regmean", statistics=files).run(models)
+    expected = pymerge.merge(
+        models["_pretrained_"], [models["a"], models["b"]], method="regmean", statistics=statistics
+    )
+    assert_same(merged.state_dict(), expected.state_dict())
+
+
 @pytest.mark.parametrize("lazy", [False, True], ids=["loaded", "lazy"])
 def test_texts_are_padded_and_padding_left_out(lazy, tmp_path):
     names = gpt2(tmp_path)
