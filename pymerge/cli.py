@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pymerge.errors import MergeError, RecipeError
 from pymerge.version import __version__
+
+if TYPE_CHECKING:
+    from pymerge.recipe import Recipe
 
 app = typer.Typer(
     help="Merge fine-tuned models into one, without training, at the speed of the machine.",
@@ -52,11 +55,17 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def budget(memory: str | None) -> int | None:
+def budget(memory: str | None, recipe: Recipe) -> int | None:
     """What `--memory` leaves for the merge: the option counts the whole program."""
     from pymerge.engine.plan import resident_memory
 
-    return parse_bytes(memory) - resident_memory() if memory else None
+    if memory is None:
+        return None
+    if any(model.data for model in recipe.models):
+        from pymerge.statistics.stream import load_libraries
+
+        load_libraries()
+    return parse_bytes(memory) - resident_memory()
 
 
 @contextmanager
@@ -97,8 +106,9 @@ def merge(
         from pymerge.engine.plan import Options
         from pymerge.recipe import Recipe
 
+        described = Recipe.from_yaml(recipe)
         options = Options(
-            memory=budget(memory),
+            memory=budget(memory, described),
             threads=threads,
             device=device,
             shard_bytes=parse_bytes(shard_size),
@@ -108,7 +118,7 @@ def merge(
             prefer=prefer,
             progress=False if quiet else None,
         )
-        summary = merge_to_disk(Recipe.from_yaml(recipe), out, options)
+        summary = merge_to_disk(described, out, options)
         if not quiet:
             rate = summary["bytes_read"] / max(summary["seconds"], 1e-9) / 1e9
             print(
@@ -139,15 +149,16 @@ def plan(
         from pymerge.engine.plan import Options
         from pymerge.recipe import Recipe
 
+        described = Recipe.from_yaml(recipe)
         options = Options(
-            memory=budget(memory),
+            memory=budget(memory, described),
             threads=threads,
             device=device,
             shard_bytes=parse_bytes(shard_size),
             allow_pickle=allow_pickle,
             prefer=prefer,
         )
-        planned = plan_merge(Recipe.from_yaml(recipe), options)
+        planned = plan_merge(described, options)
         if as_json:
             print(json.dumps(describe_plan(planned, options), indent=1))
         else:
@@ -312,12 +323,13 @@ def search(
     """
     with reported_errors(debug):
         from pymerge.engine.plan import Options
+        from pymerge.recipe import Recipe
         from pymerge.tuning import search as run
         from pymerge.tuning.over import parse_overs
         from pymerge.tuning.show import describe
 
         options = Options(
-            memory=budget(memory),
+            memory=budget(memory, Recipe.from_yaml(recipe)),
             threads=threads,
             device=device,
             shard_bytes=parse_bytes(shard_size),

@@ -48,6 +48,15 @@ class ShardFile:
         done = self._write_direct(view[low - offset : high - offset], low)
         _write_all(self._fd, view[low - offset + done :], low + done)
 
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with what was written from `offset` on."""
+        done = 0
+        while done < view.nbytes:
+            got = os.preadv(self._fd, [view[done:]], offset + done)
+            if got == 0:
+                raise OSError(errno.EIO, "the file is shorter than it was made", str(self.path))
+            done += got
+
     def checksum(self, offset: int, nbytes: int) -> int:
         """CRC-32C of the bytes that are in the file now."""
         block = memoryview(bytearray(min(nbytes, _READ_BLOCK)))

@@ -113,6 +113,14 @@ class StagedOutput:
             finally:
                 self._flushing.release()
 
+    def read_into(self, name: str, view: memoryview) -> None:
+        """Fill `view` with a tensor that has been written."""
+        slot = self.layout.slots[name]
+        try:
+            self._shards[slot.shard].read_into(view, slot.offset)
+        except OSError as e:
+            self._fail(e, f"reading {safe_name(name)} back from {self.layout.shards[slot.shard].file} failed")
+
     def forget(self, name: str) -> None:
         """Drop what an earlier run wrote of a tensor: it will be written anew, in other segments."""
         with self._mutex:

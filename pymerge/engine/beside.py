@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 def check_beside(plan: Plan) -> Plan:
     """The plan with notes on the file. Raises RecipeError where it could not be written."""
     what = plan.recipe.combine_class.beside
+    if what and plan.observed:
+        raise RecipeError(
+            f"{plan.recipe.method} looks at the models again for its {what}: observe them first (statistics, no data)"
+        )
     if what == "masks" and plan.recipe.fused.joins:
         raise RecipeError(f"{plan.recipe.method} writes each task's mask tensor by tensor: no join")
     return replace(plan, notes=[*plan.notes, *check_experts(plan)]) if what == "experts" else plan

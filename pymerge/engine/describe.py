@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pymerge.checkpoint import safe_name
+from pymerge.engine.observing import observing_bytes
 from pymerge.engine.plan import Item, Options, Plan, resident_memory
 from pymerge.methods import MethodInfo
 from pymerge.version import __version__
@@ -33,6 +34,8 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
     """The plan in numbers: bytes, memory, estimated seconds, what is copied, the largest items, notes."""
     compute = sum(item.count * len(item.inputs) / ENTRY_RATE[work_of(item)] for item in plan.items)
     compute += sum(item.spectral_flops for item in plan.items if item.mode == "generic") / FLOP_RATE
+    observing = describe_observing(plan)
+    compute += observing.get("flops", 0) / FLOP_RATE
     read, write = plan.read_bytes / READ_RATE, plan.write_bytes / WRITE_RATE
     modes: dict[str, int] = {}
     for item in plan.items:
@@ -65,7 +68,19 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
             for i in largest
         ],
         "notes": plan.notes,
-    }
+    } | ({"observing": observing} if observing else {})
+
+
+def describe_observing(plan: Plan) -> dict[str, int]:
+    """What it takes to run the models over their samples: passes over all layers, bytes of weights that these read,
+    estimates of operations and of memory."""
+    if not plan.observed:
+        return {}
+    passes = max((1 + item.survey_reads for item in plan.items if item.entry.inputs), default=0)
+    weights = sum(found.run.forwards * found.run.checkpoint.nbytes for found in plan.observed)
+    flops = sum(found.flops for found in plan.observed)
+    work = {"passes": passes, "bytes_read": passes * weights, "flops": passes * flops}
+    return work | observing_bytes(plan.observed)
 
 
 def show_plan(plan: Plan, options: Options) -> None:
@@ -82,6 +97,14 @@ def show_plan(plan: Plan, options: Options) -> None:
     table.add_row(
         "compute", f"{facts['flops'] / 1e9:.2f} GFLOP, about {seconds['compute']:.1f} s on {facts['threads']} thread(s)"
     )
+    if observing := facts.get("observing"):
+        read, states = observing["bytes_read"] / 1e9, observing["states"] / 1e6
+        table.add_row(
+            "observe",
+            f"{len(plan.observed)} models side by side, {observing['passes']} pass(es): {read:.2f} GB of weights read, "
+            f"{observing['flops'] / 1e9:.2f} GFLOP at most; in memory about {states:.0f} MB of hidden states, "
+            f"{observing['moments'] / 1e6:.0f} MB of moments, {observing['weights'] / 1e6:.0f} MB of weights",
+        )
     table.add_row("together", f"about {seconds['total']:.1f} s (the three overlap)")
     table.add_row("memory", f"at most {facts['memory_limit'] / 1e9:.2f} GB")
     console.print(table)

@@ -14,11 +14,13 @@ from pymerge.checkpoint import ITEMSIZE, safe_name
 from pymerge.engine.arena import Arena, Block, Closed, address_of, trim
 from pymerge.engine.asking import rule_part, survey_key
 from pymerge.engine.check import FLOATS
+from pymerge.engine.feed import Feed
 from pymerge.engine.non_finite import settle_non_finite
 from pymerge.engine.pipeline import Output, Pipeline, Segment
 from pymerge.engine.plan import Item, Plan
 from pymerge.engine.questions import answered, answered_purify
 from pymerge.engine.ranges import batches, tiles
+from pymerge.engine.sink import Sink
 from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
 from pymerge.errors import InputError, Interrupted
 from pymerge.methods.base import Combine, ElementWiseCombine, Purify, TensorInfo, chain_rule
@@ -34,21 +36,6 @@ R = TypeVar("R")
 
 class Progress(Protocol):
     def advance(self, read: int, name: str) -> None: ...
-
-
-class Sink(Protocol):
-    """Takes finished segments: a staged folder, or tensors in memory."""
-
-    @property
-    def done(self) -> Mapping[str, Sequence[tuple[int, int, int]]]:
-        """(start, bytes, checksum) of the segments that an earlier run has finished."""
-        ...
-
-    def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any]) -> None: ...
-
-    def forget(self, name: str) -> None:
-        """Drop the finished segments of a tensor."""
-        ...
 
 
 @dataclass
@@ -111,6 +98,7 @@ class Executor:
         self.pipeline = Pipeline(self.arena, threads, self.write)
         self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in sink.done.items()}
         self.forget_other_tiles()
+        self.feed = Feed(plan, self.arena, sink)
         self.answers: list[DeltaRule] = []  # of the model-wide surveys
         self.decided: dict[tuple[int, ...], Combine] = {}  # survey_key of steps with a question -> what goes on
         self.cleaned: dict[int, Purify] = {}  # id of a purify step with a question -> what goes on
@@ -128,7 +116,7 @@ class Executor:
                 for steps, items in self.plan.questions:
                     if any(item.count and not self.is_done(item, item.first, item.count) for item in items):
                         self.decided[survey_key(steps)] = answered(self, steps, items)
-                for batch in batches(self.todo()):
+                for batch in batches(self.feed.order(self.todo())):
                     self.start(batch)
                 self.pipeline.drain()
         except Closed:
@@ -136,6 +124,7 @@ class Executor:
             self.pipeline.raise_error()
             raise
         finally:
+            self.feed.stop()
             self.arena.discard()
 
     def needed(self, items: Sequence[Item]) -> bool:
@@ -160,6 +149,7 @@ class Executor:
 
     def write(self, segment: Segment) -> None:
         self.sink.write(segment.name, segment.start, segment.view, segment.crc, segment.facts)
+        self.feed.wrote(segment.name, len(segment.view))
 
     # what is left to do
 
@@ -267,6 +257,7 @@ class Executor:
         if rule is not None and item.survey_scope is not None:
             rule = replace(self.answers[item.survey_scope], keep=rule.keep, keys=rule.keys)
         facts = merge_generic(self.plan, pieces, self.device, self.steps_of(item), rule)
+        self.feed.release(piece.item for piece in pieces)
         if item.workspace >= TRIMMED:
             trim()
         return [segment_of(piece, facts if piece is pieces[0] else {}) for piece in pieces]
@@ -349,19 +340,23 @@ class Executor:
         ranges = [(item, first, count) for item in items for first, count in tiles(item, item.first, item.count)]
 
         def sweep(function: Callable[[Tile], R], only: Collection[int] | None = None) -> list[R]:
-            numbers = [n for n in range(len(ranges)) if only is None or n in only]
+            numbers = {(item.entry.name, first): n for n, (item, first, _) in enumerate(ranges)}
+            asked = (found for n, found in enumerate(ranges) if only is None or n in only)
             results: dict[int, R] = {}
 
             def work(block: Block, piece: Piece) -> None:
                 tile, _held = self.tile(piece)
                 results[piece.number] = function(tile)
+                self.feed.release([piece.item])
                 block.release()
 
-            for number in numbers:
-                block, (piece,) = self.load([ranges[number]])
-                self.pipeline.submit(partial(work, block, replace(piece, number=number)))
+            for found in self.feed.order(asked):
+                if found is not None:
+                    block, (piece,) = self.load([found])
+                    number = numbers[piece.item.entry.name, piece.first]
+                    self.pipeline.submit(partial(work, block, replace(piece, number=number)))
             self.pipeline.drain()
-            return [results[number] for number in numbers]
+            return [results[number] for number in sorted(results)]
 
         return sweep
 

@@ -37,7 +37,7 @@ def main(recipe_path: str, out: str, options: Options) -> None:
         inputs = open_inputs(recipe, options, stack)
         plan = planned(recipe, inputs, options)
         items = tuple(replace(item, mode="held" if item.mode == "held" else "tiles") for item in plan.items)
-        plan = replace(plan, items=items, surveys=(), questions=(), purify_questions=())
+        plan = replace(plan, items=items, surveys=(), questions=(), purify_questions=(), observed=())
         staged = StagedOutput(
             Path(out), plan.layout, identity(recipe, inputs, options, plan), overwrite=True, resume=False
         )

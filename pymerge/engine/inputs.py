@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import Checkpoint, safe_name
@@ -13,6 +14,7 @@ from pymerge.recipe import ModelRef
 if TYPE_CHECKING:
     from pymerge.statistics import Statistics
     from pymerge.statistics.inputs import InputOf
+    from pymerge.statistics.live import LiveStatistics
 
 SUFFIXES = (".weight", ".in_proj_weight")  # a module's name and one of these is its matrix's name
 SHOWN = 10
@@ -28,6 +30,27 @@ def opened_statistics(reference: ModelRef, model: ModelRef) -> Statistics:
         given = type(reference.value).__name__
         raise RecipeError(f"statistics of {model.path}: must be a path or what `observe` returned, got {given}")
     return reference.value
+
+
+def live_statistics(model: ModelRef, checkpoint: Checkpoint, *, sequential: bool) -> LiveStatistics:
+    """What the model's layers see of the samples that a recipe gives beside it, observed when it is asked for;
+    sequential: behind the layers that have been merged."""
+    from pymerge.statistics import live
+    from pymerge.statistics.samples import batches_of
+
+    data, folder = model.data, Path(model.path)
+    assert data is not None
+    batch = data.batch
+    if batch is None:
+        (batch,) = batches_of(
+            folder,
+            Path(data.path),
+            samples=data.samples,
+            length=data.length,
+            batch_size=data.samples,
+            field=data.field,
+        )
+    return live.live_statistics(checkpoint, folder, batch, model.path, sequential=sequential)
 
 
 @dataclass
@@ -94,14 +117,10 @@ class InputFinder:
 
     def check_join(self, names: Sequence[str]) -> None:
         """Matrices that are merged as one must see one input."""
-        modules = [self.module_of(name) for name in names]
-        holders = {
-            tuple(found.header.modules.get(module or "") for found in self.statistics) if module else None
-            for module in modules
-        }
-        if len(holders) > 1 or any(self.is_transposed(name) for name in names):
-            listed = ", ".join(safe_name(name) for name in names)
-            self.problems.append((RecipeError, f"join: {listed}: do not share their input, merge them apart"))
+        modules = [self.module_of(name) or "" for name in names]
+        shared = all(found.share_input(modules) for found in self.statistics)
+        if not shared or any(self.is_transposed(name) for name in names):
+            self.problems.append((RecipeError, not_shared(names)))
 
     def finish(self) -> None:
         """What is known when all matrices have been seen."""
@@ -162,6 +181,11 @@ def same_files(one: Mapping[str, Any], other: Mapping[str, Any], *, time: bool) 
         return [[name, size, digest, *([mtime] if time else [])] for name, size, mtime, digest in of.get("files", ())]
 
     return files(one) == files(other)
+
+
+def not_shared(names: Sequence[str]) -> str:
+    listed = ", ".join(safe_name(name) for name in names)
+    return f"join: {listed}: do not share their input, merge them apart"
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from pymerge.engine.alignment import Alignment, with_found, with_given
 from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
-from pymerge.engine.inputs import opened_statistics
+from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
@@ -69,18 +69,21 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
             stack.callback(known[model.path].close)
         return known[model.path]
 
-    def observed(model: ModelRef, reference: ModelRef) -> Statistics:
-        found = opened_statistics(reference, model)
-        if not reference.in_memory:
-            stack.callback(found.close)
-        return found
+    def observed(model: ModelRef) -> Iterator[Statistics]:
+        if model.data is not None:
+            yield live_statistics(model, opened(model), sequential=recipe.sequential)
+        if (reference := model.statistics) is not None:
+            found = opened_statistics(reference, model)
+            if not reference.in_memory:
+                stack.callback(found.close)
+            yield found
 
     return Inputs(
         base=opened(recipe.base) if recipe.base is not None else None,
         models=tuple(opened(model) for model in recipe.models),
         labels=tuple(model.path for model in recipe.models),
         fisher=tuple(opened(model.fisher) for model in recipe.models if model.fisher is not None),
-        statistics=tuple(observed(m, m.statistics) for m in recipe.models if m.statistics is not None),
+        statistics=tuple(found for model in recipe.models for found in observed(model)),
     )
 
 
@@ -180,7 +183,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "shard_bytes": options.shard_bytes,
         "device": options.device,
         "item_threads": plan.item_threads,
-    }
+    } | ({"observing_threads": plan.observing_threads} if plan.observed else {})
 
 
 def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> Executor:

@@ -37,6 +37,9 @@ class MemorySink:
     def forget(self, name: str) -> None:
         """Nothing was ever finished before."""
 
+    def read_into(self, name: str, view: memoryview) -> None:
+        view[:] = self.bytes[name]
+
     def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any]) -> None:
         self.bytes[name][start : start + len(view)] = view
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTensor, plan_layout
 from pymerge.engine.asking import asking_purify, asks_model, rule_part, survey_key, survey_scope
 from pymerge.engine.check import Entry, check, tensor_counts
+from pymerge.engine.observing import observing_bytes
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
@@ -25,6 +26,7 @@ from pymerge.recipe import Recipe, Steps
 
 if TYPE_CHECKING:
     from pymerge.statistics import Statistics
+    from pymerge.statistics.live import LiveStatistics
 
 Mode = Literal["copy", "tiles", "held", "swept", "generic"]
 TILE = 1 << 22  # entries of a tile where memory allows: 8 MiB of bfloat16, the block in which disks are fastest
@@ -165,6 +167,8 @@ class Plan:
     alignment: Mapping[str, Any] | None = None  # of the models' units, where it is known: see Alignment.summary
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
     at_once: int = 1  # generic items that are worked on side by side
+    observed: tuple[LiveStatistics, ...] = ()  # of the models that run over their samples during the merge
+    observing_threads: int = 1  # numeric threads of one model's run, likewise
 
     @property
     def read_bytes(self) -> int:
@@ -183,14 +187,14 @@ class Plan:
 class Planner:
     """Cuts checked entries into items under a memory budget."""
 
-    def __init__(self, recipe: Recipe, options: Options) -> None:
-        self.recipe, self.options = recipe, options
-        self.arena_bytes = options.memory_bytes - SLACK
+    def __init__(self, recipe: Recipe, options: Options, reserved: int = 0) -> None:
+        self.recipe, self.options, self.reserved = recipe, options, reserved
+        self.arena_bytes = options.memory_bytes - SLACK - reserved
         if self.arena_bytes < SMALLEST_ARENA:
-            self.refuse(SLACK + SMALLEST_ARENA, "a merge")
+            self.refuse(SLACK + SMALLEST_ARENA, "a merge that observes its models" if reserved else "a merge")
 
     def refuse(self, needed: int, what: str) -> NoReturn:
-        left = self.options.memory_bytes
+        left, needed = self.options.memory_bytes, needed + self.reserved
         raise RecipeError(
             f"the memory budget leaves {left / 1e6:.0f} MB for the merge, {what} needs {needed / 1e6:.0f} MB: raise "
             f"--memory (memory= in Python) by {(needed - left) / 1e6:.0f} MB"
@@ -361,7 +365,8 @@ def make_plan(
     change  makes other entries of those that the recipe asks for (`engine.scaled`)"""
     entries, notes = check(recipe, base, models, labels, fisher, statistics)
     entries = change(entries) if change is not None else entries
-    planner = Planner(recipe, options)
+    live: Any = tuple(found for found in statistics if found.live)
+    planner = Planner(recipe, options, sum(observing_bytes(live).values()))
     items = planner.items(entries)
     layout = plan_layout(
         [(entry.name, entry.dtype, entry.shape) for entry in entries], options.shard_bytes, {"format": "pt"}
@@ -386,6 +391,8 @@ def make_plan(
         notes=notes,
         item_threads=options.thread_count // at_once,
         at_once=at_once,
+        observed=live,
+        observing_threads=max(1, options.thread_count // max(1, len(live))),
         surveys=tuple(groups.values()),
         purify_questions=purify_questions(items),
         questions=tuple(by_steps([i for i in items if i.mode == "generic" and asks_model(i.entry.steps)]).values()),

@@ -37,11 +37,13 @@ def sweep(executor: Executor, combine: SurveyedCombine, items: Sequence[Item]) -
     def work(block: Block, pieces: Sequence[Piece]) -> None:
         steps = executor.steps_of(pieces[0].item)
         found = survey_pieces(executor.plan, pieces, executor.device, steps, combine)
+        executor.feed.release(piece.item for piece in pieces)
         block.release()
         with joining:
             answers[:] = [combine.join(answers[0], found) if answers else found]
 
-    for batch in batches((item, *tile) for item in items for tile in tiles(item, item.first, item.count)):
+    ranges = ((item, *tile) for item in items for tile in tiles(item, item.first, item.count))
+    for batch in batches(executor.feed.order(ranges)):
         executor.pipeline.submit(partial(work, *executor.load(batch)))
     executor.pipeline.drain()
     return answers[0]
@@ -56,12 +58,13 @@ def answered_purify(executor: Executor, step: SurveyedPurify, items: Sequence[It
 
     def work(block: Block, pieces: Sequence[Piece]) -> None:
         found = survey_matrix(executor.plan, pieces, executor.device, step)
+        executor.feed.release(piece.item for piece in pieces)
         block.release()
         with joining:
             for one in found:
                 answers[:] = [step.join(answers[0], one) if answers else one]
 
-    for batch in batches((item, item.first, item.count) for item in items if item.count):
+    for batch in batches(executor.feed.order((item, item.first, item.count) for item in items if item.count)):
         block, pieces = executor.load(batch)
         executor.pipeline.submit(partial(work, block, pieces))
     executor.pipeline.drain()

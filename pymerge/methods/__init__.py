@@ -32,6 +32,7 @@ from pymerge.methods import (
     pave,
     pcb,
     regmean,
+    regmean_plusplus,
     slerp,
     star,
     svc,
@@ -79,6 +80,7 @@ _BUILT_IN = (
     esm,
     esmpp,
     regmean,
+    regmean_plusplus,
     svc,
     lines,
 )  # importing a module registers its method

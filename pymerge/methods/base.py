@@ -157,6 +157,8 @@ class Method:
     step: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()  # statistics that must exist before the merge starts, e.g. ("covariance",)
+    # The inputs of a layer are those behind the layers merged before it: models are observed while they are merged.
+    sequential: ClassVar[bool] = False
     ignored: ClassVar[Mapping[str, str]] = {}  # names that mergekit accepts without effect here, with the reason
     element_wise: ClassVar[bool] = False
     spectral: ClassVar[bool] = False  # acts on weight matrices only; other tensors go past it

@@ -25,9 +25,8 @@ KEYS: Final = (
     "out_dtype",
 )
 LATER: Final = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
-KEYS_OF_MODEL: Final = ("model", "parameters", "fisher", "statistics")
-BESIDE_MODEL: Final = ("fisher", "statistics")  # files that go with a model; in Python a list with one a model
-LATER_OF_MODEL: Final = ("data",)
+KEYS_OF_MODEL: Final = ("model", "parameters", "fisher", "statistics", "data")
+BESIDE_MODEL: Final = ("fisher", "statistics", "data")  # what goes with a model; in Python a list with one a model
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 RELAXATIONS: Final[dict[str, tuple[str, ...]]] = {
     "missing": ("base", "skip"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pymerge.recipe.data import DataRef
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.settings import Setting
 
@@ -22,6 +23,7 @@ class ModelRef:
     params  hyperparameters given for this model
     fisher  the file, or the tensors, with the Fisher information of its parameters
     statistics  the file that `pymerge observe` made of it, or a Statistics object
+    data    samples of its task, which the merge observes itself
     """
 
     path: str
@@ -29,10 +31,15 @@ class ModelRef:
     params: Mapping[str, Setting] = field(default_factory=dict)
     fisher: ModelRef | None = None
     statistics: ModelRef | None = None
+    data: DataRef | None = None
 
     @property
     def in_memory(self) -> bool:
         return self.value is not self.path
+
+    def plain(self) -> str:
+        """As a recipe writes it beside a model."""
+        return self.path
 
     def same_model(self, other: ModelRef) -> bool:
         """Whether both name the same model."""

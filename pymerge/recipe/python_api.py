@@ -16,6 +16,7 @@ from pymerge.recipe.problems import Problems
 WHAT = {
     "fisher": "the Fisher information of each: paths or state dicts",
     "statistics": "what `observe` found of each: paths or Statistics",
+    "data": "samples of the task of each: paths or batches",
 }
 
 

@@ -70,7 +70,8 @@ class Recipe(Parsed):
         options       keys of a recipe (align, purify, calibrate, exclude, include, style, seed, strict, relax, dtype,
                       out_dtype) and hyperparameters of the method; a list for a per-model hyperparameter has one entry
                       a model, and so have `fisher`, the Fisher information (paths, or mappings from name to tensor),
-                      and `statistics`, what `observe` found (paths, or Statistics)
+                      `statistics`, what `observe` found (paths, or Statistics), and `data`, samples of the models'
+                      tasks (paths, {path, samples, length, field}, or batches)
         """
         problems = Problems("merge")
         raw = python_mapping(base, models, method, options, problems)
@@ -85,6 +86,11 @@ class Recipe(Parsed):
         cls = self.templates[len(self.purify)].cls
         assert issubclass(cls, Combine)
         return cls
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a step asks for the inputs of layers behind those that were merged before."""
+        return any(template.cls.sequential for template in self.templates)
 
     @property
     def subtract_base(self) -> bool:
@@ -193,5 +199,5 @@ class Recipe(Parsed):
 
 def _model_plain(model: ModelRef) -> dict[str, Any]:
     params = {name: setting.plain() for name, setting in model.params.items()}
-    beside = {key: ref.path for key in BESIDE_MODEL if (ref := getattr(model, key)) is not None}
+    beside = {key: ref.plain() for key in BESIDE_MODEL if (ref := getattr(model, key)) is not None}
     return {"model": model.path} | ({"parameters": params} if params else {}) | beside

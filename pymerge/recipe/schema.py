@@ -14,6 +14,8 @@ from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
 from pymerge.recipe.align import Align, parse_align
+from pymerge.recipe.beside import check_beside
+from pymerge.recipe.data import parse_data
 from pymerge.recipe.fused import Fused, parse_fused, parse_matrices, parse_patterns
 from pymerge.recipe.keys import (
     BESIDE_MODEL,
@@ -22,7 +24,6 @@ from pymerge.recipe.keys import (
     KEYS,
     KEYS_OF_MODEL,
     LATER,
-    LATER_OF_MODEL,
     RELAXATIONS,
 )
 from pymerge.recipe.models import ModelRef, parse_reference
@@ -30,15 +31,6 @@ from pymerge.recipe.params import find_method, method_names, parse_params
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.settings import Setting
 from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
-
-# Key of a model -> the need of methods that it meets, what it is.
-BESIDE = {
-    "fisher": (
-        "fisher",
-        "the diagonal of its Fisher information, safetensors with the names and shapes of its parameters",
-    ),
-    "statistics": ("covariance", "what its linear layers see, made by `pymerge observe`"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +86,17 @@ class _Parser:
         purify = self._steps("purify", len(tasks))
         calibrate = self._steps("calibrate", len(tasks))
         if cls:
-            self._beside(
-                [REGISTRY[spec.method] for spec in purify] + [cls, *(REGISTRY[s.method] for s in calibrate)], tasks
-            )
+            steps = [*(REGISTRY[spec.method] for spec in purify), cls, *(REGISTRY[s.method] for s in calibrate)]
+            check_beside(steps, tasks, self.problems)
         dtype, out_dtype = self._dtype("dtype"), self._dtype("out_dtype")
         patterns = {key: parse_patterns(self.raw.get(key), key, self.problems) for key in ("exclude", "include")}
         matrices = parse_matrices(self.raw.get("spectral"), self.problems)
         fused = parse_fused(self.raw.get("split"), self.raw.get("join"), self.problems)
         align = parse_align(self.raw.get("align"), self.problems, python=self.python, must_exist=self.must_exist)
+        if align is not None and any(task.data is not None for task in tasks):
+            self.problems.add(
+                "align", "the models are not observed while they are aligned: statistics in place of data"
+            )
         seed, strict, relax = self._seed(), self._strict(), self._relax()
         templates: tuple[StepTemplate, ...] = ()
         if cls and tasks:
@@ -190,11 +185,9 @@ class _Parser:
         if not isinstance(entry, dict):
             self.problems.add(where, f"must be {{model: PATH, parameters: {{...}}}}, got {entry!r}")
             return None
-        for key, value in entry.items():
-            if key in LATER_OF_MODEL and value is not None:
-                self.problems.add(where, f"{key}: not supported yet, it comes in a later release")
-            elif key not in (*KEYS_OF_MODEL, *LATER_OF_MODEL):
-                self.problems.unknown(where, key, (*KEYS_OF_MODEL, *LATER_OF_MODEL))
+        for key in entry:
+            if key not in KEYS_OF_MODEL:
+                self.problems.unknown(where, key, KEYS_OF_MODEL)
         ref = self._reference(entry.get("model"), where)
         if ref is None:
             return None
@@ -203,9 +196,17 @@ class _Parser:
             if cls
             else {}
         )
-        beside = {
-            key: self._reference(entry[key], f"{where}: {key}") for key in BESIDE_MODEL if entry.get(key) is not None
-        }
+        beside: dict[str, Any] = {key: entry[key] for key in BESIDE_MODEL if entry.get(key) is not None}
+        for key, raw in beside.items():
+            beside[key] = (
+                parse_data(raw, f"{where}: data", self.problems, python=self.python, must_exist=self.must_exist)
+                if key == "data"
+                else self._reference(raw, f"{where}: {key}")
+            )
+        if "data" in beside and ref.in_memory:
+            self.problems.add(
+                where, "data: is for models in folders; give statistics=[pymerge.observe(model, batches), ...] instead"
+            )
         return ModelRef(path=ref.path, value=ref.value, params=params, **beside)
 
     def _reference(self, raw: Any, where: str) -> ModelRef | None:
@@ -235,18 +236,6 @@ class _Parser:
             beside = "" if base is None and cls.base_role == "optional" else " beside the base"
             self.problems.add("models", f"{cls.name} merges {wanted}{beside}, got {len(others)}")
         return (base, *others) if cls.base_role == "first" and base else others
-
-    def _beside(self, steps: Sequence[type[Method]], tasks: Sequence[ModelRef]) -> None:
-        """Fisher information and statistics go with the methods that use them."""
-        for key, (need, what) in BESIDE.items():
-            users = [step.name for step in steps if need in step.needs]
-            for model in tasks:
-                given = getattr(model, key) is not None
-                if users and not given:
-                    self.problems.add("models", f"{users[0]} needs `{key}: FILE` beside {model.path}: {what}")
-                elif given and not users:
-                    names = ", ".join(step.name for step in steps)
-                    self.problems.add("models", f"{key} of {model.path}: {names} does not use it")
 
     def _base_among_the_models(self, cls: type[Combine], base: ModelRef) -> None:
         """A base that is not listed, of a method that subtracts none: one more model, where nothing else is missing."""
@@ -365,6 +354,12 @@ class _Parser:
             self.problems.add(
                 "purify", f"{late[0]} needs the models' weights, not task vectors: make it the first step"
             )
+            return
+        if combine.sequential and (
+            observing := [t.cls.name for t in templates[:purify] if "covariance" in t.cls.needs]
+        ):
+            text = f"{observing[0]} and {combine.name} take different inputs of a layer: leave one out"
+            self.problems.add("purify", text)
             return
         if len(templates) > purify + 1 and combine.base_role != "required":
             self.problems.add("calibrate", f"{combine.name} merges whole weights, calibrate steps need a merged update")

@@ -63,7 +63,7 @@ class Collector:
         return seen
 
     def add(self, name: str, x: Tensor, transposed: bool) -> None:
-        shared = next((holder for ref, holder in self.recent if ref() is x), None)
+        shared = self.sharer(x)
         holder = self.holders.setdefault(name, shared or name)
         if holder != name:
             if shared != holder:
@@ -75,6 +75,10 @@ class Collector:
         self.recent = [(weakref.ref(x), name), *self.recent[: RECENT - 1]]
         rows = without_padding(x.transpose(0, 1) if transposed and x.dim() == 3 else x, self.mask)
         self.accumulators.setdefault(name, Accumulator(name, self.dtype)).add(rows)
+
+    def sharer(self, x: Tensor) -> str | None:
+        """The module that was given this very input a moment ago; None: it is a new one."""
+        return next((holder for ref, holder in self.recent if ref() is x), None)
 
 
 def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:

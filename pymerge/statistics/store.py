@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Header:
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """Moments of the inputs of a model's linear modules, in memory or read when asked for."""
+
+    live: ClassVar[bool] = False  # whether moments come to be, and go, while a merge asks for them
 
     header: Header
     held: Mapping[str, Moments] = field(default_factory=dict, repr=False)
@@ -82,6 +84,10 @@ class Statistics:
         """n of a module's input, without reading the moments."""
         holder = self.header.modules[module]
         return self.held[holder].width if self.file is None else self.file[f"{holder}.mean"].shape[0]
+
+    def share_input(self, modules: Sequence[str]) -> bool:
+        """Whether modules have one input."""
+        return len({self.header.modules.get(module) for module in modules}) == 1
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed merge must find again."""

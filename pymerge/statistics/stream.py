@@ -7,32 +7,62 @@ of all, never run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pymerge.checkpoint import Checkpoint, safe_name
 from pymerge.errors import InputError
 from pymerge.statistics.collect import Collector
+from pymerge.statistics.moments import Moments
+
+Read = Callable[[str], Tensor]
 
 
 class Finished(Exception):
     """The last observed module has seen its input."""
 
 
+def load_libraries() -> None:
+    """What making a model without weights takes: some 0.4 GB of program."""
+    try:
+        import accelerate  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401
+    except ImportError:
+        raise InputError(
+            'streaming needs transformers and accelerate; install with: pip install "pymerge[hf]"'
+        ) from None
+
+
 def empty_model(cls: type, path: Path) -> nn.Module:
     """The architecture of a Hugging Face folder with parameters that take no memory; buffers are real."""
+    load_libraries()
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     make = getattr(cls, "_from_config", None) or cls.from_config  # type: ignore[attr-defined]
+    config.use_cache = False  # keys and values of all layers, for a pass that never asks for them again
     with init_empty_weights(include_buffers=False):
         return make(config)
+
+
+def reader(checkpoint: Checkpoint) -> Read:
+    """Loads tensors of a checkpoint by their names there."""
+
+    def read(name: str) -> Tensor:
+        if name not in checkpoint:
+            raise InputError(
+                f"{safe_name(name)}: the model's class has this parameter, the checkpoint has not: it cannot be "
+                "streamed; observe it in memory"
+            )
+        return checkpoint[name].load()
+
+    return read
 
 
 def unit_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -41,9 +71,10 @@ def unit_of(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def weights_on_demand(model: nn.Module, checkpoint: Checkpoint, stored: Mapping[str, str]) -> Iterator[None]:
+def weights_on_demand(model: nn.Module, read: Read, stored: Mapping[str, str]) -> Iterator[None]:
     """While entered, every module of `model` has its weights during its own forward, and only then.
 
+    read    gives the tensor of a name in the checkpoint
     stored  parameter -> its name in the checkpoint"""
     handles: list[Any] = []
     for prefix, module in model.named_modules():
@@ -51,7 +82,7 @@ def weights_on_demand(model: nn.Module, checkpoint: Checkpoint, stored: Mapping[
         if empty:
             full = {name: f"{prefix}.{name}" if prefix else name for name in empty}
             names = {name: stored.get(whole, whole) for name, whole in full.items()}
-            handles.append(module.register_forward_pre_hook(loader(names, checkpoint)))
+            handles.append(module.register_forward_pre_hook(loader(names, read)))
             handles.append(module.register_forward_hook(dropper(empty), always_call=True))
     try:
         yield
@@ -60,15 +91,10 @@ def weights_on_demand(model: nn.Module, checkpoint: Checkpoint, stored: Mapping[
             handle.remove()
 
 
-def loader(names: Mapping[str, str], checkpoint: Checkpoint) -> Any:
+def loader(names: Mapping[str, str], read: Read) -> Any:
     def load(module: nn.Module, args: Any) -> None:
         for name, stored in names.items():
-            if stored not in checkpoint:
-                raise InputError(
-                    f"{safe_name(stored)}: the model's class has this parameter, the checkpoint has not: it cannot be "
-                    "streamed; observe it in memory"
-                )
-            put(module, name, nn.Parameter(checkpoint[stored].load(), requires_grad=False))
+            put(module, name, nn.Parameter(read(stored), requires_grad=False))
 
     return load
 
@@ -89,18 +115,22 @@ def put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 class StreamingCollector(Collector):
-    """A collector for one batch: hands out the moments of an input as soon as it has been seen."""
+    """A collector for one batch: hands out the moments of an input as soon as it has been seen.
 
-    def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, done: Any) -> None:
+    found  is told each module that is reached, with the moments of its input; None: it shares one that was handed out
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], dtype: torch.dtype, found: Callable[[str, Moments | None], None]
+    ) -> None:
         super().__init__(modules, dtype)
-        self.done, self.left = done, set(modules)
+        self.found, self.left = found, set(modules)
 
-    def add(self, name: str, x: torch.Tensor, transposed: bool) -> None:
+    def add(self, name: str, x: Tensor, transposed: bool) -> None:
         if name not in self.left:
             raise InputError(f"{name} runs more than once in a pass: it cannot be streamed; observe it in memory")
         super().add(name, x, transposed)
         self.left.discard(name)
-        if name in self.accumulators:
-            self.done(name, self.accumulators.pop(name).finish())
+        self.found(name, self.accumulators.pop(name).finish() if name in self.accumulators else None)
         if not self.left:
             raise Finished

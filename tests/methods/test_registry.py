@@ -37,6 +37,7 @@ COMBINE = (
     "nuslerp",
     "pcb",
     "regmean",
+    "regmean_plusplus",
     "slerp",
     "star",
     "task_arithmetic",
