@@ -73,20 +73,26 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         models = [model for _, model in pool.named_models()]
         if not models:
             raise InputError(f"the pool has no models to merge, only {pool.all_model_names}")
-        first = base if base is not None else models[0]
+        first: Any = base if base is not None else models[0]
         validate_target_modules_equal([first, *models])
         exclude = [*self.exclude_keys, *self.parameters.get("exclude", ())]
         arguments: dict[str, Any] = {**self.parameters, "method": self.merge_method, "exclude": exclude}
         arguments |= {"base": None if base is None else source_of(base), "models": [source_of(m) for m in models]}
-        if self.needs_statistics() and "statistics" not in arguments:
-            Recipe.from_kwargs(**arguments, statistics=[{} for _ in models])  # wrong options, before models are run
-            arguments["statistics"] = self.observe(pool, dict(zip(pool.model_names, models, strict=True)))
+        if self.needs_statistics() and not arguments.keys() & {"statistics", "data"}:
+            named = dict(zip(pool.model_names, models, strict=True))
+            if isinstance(first, LazyStateDict):  # observed layer by layer while they are merged
+                arguments["data"] = [next(self.batches(pool, name, m, self.samples), None) for name, m in named.items()]
+            else:
+                Recipe.from_kwargs(**arguments, statistics=[{} for _ in models])  # wrong options, before models are run
+                arguments["statistics"] = self.observe(pool, named)
         arguments["options"] = Options(device=str(self.fabric.device))
         log.info(f"pymerge: {self.merge_method} of {', '.join(pool.model_names)} on {self.fabric.device}")
         if isinstance(first, LazyStateDict):
+            if first.meta_module_class is None:
+                raise InputError(f"{first.checkpoint}: loaded lazily by a pool that does not say its class")
             with tempfile.TemporaryDirectory(prefix="pymerge-") as folder:
                 merge(**arguments, out=f"{folder}/merged")
-                return loaded(first, f"{folder}/merged")
+                return first.meta_module_class.from_pretrained(f"{folder}/merged", torch_dtype=first._torch_dtype)
         merged = merge(**arguments)
         result = copy.deepcopy(first) if pool.has_instance_models else first
         if extra := result.load_state_dict(merged, strict=False).unexpected_keys:
@@ -112,34 +118,30 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         names = [step.get("method", "") if isinstance(step, Mapping) else step for step in steps]
         return any("covariance" in describe(name).needs for name in names)
 
-    def observe(self, pool: BaseModelPool, models: Mapping[str, Any]) -> list[Statistics]:
+    def observe(self, pool: BaseModelPool, models: Mapping[str, nn.Module]) -> list[Statistics]:
         """What the layers of each model see of its task's dataset, on Fabric's device."""
-        batches = {
-            name: self.batches(pool, name, getattr(model, "meta_module", model)) for name, model in models.items()
-        }
+        batches = {name: self.batches(pool, name, model, self.batch_size) for name, model in models.items()}
         found = []
         for name, model in models.items():
             log.info(f"pymerge: observing {name} on {self.samples} samples")
-            module = loaded(model, model._local_path) if isinstance(model, LazyStateDict) else model
-            targets = getattr(module, "_fusion_bench_target_modules", None) or ()
+            targets = getattr(model, "_fusion_bench_target_modules", None) or ()
             patterns = [pattern for target in targets for pattern in (target, f"{target}.*")]
-            home = next(module.parameters()).device
+            home = next(model.parameters()).device
             try:
-                found.append(observe(module.to(self.fabric.device), batches[name], targets=patterns))
+                found.append(observe(model.to(self.fabric.device), batches[name], targets=patterns))
             finally:
-                module.to(home)
+                model.to(home)
         return found
 
-    def batches(self, pool: BaseModelPool, name: str, model: nn.Module) -> Iterator[Any]:
-        """What the model is called with, batch by batch. Override it for datasets of another kind.
+    def batches(self, pool: BaseModelPool, name: str, model: Any, size: int) -> Iterator[Any]:
+        """What the model is called with, `size` samples at once. Override it for datasets of another kind.
 
         Samples are mappings, of which the model gets what it takes by name but no labels, or tuples, of which it gets
         the first; in pools with an image processor that prepares the images. Texts of unequal lengths are padded."""
-        takes = set(inspect.signature(model.forward).parameters) - set(LABELS)
+        module = model.meta_module if isinstance(model, LazyStateDict) else model
+        takes = set(inspect.signature(module.forward).parameters) - set(LABELS)
         items = (inputs_of(item, takes, name) for item in spread(self.load_dataset(pool, name), self.samples))
-        return (
-            self.fabric.to_device(collated(batch)) for batch in iter(lambda: list(islice(items, self.batch_size)), [])
-        )
+        return (self.fabric.to_device(collated(batch)) for batch in iter(lambda: list(islice(items, size)), []))
 
     def load_dataset(self, pool: BaseModelPool, name: str) -> Any:
         """The dataset of a task, with its images prepared."""
@@ -161,13 +163,6 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
 def source_of(model: Any) -> Mapping[str, Tensor] | str:
     """What pymerge.merge takes of a model: its tensors, or the folder that it would be loaded from."""
     return model._local_path if isinstance(model, LazyStateDict) else get_target_state_dict(model)
-
-
-def loaded(model: LazyStateDict, folder: str) -> nn.Module:
-    """The module of this lazily loading model's class with the weights in `folder`."""
-    if model.meta_module_class is None:
-        raise InputError(f"{model.checkpoint}: loaded lazily by a pool that does not say its class")
-    return model.meta_module_class.from_pretrained(folder, torch_dtype=model._torch_dtype)
 
 
 def plain(value: Any) -> Any:
