@@ -30,7 +30,7 @@ class Job:
     method: str
     keywords: dict[str, Any] = field(default_factory=dict)
     pairwise: bool = False  # the method takes two models: halves are merged, then merged with each other
-    observed: bool = False  # a step needs to know what each model's layers see
+    observed: str = ""  # a step needs to know what each model's layers see: by "statistics", or by samples, "data"
     skipped: str = ""
 
 
@@ -50,7 +50,7 @@ def job(name: str, tasks: int) -> Job:
     info = pymerge.methods.describe(name)
     fewest, most = info.models
     pairwise = most is not None and most + (info.base == "first") == 2
-    observed, skipped = needed(info.needs)
+    observed, skipped = needed(name)
     if not pairwise and (tasks < fewest or (most is not None and tasks > most)):
         skipped = f"takes {fewest} to {most} models"
     keywords = SETTINGS.get(name, {})
@@ -58,14 +58,16 @@ def job(name: str, tasks: int) -> Job:
 
 
 def with_step(label: str, method: str, step: str, name: str) -> Job:
-    observed, skipped = needed(pymerge.methods.describe(name).needs)
+    observed, skipped = needed(name)
     return Job(name=label, method=method, keywords={step: name}, observed=observed, skipped=skipped)
 
 
-def needed(needs: tuple[str, ...]) -> tuple[bool, str]:
-    """Whether statistics are needed, and what is needed that the demo does not have."""
+def needed(name: str) -> tuple[str, str]:
+    """What a method must be given of the samples ("": nothing), and what it needs that the demo does not have."""
+    needs = pymerge.methods.describe(name).needs
     absent = [need for need in needs if need != "covariance"]
-    return "covariance" in needs, f"needs {', '.join(absent)}" if absent else ""
+    given = "data" if pymerge.methods.get(name).sequential else "statistics"
+    return given if "covariance" in needs else "", f"needs {', '.join(absent)}" if absent else ""
 
 
 def run(job: Job, base: Path, models: list[Path], statistics: list[Path], out: Path) -> dict[str, float]:
@@ -75,7 +77,7 @@ def run(job: Job, base: Path, models: list[Path], statistics: list[Path], out: P
     role = pymerge.methods.describe(job.method).base
     if not job.pairwise:
         request = {"base": str(base) if role != "none" else None, "models": [str(m) for m in models], "out": str(out)}
-        if job.observed:
+        if job.observed == "statistics":
             request["statistics"] = [str(file) for file in statistics]
         return in_process(request, job)
     costs = []
@@ -93,7 +95,7 @@ def run(job: Job, base: Path, models: list[Path], statistics: list[Path], out: P
 
 
 def in_process(request: dict[str, Any], job: Job) -> dict[str, float]:
-    request |= {"method": job.method, "exclude": HEADS} | job.keywords
+    request |= {"method": job.method, "exclude": HEADS, "observed": job.observed} | job.keywords
     command = [sys.executable, "-m", "pymerge.demo.merges", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -108,7 +110,12 @@ def peak_memory() -> int:
 
 
 def main(request: dict[str, Any]) -> None:
+    from pymerge.demo import train
+    from pymerge.demo.data import TASKS
+
     base, models = request.pop("base"), request.pop("models")
+    if request.pop("observed") == "data":
+        request["data"] = [train.samples(task) for task in TASKS]
     start = time.perf_counter()
     try:
         pymerge.merge(base, models, options=pymerge.Options(overwrite=True, progress=False), **request)

@@ -189,6 +189,10 @@ def observe_all(out: Path) -> list[Path]:
     (out / STATISTICS).mkdir(exist_ok=True)
     for task, file in zip(TASKS, files, strict=True):
         if not file.is_file():
-            images = task.view(digits().images[digits().train[:OBSERVED]])
-            pymerge.observe(out / "tasks" / task.name, [{"pixel_values": images}]).save(file)
+            pymerge.observe(out / "tasks" / task.name, [samples(task)]).save(file)
     return files
+
+
+def samples(task: Task) -> dict[str, Tensor]:
+    """The training images of a task that its model is observed on."""
+    return {"pixel_values": task.view(digits().images[digits().train[:OBSERVED]])}
