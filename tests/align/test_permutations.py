@@ -181,6 +181,9 @@ def changed(path, **metadata):
 
 def test_files_that_are_not_what_they_should_be(tmp_path):
     path = tmp_path / "perms.safetensors"
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="a folder, no file of permutations"):
+        open_permutations(tmp_path)
     save_file({"w": torch.zeros(2)}, path)
     with pytest.raises(InputError, match=r"no file of permutations of format 1 \(found: none\)"):
         open_permutations(path)
