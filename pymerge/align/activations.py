@@ -119,6 +119,7 @@ class PairCollector:
                     self.mask, self.shown = mask_of(batch), {}
                     for model in models:
                         call(model, batch)
+                    self.check_shown()
         finally:
             for model, was in zip(models, training, strict=True):
                 model.train(was)
@@ -136,6 +137,18 @@ class PairCollector:
                 handle = module.register_forward_hook(partial(on_output, take))
             hooks.callback(handle.remove)
 
+    def check_shown(self) -> None:
+        """After a batch: every model has shown at each tap as often as the anchor."""
+        for number in range(len(self.taps)):
+            counts = [len(self.shown.get((number, t), [])) for t in range(len(self.modules))]
+            for t, count in enumerate(counts):
+                if count != counts[0]:
+                    raise self.unlike(number, t, 0)
+
+    def unlike(self, number: int, t: int, other: int) -> InputError:
+        module = self.taps[number][0].module
+        return InputError(f"{module}: model {t} does not run it on the samples that model {other} runs it on")
+
     def take(self, number: int, t: int, x: Tensor) -> None:
         """What tap `number` shows of model t."""
         tap, seen, size = self.taps[number]
@@ -147,9 +160,7 @@ class PairCollector:
         for other in range(t + 1) if self.all_pairs else range(min(t, 1)):
             showed = self.shown.get((number, other), [])
             if len(showed) < len(own) or len(showed[len(own) - 1]) != len(x):
-                raise InputError(
-                    f"{tap.module}: model {t} does not run it on the samples that model {other} runs it on"
-                )
+                raise self.unlike(number, t, other)
             seen.add_products(showed[len(own) - 1], x, tap.view, (other, t))
 
     def samples(self, tap: Tap, size: int, x: Tensor) -> Tensor:

@@ -147,6 +147,7 @@ class Spec:
     def structure_problems(self) -> list[str]:
         """What is wrong whatever the model."""
         problems, seen = [], set()
+        parts: dict[tuple[str, int], tuple[int, int]] = {}  # how each axis is cut
         for group in self.groups:
             whole, of = (group.size, group.blocks) if isinstance(group, Units) else (group.heads, group.kv_heads)
             if of < 1 or whole % of:
@@ -164,7 +165,8 @@ class Spec:
                         f"{entry.parameter}: {size} units cannot be cut into {entry.interleave} equal parts"
                     )
                 place = (entry.parameter, entry.axis, entry.part)
-                if place in seen:
+                cut = entry.part[1], entry.interleave
+                if place in seen or parts.setdefault(place[:2], cut) != cut:
                     problems.append(f"{entry.parameter}: axis {entry.axis} is in two groups, one is {group.name}")
                 seen.add(place)
         return problems

@@ -90,11 +90,13 @@ def match(group: Group, scores: Mapping[View, Tensor], threshold: float) -> Matc
     values = tuple(float(value[rows, sigma].mean()) for value in inner.values)
     diagonal = [identity_value(blocks, unit_set, scores) for unit_set in blocks.sets]
     gain = (sum(values) - sum(diagonal)) / len(values)
+    gap = None  # grouped queries are solved by turns, which may end in a local optimum
+    if blocks.queries == 1:
+        gap = (float(outer.gap) + float(inner.gap.amax(1).sum())) / blocks.count / len(values)
     if gain < threshold:
-        return Match(index=unmoved(group).index, values=tuple(diagonal), gain=0.0, gap=max(0.0, gain))
-    gap = (float(outer.gap) + float(inner.gap.amax(1).sum())) / blocks.count / len(values)
-    index = composed(blocks, inner, sigma)
-    return Match(index=index, values=values, gain=gain, gap=gap if blocks.queries == 1 else None)
+        missed = None if gap is None else max(0.0, gain + gap)
+        return Match(index=unmoved(group).index, values=tuple(diagonal), gain=0.0, gap=missed)
+    return Match(index=composed(blocks, inner, sigma), values=values, gain=gain, gap=gap)
 
 
 def composed(blocks: Blocks, inner: Inner, sigma: Tensor) -> dict[View, Tensor]:

@@ -67,7 +67,13 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
         return inputs
     if align.file is None:
         refuse_what_zip_is_not_for(recipe, align.options.get("mode"))
-        check_spec(align, *sources(recipe, inputs)[0])
+        anchor, model = sources(recipe, inputs)[0]
+        if anchor.in_memory and align.data is not None and align.batches is None:
+            raise RecipeError(
+                f"align: data: {align.data} is made into batches by the tokenizer or image processor in the first "
+                "model's folder, and the models are in memory: give batches"
+            )
+        check_spec(align, anchor, model)
         return inputs
     from pymerge.align import Clusters, Permutations, open_permutations
 

@@ -61,6 +61,12 @@ class Align:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def in_memory(self) -> bool:
+        """Whether some of it is given as objects of Python, which no recipe's text can say."""
+        objects = any(not isinstance(value, PLAIN) for value in self.options.values())
+        return objects or self.value is not None or self.batches is not None
+
+    @property
     def search(self) -> dict[str, Any]:
         """The options that find_permutations takes."""
         return {name: value for name, value in self.options.items() if name not in SAMPLING}

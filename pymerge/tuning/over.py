@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -120,6 +120,8 @@ def _axis(recipe: Recipe, name: str, spec: str | Sequence[float]) -> Axis:
         if high - low >= MOST_WHOLE:
             raise RecipeError(f"over: {name}: {spec} are more than {MOST_WHOLE} whole numbers: list some of them")
         return Axis(**given, values=tuple(range(int(low), int(high) + 1)))
+    if not isinstance(spec, Iterable):
+        raise RecipeError(f"over: {name}: expected LOW..HIGH or a list of values, got {spec!r}")
     parts = spec.split(",") if isinstance(spec, str) else list(spec)
     values = tuple(dict.fromkeys(_number(name, part, param) for part in parts if part != ""))
     if not values:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,13 +92,21 @@ class Record:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def own_name(folder: Path, path: Path) -> bool:
+    """Whether a path lies where a search in `folder` keeps, and deletes, its own files."""
+    folder, path = folder.resolve(), path.resolve()
+    if folder not in path.parents:
+        return False
+    return any(fnmatchcase(path.relative_to(folder).parts[0], pattern) for pattern in OURS)
+
+
 @contextlib.contextmanager
 def opened(folder: Path, identity: dict[str, Any], *, restart: bool) -> Iterator[Record]:
     """The record in `folder`, which nobody else may use meanwhile: continued, or new.
 
     Raises   OutputError: another search is in the folder (it says in what they differ), other files are, or another
              process works there."""
-    if folder.is_dir() and os.listdir(folder) and not any(any(folder.glob(pattern)) for pattern in OURS):
+    if folder.is_dir() and os.listdir(folder) and not any(folder.glob(f"{FILE}*")):  # what is written first
         raise OutputError(f"{folder}: holds files that are not of a search: choose another --work folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -24,7 +24,7 @@ from pymerge.tuning.evaluate import Evaluation
 from pymerge.tuning.figure import draw
 from pymerge.tuning.golden import golden_section, tries
 from pymerge.tuning.over import Axis, Over, axes_of, recipe_at
-from pymerge.tuning.record import How, Record, Try, opened
+from pymerge.tuning.record import How, Record, Try, opened, own_name
 from pymerge.tuning.show import Display, make_display, values_text
 from pymerge.version import __version__
 
@@ -261,6 +261,8 @@ class _Run:
 def _on_disk(recipe: Recipe) -> None:
     if any(model.in_memory for model in (*recipe.models, *([recipe.base] if recipe.base else []))):
         raise RecipeError("search: models must be folders: each try is written to disk and evaluated there")
+    if recipe.align is not None and recipe.align.in_memory:
+        raise RecipeError("search: align: permutations and samples must be files, groups those of a known architecture")
 
 
 def _combinations(axes: Sequence[Axis]) -> list[dict[str, float]]:
@@ -312,6 +314,8 @@ def _inputs(recipe: Recipe, work: Path, out: Path | None, options: Options) -> d
             check_output_path(out, inputs.all, overwrite=options.overwrite)
             if work.resolve().is_relative_to(out.resolve()):
                 raise OutputError(f"{out}: the tries are kept in {work}, which is not beside it: choose another --work")
+            if own_name(work, out):
+                raise OutputError(f"{out}: the search deletes what has such a name in {work}: choose another")
         plan_side_files(inputs.reference)
         planned(recipe, inputs, options)
         return {

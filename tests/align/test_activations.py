@@ -143,8 +143,9 @@ def test_a_module_that_runs_twice_shows_both():
         steps = [[m.first(x), m.first(m.first(x).relu())] for m in models]
     expected = correlation(*(torch.cat(step).double() for step in steps))[:6, 6:]
     assert (found - expected).abs().max() < 1e-5
-    with pytest.raises(InputError, match="first: model 1 does not run it on the samples that model 0 runs it on"):
-        collect(spec, [Shared(0), Shared(1, times=3)], [x])
+    for times in (3, 1, 0):
+        with pytest.raises(InputError, match="first: model 1 does not run it on the samples that model 0 runs it on"):
+            collect(spec, [Shared(0), Shared(1, times=times)], [x])
 
 
 def test_a_tap_that_does_not_fit_says_so():

@@ -124,6 +124,15 @@ def test_anchors_move_and_missing_views_are_found():
     assert "group experts: index vectors {'units': None}" in str(error.value)
 
 
+def test_a_whole_axis_and_a_part_of_it_are_two_groups():
+    cut = ((8, (0, 1)), (4, (0, 2)))
+    groups = (
+        Units(name=f"of {n}", size=n, entries=(Entry(parameter="w", axis=0, role="out", part=part),)) for n, part in cut
+    )
+    with pytest.raises(InputError, match="w: axis 0 is in two groups, one is of 4"):
+        Spec(groups=tuple(groups)).check({"w": (8, 3)})
+
+
 def test_members_must_be_alike():
     with pytest.raises(InputError, match="group experts: unit 1 has parameters of shapes"):
         SPEC.check(SHAPES | {"experts.1.down": (5, 4)})
@@ -181,6 +190,9 @@ def changed(path, **metadata):
 
 def test_files_that_are_not_what_they_should_be(tmp_path):
     path = tmp_path / "perms.safetensors"
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="a folder, no file of permutations"):
+        open_permutations(tmp_path)
     save_file({"w": torch.zeros(2)}, path)
     with pytest.raises(InputError, match=r"no file of permutations of format 1 \(found: none\)"):
         open_permutations(path)

@@ -145,6 +145,10 @@ def test_modules_and_state_dicts_in_memory(models):
     before, after = (model.state_dict() for model in (expected, merged))
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+    path = folder / "samples.txt"
+    path.write_text("a sample\n")
+    with pytest.raises(RecipeError, match="the models are in memory: give batches"):
+        pymerge.merge(None, loaded[:2], method="linear", align=FIND | {"spec": kind, "data": path})
     units = pymerge.find_permutations(loaded[:2], batches(kind))
     states = pymerge.merge(None, [m.state_dict() for m in loaded[:2]], method="linear", align=units)
     assert all(torch.equal(states[name], tensor) for name, tensor in after.items())

@@ -76,6 +76,11 @@ def test_wrong(text: str, message: str) -> None:
         axes_of(recipe(), parse_overs([text]))
 
 
+def test_one_value_from_python_is_no_list() -> None:
+    with pytest.raises(RecipeError, match=r"scale: expected LOW..HIGH or a list of values, got 0.5"):
+        axes_of(recipe(), {"scale": 0.5})  # pyright: ignore[reportArgumentType]
+
+
 def test_outside_of_the_hyperparameters_range() -> None:
     with pytest.raises(RecipeError, match=r"density: must be in \[0, 1\], got '1.5'"):
         axes_of(recipe("ties"), {"density": "0.5..1.5"})

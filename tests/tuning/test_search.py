@@ -13,6 +13,7 @@ import pytest
 
 import pymerge
 from pymerge.errors import EvaluationError, Interrupted, NumericError, OutputError, RecipeError
+from pymerge.recipe import Recipe
 from tests.models import interrupted_after, read_model, same
 from tests.tuning.searching import BEST, Problem, constant
 
@@ -170,9 +171,11 @@ def test_a_changed_evaluation_file_is_refused(problem: Problem, tmp_path: Path) 
 
 def test_places_that_are_taken_are_refused_first(problem: Problem, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("")
+    (tmp_path / "mine" / "try-notes.txt").write_text("")
     with pytest.raises(OutputError, match="not of a search"):
         pymerge.search(problem.recipe(), problem.parabola, {"scale": [1]}, work=tmp_path / "mine")
+    with pytest.raises(OutputError, match="the search deletes what has such a name"):
+        pymerge.search(problem.recipe(), problem.parabola, {"scale": [1]}, out=problem.work / "try-best")
     with pytest.raises(OutputError, match="is not empty"):
         pymerge.search(problem.recipe(), problem.parabola, {"scale": [1]}, out=tmp_path / "mine")
     with pytest.raises(OutputError, match="inputs are never changed"):
@@ -213,6 +216,13 @@ def test_tasks_must_stay_the_same(problem: Problem) -> None:
 def test_a_merge_that_overflows_says_at_which_value(problem: Problem) -> None:
     with pytest.raises(NumericError, match=r"try 2 \(scale=1e\+06\): .*do not fit F16"):
         pymerge.search(problem.recipe(out_dtype="float16"), constant(1.0), {"scale": [1, 1e6]})
+
+
+def test_permutations_in_memory_are_refused(problem: Problem) -> None:
+    given = [str(model) for model in problem.models]
+    recipe = Recipe.from_kwargs(str(problem.base), given, "task_arithmetic", align=object())
+    with pytest.raises(RecipeError, match="permutations and samples must be files"):
+        pymerge.search(recipe, problem.parabola, {"scale": [1]}, work=problem.work)
 
 
 def test_refused_before_anything_is_merged(problem: Problem) -> None:
