@@ -110,11 +110,11 @@ def peak_memory() -> int:
 
 
 def main(request: dict[str, Any]) -> None:
-    from pymerge.demo import train
-    from pymerge.demo.data import TASKS
-
     base, models = request.pop("base"), request.pop("models")
     if request.pop("observed") == "data":
+        from pymerge.demo import train  # imports transformers
+        from pymerge.demo.data import TASKS
+
         request["data"] = [train.samples(task) for task in TASKS]
     start = time.perf_counter()
     try:
