@@ -103,6 +103,8 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         """The pool's base, where the method has one."""
         if what := getattr(get(self.merge_method), "beside", ""):
             raise RecipeError(f"{self.merge_method} leaves {what} beside the merged model: merge folders with pymerge")
+        if "adapters" in get(self.merge_method).needs:
+            raise RecipeError(f"{self.merge_method} merges LoRA adapters, a pool has models: merge folders with pymerge")
         role = describe(self.merge_method).base
         if role == "required" and not pool.has_pretrained:
             raise InputError(

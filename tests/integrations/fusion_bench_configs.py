@@ -64,8 +64,13 @@ def config(name: str) -> str:
 
 
 def packaged() -> tuple[str, ...]:
-    """The methods that merge in memory: the others leave a file beside the model."""
-    return tuple(name for name in methods.list() if not getattr(methods.get(name), "beside", ""))
+    """The methods that merge models in memory: the others leave a file beside the model, or merge adapters."""
+    return tuple(name for name in methods.list() if merges_in_memory(name))
+
+
+def merges_in_memory(name: str) -> bool:
+    cls = methods.get(name)
+    return not getattr(cls, "beside", "") and "adapters" not in cls.needs
 
 
 if __name__ == "__main__":

@@ -280,6 +280,7 @@ def test_wrong_options_are_found_before_models_are_run(models):
         ({"merge_method": "regmean", "dataset": "dev"}, "one of train, val, test"),
         ({"merge_method": "tsvm"}, "did you mean"),
         ({"merge_method": "emr"}, "leaves masks beside"),
+        ({"merge_method": "knots"}, "merges LoRA adapters"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
