@@ -104,7 +104,7 @@ class PymergeAlgorithm(LightningFabricMixin, BaseAlgorithm):
         if what := getattr(get(self.merge_method), "beside", ""):
             raise RecipeError(f"{self.merge_method} leaves {what} beside the merged model: merge folders with pymerge")
         if "adapters" in get(self.merge_method).needs:
-            raise RecipeError(f"{self.merge_method} merges LoRA adapters, a pool has models: merge folders with pymerge")
+            raise RecipeError(f"{self.merge_method} merges LoRA adapters, a pool has models: merge their folders")
         role = describe(self.merge_method).base
         if role == "required" and not pool.has_pretrained:
             raise InputError(
