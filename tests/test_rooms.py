@@ -6,21 +6,22 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pymerge"
-BELOW_RECIPE = {"methods", "align", "statistics", "checkpoint", "linalg", "ops", "errors"}
+BELOW_RECIPE = {"methods", "align", "statistics", "checkpoint", "linalg", "ops", "hub", "errors"}
 BELOW_ENGINE = BELOW_RECIPE | {"recipe"}
 BELOW_REPORT = BELOW_ENGINE | {"engine"}
 # `version` is a leaf like `errors`: a string. `_C` is the native host module: buffers, checksums, files.
 # `runtime` loads models and finds their layers as `statistics` does.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "hub": {"errors"},
     "version": set(),
     "ops": {"errors", "_C"},
     "linalg": {"ops", "errors"},
-    "checkpoint": {"ops", "errors", "_C"},
+    "checkpoint": {"ops", "hub", "errors", "_C"},
     "statistics": {"linalg", "ops", "errors", "checkpoint"},
     "align": {"linalg", "ops", "errors", "checkpoint", "statistics"},
     "methods": {"linalg", "ops", "errors"},
-    "recipe": {"methods", "align", "statistics", "errors"},
+    "recipe": {"methods", "align", "statistics", "hub", "errors"},
     "engine": BELOW_ENGINE | {"version", "_C"},
     "report": BELOW_REPORT | {"version"},
     "tuning": BELOW_REPORT | {"version"},

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pymerge import hub
 from pymerge.checkpoint.adapted import AdaptedTensor
 from pymerge.checkpoint.header import name_list, safe_name
 from pymerge.checkpoint.index import read_json_object
@@ -134,14 +135,19 @@ class AdapterCheckpoint(Checkpoint):
 
 
 def base_of_adapter(folder: str | os.PathLike[str]) -> str:
-    """The local folder of the base that the adapter names; InputError where it names none or one that is not here."""
-    named = AdapterConfig.read(Path(folder)).raw.get("base_model_name_or_path")
-    if isinstance(named, str) and os.path.exists(named):
+    """The local folder of the base that the adapter names, a path or a name on the Hub; InputError where it names none
+    or one that is not here."""
+    config = AdapterConfig.read(Path(folder))
+    named, revision = config.raw.get("base_model_name_or_path"), config.raw.get("revision")
+    text = f"{safe_name(os.fspath(folder), 400)}: an adapter whose base, {safe_name(str(named), 400)!r}"
+    if not isinstance(named, str) or not (os.path.exists(named) or hub.is_name(named)):
+        raise InputError(f"{text}, is no folder here: give the base, as base_model or as `base+adapter`")
+    if os.path.exists(named):
         return named
-    raise InputError(
-        f"{safe_name(os.fspath(folder), 400)}: an adapter whose base, {safe_name(str(named), 400)!r}, is no folder "
-        "here: give the base, as base_model or as `base+adapter`"
-    )
+    try:
+        return hub.snapshot(named, revision if isinstance(revision, str) else None)
+    except InputError as e:
+        raise InputError(f"{text}: {e}; or give the base, as base_model or as `base+adapter`") from e
 
 
 def open_adapter(

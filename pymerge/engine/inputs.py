@@ -25,7 +25,7 @@ def opened_statistics(reference: ModelRef, model: ModelRef) -> Statistics:
     from pymerge.statistics import Statistics, open_statistics
 
     if not reference.in_memory:
-        return open_statistics(reference.path)
+        return open_statistics(reference.local)
     if not isinstance(reference.value, Statistics):
         given = type(reference.value).__name__
         raise RecipeError(f"statistics of {model.path}: must be a path or what `observe` returned, got {given}")
@@ -38,7 +38,7 @@ def live_statistics(model: ModelRef, checkpoint: Checkpoint, *, sequential: bool
     from pymerge.statistics import live
     from pymerge.statistics.samples import batches_of
 
-    data, folder = model.data, Path(model.path)
+    data, folder = model.data, Path(model.local)
     assert data is not None
     batch = data.batch
     if batch is None:

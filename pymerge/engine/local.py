@@ -28,7 +28,7 @@ from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
 from pymerge.errors import Interrupted, MergeError
 from pymerge.recipe import ModelRef, Recipe
-from pymerge.recipe.models import split_adapter
+from pymerge.recipe.references import split_adapter
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
 
     def opened(model: ModelRef) -> Checkpoint:
         if not model.in_memory:
-            return opened_path(model.path)
+            return opened_path(model.local)
         if model.path not in known:
             known[model.path] = open_checkpoint(state_of(model.value))
         return known[model.path]
@@ -87,8 +87,8 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
         base, adapter = split_adapter(path) or (None, path)
         if not is_adapter(adapter):
             return None
-        if base is None and recipe.base is not None and recipe.base.path != path:
-            base = recipe.base.path
+        if base is None and recipe.base is not None and recipe.base.local != path:
+            base = recipe.base.local
         base = base if base is not None else base_of_adapter(adapter)
         return open_adapter(adapter, opened_path(base), allow_pickle=options.allow_pickle)
 

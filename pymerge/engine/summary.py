@@ -32,6 +32,7 @@ def summary_of(
         "machine": {"processor": platform.machine(), "cpu_level": _C.cpu_level()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": plan.recipe.to_dict(),
+        **({"resolved": plan.recipe.resolved} if plan.recipe.resolved else {}),
         **({"align": plan.alignment} if plan.alignment is not None else {}),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs],
         "tensors": plan.counts,

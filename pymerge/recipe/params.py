@@ -45,7 +45,7 @@ def parse_params(
     for key, value in raw.items():
         name = "scale" if key == "lambda" and "scale" in known else key
         if name in known and model and not known[name].per_model:
-            problems.add(where, f"{key} has one value for the whole merge: move it to the recipe's parameters")
+            problems.useless(where, f"{key} has one value for the whole merge: move it to the recipe's parameters")
         elif name in known and (name in found or (key == "lambda" and "scale" in raw)):
             problems.add(where, "lambda and scale are two names of one value: give one of them")
         elif name in known:

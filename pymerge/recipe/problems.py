@@ -26,9 +26,14 @@ class Problems:
         if text not in self.notes:
             self.notes.append(text)
 
+    def useless(self, where: str, what: str) -> None:
+        """Something given that can have no effect: an error here, a note where mergekit's leniency is asked for."""
+        self.add(where, what)
+
     def unknown(self, where: str, name: object, known: Iterable[str], kind: str = "key") -> None:
         """An unknown name, with the nearest valid ones."""
-        self.add(where, f"unknown {kind} {name!r}: {nearest(name, known)}")
+        report = self.useless if kind in ("key", "hyperparameter") else self.add
+        report(where, f"unknown {kind} {name!r}: {nearest(name, known)}")
 
     def raise_if_any(self) -> None:
         if not self.found:

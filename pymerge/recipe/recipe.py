@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pymerge.errors import RecipeError
+from pymerge.hub import commit_of
 from pymerge.methods.base import Combine, MatrixCombine
 from pymerge.methods.matrices import OfTaskVectors
 from pymerge.recipe.keys import BESIDE_MODEL, LENIENT
@@ -57,9 +58,12 @@ class Recipe(Parsed):
         return cls.from_dict(read_yaml(path), source=str(path), models_must_exist=models_must_exist)
 
     @classmethod
-    def from_dict(cls, raw: Any, *, source: str = "recipe", models_must_exist: bool = True) -> Self:
-        """A recipe from the plain data of its YAML (mergekit's defaults unless `style` says otherwise)."""
-        return cls._of(parse_recipe(raw, source, python=False, must_exist=models_must_exist))
+    def from_dict(
+        cls, raw: Any, *, source: str = "recipe", models_must_exist: bool = True, problems: Problems | None = None
+    ) -> Self:
+        """A recipe from the plain data of its YAML (mergekit's defaults unless `style` says otherwise). problems:
+        decides what is one, and what a note."""
+        return cls._of(parse_recipe(raw, source, python=False, must_exist=models_must_exist, problems=problems))
 
     @classmethod
     def from_kwargs(cls, base: Any, models: Sequence[Any], method: str, **options: Any) -> Self:
@@ -107,6 +111,13 @@ class Recipe(Parsed):
     def relaxations(self) -> dict[str, str]:
         """The checks that are relaxed, and how: those of `relax`, with strict false what mergekit does not check."""
         return (dict(LENIENT) if not self.strict else {}) | dict(self.relax)
+
+    @property
+    def resolved(self) -> dict[str, dict[str, str | None]]:
+        """Where the models are that the recipe gives by other than their path, and the commit of those in the Hub's
+        cache."""
+        given = [*([self.base] if self.base is not None else []), *self.listed]
+        return {m.path: {"path": m.found, "commit": commit_of(m.found)} for m in given if m.found is not None}
 
     def selects(self, name: str) -> bool:
         """Whether a tensor is merged; others are taken from the base (or the first model)."""

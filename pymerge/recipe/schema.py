@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pymerge.errors import RecipeError
@@ -26,9 +26,10 @@ from pymerge.recipe.keys import (
     LATER,
     RELAXATIONS,
 )
-from pymerge.recipe.models import ModelRef, parse_reference
+from pymerge.recipe.models import ModelRef
 from pymerge.recipe.params import find_method, method_names, parse_params
 from pymerge.recipe.problems import Problems
+from pymerge.recipe.references import parse_reference
 from pymerge.recipe.settings import Setting
 from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
 
@@ -142,7 +143,7 @@ class _Parser:
         inner = nearest(key, (*hyperparameters, "lambda"))
         if near.startswith("known") and inner.startswith("did"):
             near = f"{inner} Hyperparameters go under `parameters`"
-        self.problems.add("", f"unknown key {key!r}: {near}")
+        self.problems.useless("", f"unknown key {key!r}: {near}")
 
     def _style(self, cls: type[Method] | None) -> Style:
         """The style of the combine step: the one asked for, else the caller's default, else the method's own."""
@@ -207,13 +208,16 @@ class _Parser:
             self.problems.add(
                 where, "data: is for models in folders; give statistics=[pymerge.observe(model, batches), ...] instead"
             )
-        return ModelRef(path=ref.path, value=ref.value, params=params, **beside)
+        return replace(ref, params=params, **beside)
 
     def _reference(self, raw: Any, where: str) -> ModelRef | None:
         if self.python and not isinstance(raw, str | os.PathLike):
             return ModelRef(path=f"<{where} in memory>", value=raw)
-        path = parse_reference(raw, where, self.problems, must_exist=self.must_exist)
-        return None if path is None else ModelRef(path=path, value=path)
+        found = parse_reference(raw, where, self.problems, must_exist=self.must_exist)
+        if found is None:
+            return None
+        path, local = found
+        return ModelRef(path=path, value=path, found=None if local == path else local)
 
     def _tasks(self, cls: type[Combine], base: ModelRef | None, listed: tuple[ModelRef, ...]) -> tuple[ModelRef, ...]:
         """The models that the method sees, by mergekit's rules for the base."""
