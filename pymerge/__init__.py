@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pymerge.engine.plan import Options
     from pymerge.engine.verify import verify
     from pymerge.errors import MergeError
+    from pymerge.integrations.mergekit_yaml import run_merge
     from pymerge.statistics import Statistics, observe, open_statistics, reset_batch_norm
     from pymerge.tuning import search
 
@@ -43,6 +44,7 @@ __all__ = [
     "ops",
     "plan_merge",
     "reset_batch_norm",
+    "run_merge",
     "search",
     "verify",
 ]
@@ -63,6 +65,7 @@ _HOME = {
     "open_checkpoint": "pymerge.checkpoint",
     "plan_merge": "pymerge.engine.local",
     "reset_batch_norm": "pymerge.statistics",
+    "run_merge": "pymerge.integrations.mergekit_yaml",
     "search": "pymerge.tuning",
     "verify": "pymerge.engine.verify",
 }

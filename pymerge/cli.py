@@ -13,6 +13,7 @@ from pymerge.cli_options import (
     AllowPickle,
     Debug,
     Device,
+    Download,
     Memory,
     Prefer,
     RecipePath,
@@ -20,6 +21,8 @@ from pymerge.cli_options import (
     Threads,
     budget,
     parse_bytes,
+    print_result,
+    read_recipe,
     reported_errors,
 )
 from pymerge.errors import RecipeError
@@ -47,6 +50,7 @@ def merge(
     ] = False,
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
+    download: Download = False,
     as_adapter: Annotated[
         bool, typer.Option("--as-adapter", help="Write a LoRA adapter of the base in place of a whole model.")
     ] = False,
@@ -61,9 +65,8 @@ def merge(
     with reported_errors(debug):
         from pymerge.engine.local import merge_to_disk
         from pymerge.engine.plan import Options
-        from pymerge.recipe import Recipe
 
-        described = Recipe.from_yaml(recipe)
+        described = read_recipe(recipe, download=download)
         options = Options(
             memory=budget(memory, described),
             threads=threads,
@@ -84,14 +87,7 @@ def merge(
             raise RecipeError("--rank goes with --as-adapter")
         summary = merge_to_disk(described, out, options)
         if not quiet:
-            rate = summary["bytes_read"] / max(summary["seconds"], 1e-9) / 1e9
-            print(
-                f"{out}: {sum(summary['tensors'].values())} tensors, {summary['bytes_written'] / 1e9:.2f} GB in "
-                f"{summary['seconds']:.1f} s ({rate:.1f} GB/s read), "
-                f"peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB"
-            )
-            for note in summary["notes"]:
-                print(f"  note: {note}")
+            print_result(out, summary)
 
 
 @app.command("extract-lora")
@@ -134,6 +130,7 @@ def plan(
     shard_size: ShardSize = "5GB",
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
+    download: Download = False,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -142,9 +139,8 @@ def plan(
         from pymerge.engine.describe import describe_plan, show_plan
         from pymerge.engine.local import plan_merge
         from pymerge.engine.plan import Options
-        from pymerge.recipe import Recipe
 
-        described = Recipe.from_yaml(recipe)
+        described = read_recipe(recipe, download=download)
         options = Options(
             memory=budget(memory, described),
             threads=threads,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -34,6 +34,10 @@ Prefer = Annotated[
     Literal["single", "sharded"] | None, typer.Option(help="single | sharded: which to read where a folder holds both.")
 ]
 
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch models named as on the Hugging Face Hub that are not in its cache.")
+]
+
 
 def parse_bytes(text: str) -> int:
     """`1GB`, `512MiB`, `1e9` in bytes."""
@@ -57,6 +61,28 @@ def budget(memory: str | None, recipe: Recipe | None = None) -> int | None:
 
         load_libraries()
     return parse_bytes(memory) - resident_memory()
+
+
+def read_recipe(path: Path, *, download: bool) -> Recipe:
+    """The recipe of a file; names on the Hub are looked up in its cache, or downloaded."""
+    from pymerge import hub
+    from pymerge.recipe import Recipe
+
+    with hub.access(download=download):
+        return Recipe.from_yaml(path)
+
+
+def print_result(out: Path, summary: Mapping[str, Any], said: Sequence[str] = ()) -> None:
+    """The closing lines of a merge: size, speed, memory, and the notes that were not said before."""
+    rate = summary["bytes_read"] / max(summary["seconds"], 1e-9) / 1e9
+    print(
+        f"{out}: {sum(summary['tensors'].values())} tensors, {summary['bytes_written'] / 1e9:.2f} GB in "
+        f"{summary['seconds']:.1f} s ({rate:.1f} GB/s read), "
+        f"peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB"
+    )
+    for note in summary["notes"]:
+        if note not in said:
+            print(f"  note: {note}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 NO_NAMES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jsonl", ".txt")  # of files
 SNAPSHOT = re.compile(r"models--[^/]+/snapshots/([0-9a-f]{40})(?=/|\+|$)")
 # What a download fetches: no code, no pickles, no weights of other frameworks.
-DOWNLOADED = "*.safetensors *.json *.txt *.model *.spm *.tiktoken *.bpe *.codes *.jinja LICENSE* NOTICE*".split()
+DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "*.jinja"]
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 MAX_INDEX = 100_000_000

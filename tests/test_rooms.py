@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"public", "runtime"},
     "cli_options": BELOW_REPORT,
     "cli": BELOW_REPORT | {"cli_options", "report", "integrations", "tuning", "demo", "version", "public"},
+    "cli_mergekit": BELOW_REPORT | {"cli_options", "integrations"},
     "__main__": {"cli"},
 }
 # Names of `from pymerge import name` and `import pymerge`: the public API; a room by that name counts as the room.

@@ -20,16 +20,21 @@ from pymerge.checkpoint.index import PICKLED, check_relative, parse_json_file, r
 from pymerge.checkpoint.read import MAX_CONFIG, Checkpoint
 from pymerge.errors import CorruptFile, InputError, UnsafeFile
 
-COPIED = """
-    generation_config.json
+TOKENIZER = """
     tokenizer.json tokenizer_config.json tokenizer.model tokenizer.model.v* tekken.json added_tokens.json
     special_tokens_map.json vocab*.json vocab*.txt vocab.bpe encoder.json merges.txt bpe.codes *.spm *.tiktoken
     spiece.model sentencepiece*.model normalizer.json entity_vocab.json emoji.txt dict.txt
     chat_template.jinja chat_template.json
+""".split()
+COPIED = (
+    """
+    generation_config.json
     *preprocessor_config.json *processor_config.json
     modules.json sentence_bert_config.json config_sentence_transformers.json
     LICENSE* LICENCE* NOTICE* USE_POLICY*
 """.split()
+    + TOKENIZER
+)
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _FLOATS = frozenset(name for name in TORCH_NAME.values() if "float" in name)
 _MODULE_FILES = ("*.json", "*.txt", "*.safetensors", "*.model", "*.spm", "*.jinja")
@@ -45,8 +50,8 @@ class SideFiles:
     notes: tuple[str, ...]
 
 
-def plan_side_files(base: Checkpoint) -> SideFiles:
-    """What would be copied; refuses early what could not be.
+def plan_side_files(base: Checkpoint, *, tokenizer: bool = True) -> SideFiles:
+    """What would be copied, with the tokenizer's files or without; refuses early what could not be.
 
     Raises   UnsafePath, UnsafeFile, CorruptFile, InputError for side files that are damaged or point out of the
              folder."""
@@ -54,8 +59,9 @@ def plan_side_files(base: Checkpoint) -> SideFiles:
     if folder is None:
         return SideFiles(None, (), ("no config or tokenizer: the base is not a model folder",))
     present = sorted(os.listdir(folder))
-    files = [n for n in present if any(fnmatch.fnmatchcase(n, p) for p in COPIED) and (folder / n).is_file()]
-    files += _below(folder, "additional_chat_templates", ("*.jinja",))
+    patterns = COPIED if tokenizer else [p for p in COPIED if p not in TOKENIZER]
+    files = [n for n in present if any(fnmatch.fnmatchcase(n, p) for p in patterns) and (folder / n).is_file()]
+    files += _below(folder, "additional_chat_templates", ("*.jinja",)) if tokenizer else []
     notes = [*_remote_code_notes(base, folder, present)]
     modules = _module_folders(folder)
     for module in modules:
@@ -70,13 +76,16 @@ def plan_side_files(base: Checkpoint) -> SideFiles:
     return SideFiles(folder, tuple(files), tuple(notes))
 
 
-def copy_side_files(base: Checkpoint, staging: Path, *, out_dtype: str | None = None) -> dict[str, list[str]]:
+def copy_side_files(
+    base: Checkpoint, staging: Path, *, out_dtype: str | None = None, tokenizer: bool = True
+) -> dict[str, list[str]]:
     """Copy the side files of `base` into `staging`.
 
     out_dtype   safetensors code of the output's dtype, for the dtype fields of config.json; None: as the base
+    tokenizer   copy the tokenizer's files too
     Returns     {"copied": names, "notes": lines for the summary}
     Raises      as plan_side_files; OSError where writing fails."""
-    plan = plan_side_files(base)
+    plan = plan_side_files(base, tokenizer=tokenizer)
     for name in plan.files:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
-from pymerge.errors import Interrupted, MergeError
+from pymerge.errors import Interrupted, MergeError, RecipeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.references import split_adapter
 from pymerge.version import __version__
@@ -60,6 +60,22 @@ class Inputs:
     def reference(self) -> Checkpoint:
         """Gives the output its names, order, side files."""
         return self.all[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What the output folder gets beside the weights, where that is other than usual.
+
+    summary    goes into merge.json
+    files      texts, by file name
+    card       write README.md
+    tokenizer  copy the tokenizer's files
+    """
+
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    card: bool = True
+    tokenizer: bool = True
 
 
 def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
@@ -115,12 +131,31 @@ def state_of(model: Any) -> Mapping[str, Any]:
     return model if isinstance(model, Mapping) else model.state_dict()
 
 
+def check_device(device: str) -> None:
+    """Raises RecipeError where tensors cannot be put on the device."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise RecipeError(f"device {device!r} cannot be used here: {' '.join(str(e).split())[:200]}") from e
+
+
 def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
     """What `merge` would do: every check that headers allow, nothing computed."""
-    options = options or Options()
+    with opened_plan(recipe, options or Options()) as (_, plan):
+        return plan
+
+
+@contextmanager
+def opened_plan(recipe: Recipe, options: Options) -> Iterator[tuple[Inputs, Plan]]:
+    """The plan, while its inputs are open."""
+    check_device(options.device)
     with ExitStack() as stack:
         inputs = with_given(recipe, open_inputs(recipe, options, stack))
-        return planned(recipe, inputs, options)
+        yield inputs, planned(recipe, inputs, options)
 
 
 def planned(
@@ -148,14 +183,14 @@ def settled(recipe: Recipe, inputs: Inputs, options: Options) -> tuple[Inputs, P
 
 
 def merge_to_disk(
-    recipe: Recipe, out: str | Path, options: Options | None = None, extra: Mapping[str, Any] | None = None
+    recipe: Recipe, out: str | Path, options: Options | None = None, extras: Extras | None = None
 ) -> dict[str, Any]:
     """Merges into the folder `out`, which appears complete or not at all. Returns the summary written to merge.json.
 
-    extra  goes into the summary.
     Raises a MergeError: before anything is computed for what headers and recipe tell; Interrupted after a signal, when
     the same call resumes."""
     options, out, started = options or Options(), Path(out), time.monotonic()
+    check_device(options.device)
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
         check_output_path(out, inputs.all, overwrite=options.overwrite)
@@ -163,8 +198,7 @@ def merge_to_disk(
         inputs, plan = settled(recipe, inputs, options)
 
         def side_files(folder: Path, executor: Executor, summary: dict[str, Any]) -> None:
-            summary |= extra or {}
-            write_side_files(folder, recipe, inputs, executor, summary)
+            write_side_files(folder, recipe, inputs, executor, summary, extras)
 
         same = identity(recipe, inputs, options, plan)
         return write_folder(out, plan, inputs, options, same, side_files, started=started)
@@ -259,14 +293,26 @@ def peak_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
-def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, executor: Executor, summary: dict[str, Any]) -> None:
+def write_side_files(
+    folder: Path,
+    recipe: Recipe,
+    inputs: Inputs,
+    executor: Executor,
+    summary: dict[str, Any],
+    extras: Extras | None = None,
+) -> None:
     """Everything beside the weights, into the staging folder."""
-    copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype)
+    extras = extras or Extras()
+    copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype, tokenizer=extras.tokenizer)
     beside = extra_files(folder, recipe, inputs, executor)
-    summary["side_files"] = [*copied["copied"], *beside]
+    for name, text in extras.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    summary |= extras.summary
+    summary["side_files"] = [*copied["copied"], *beside, *extras.files]
     summary["side_checksums"] = {name: f"{crc:08x}" for name, crc in beside.items()}
     summary["notes"] += copied["notes"]
-    write_card(folder, recipe, summary)
+    if extras.card:
+        write_card(folder, recipe, summary)
     write_summary(folder, summary)
 
 

@@ -42,11 +42,10 @@ def _cuts(text: str) -> list[tuple[str, str]]:
     return [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "+"]
 
 
-def model_named(text: str) -> str | None:
-    """The name of `named_models` that a reference is of."""
+def names_in(text: str) -> list[str]:
+    """The names of `named_models` that a reference is of: the model's, the adapter's."""
     known = _named.get()
-    model = text.partition("+")[0]
-    return next((name for name in (text, model, model.partition("@")[0]) if name in known), None)
+    return [name for part in _parts(text) for name in (part, part.partition("@")[0]) if name in known]
 
 
 def parse_reference(raw: Any, where: str, problems: Problems, *, must_exist: bool) -> tuple[str, str] | None:
@@ -65,30 +64,31 @@ def parse_reference(raw: Any, where: str, problems: Problems, *, must_exist: boo
         return None
     if not must_exist:
         return raw, raw
-    name = model_named(raw)
-    if name is None and (os.path.exists(raw) or split_adapter(raw) is not None):
+    if not names_in(raw) and (os.path.exists(raw) or split_adapter(raw) is not None):
         return raw, raw
-    found = [_folder(part, raw, where, problems) for part in _parts(raw, name)]
+    found = [_folder(part, raw, where, problems) for part in _parts(raw)]
     return raw, "+".join(part for part in found if part is not None)
 
 
-def _parts(text: str, named: str | None) -> tuple[str, ...]:
-    """The model, and the adapter where there is one: cut where most of both exists, else at the first plus."""
-    if named is not None:
-        return (named, *text.partition("+")[2:]) if "+" in text.removeprefix(named) else (named,)
-    return max(_cuts(text), key=lambda parts: sum(map(os.path.exists, parts)), default=(text,))
+def _parts(text: str) -> tuple[str, ...]:
+    """The model, and the adapter where there is one: cut where most of both is known, else at the first plus."""
+    if _is_known(text):
+        return (text,)
+    return max(_cuts(text), key=lambda parts: sum(map(_is_known, parts)), default=(text,))
+
+
+def _is_known(part: str) -> bool:
+    return part in _named.get() or os.path.exists(part)
 
 
 def _folder(part: str, raw: str, where: str, problems: Problems) -> str | None:
     """Where one model is; what is wrong is a problem."""
-    if part in _named.get():
-        return _named.get()[part]
-    if os.path.exists(part):
-        return part
+    if _is_known(part):
+        return _named.get().get(part, part)
     what = raw if part == raw else f"{raw}: {part}"
     name, at, revision = part.partition("@")
-    if at and os.path.exists(name):
-        text = f"{name} is a path here, which has no revisions: give the folder that holds {revision!r}"
+    if at and _is_known(name):
+        text = f"{name} is a folder here, which has no revisions: give the folder that holds {revision!r}"
         problems.add(where, f"{what}: {text}")
     elif not hub.is_name(name) or (at and not revision):
         problems.add(where, f"{what}: no such file or folder (paths start from {os.getcwd()})")

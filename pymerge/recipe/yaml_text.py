@@ -16,34 +16,51 @@ MAX_DEPTH: Final = 32
 
 def read_yaml(path: Path) -> Any:
     """The plain data of a YAML file."""
+    return parse_yaml(_text_of(path), str(path))
+
+
+def read_documents(path: Path) -> list[Any]:
+    """The plain data of each document of a YAML file that is not empty."""
+    return [data for data in _documents(_text_of(path), str(path)) if data is not None]
+
+
+def _text_of(path: Path) -> str:
     try:
         if path.stat().st_size > 4 * MAX_CHARACTERS:
             raise RecipeError(f"{path}: {path.stat().st_size} bytes is too much for a recipe")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as e:
         raise RecipeError(f"{path}: cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise RecipeError(f"{path}: not UTF-8 text (byte {e.start})") from e
-    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """The plain data of one YAML document: dicts with text keys, lists, numbers, text, booleans, None."""
+    found = _documents(text, source)
+    if len(found) > 1:
+        raise RecipeError(f"{source}: holds {len(found)} YAML documents, a recipe is one (pymerge-multi runs several)")
+    if not found:
+        raise RecipeError(f"{source}: the recipe is empty")
+    return found[0]
+
+
+def _documents(text: str, source: str) -> list[Any]:
     if len(text) > MAX_CHARACTERS:
         raise RecipeError(f"{source}: {len(text)} characters; a recipe has at most {MAX_CHARACTERS}")
-    loader = yaml.SafeLoader(text)
+    loader, found = yaml.SafeLoader(text), []
     try:
-        node = loader.get_single_node()
-        if node is None:
-            raise RecipeError(f"{source}: the recipe is empty")
-        _Checker(source).size(node, 0)
-        return loader.construct_document(node)
+        while loader.check_node():
+            node: Any = loader.get_node()
+            _Checker(source).size(node, 0)
+            found.append(loader.construct_document(node))
     except yaml.YAMLError as e:
         raise RecipeError(f"{source}: not valid YAML: {' '.join(str(e).split())}") from e
     except (RecursionError, ValueError) as e:
         raise RecipeError(f"{source}: not a recipe: {type(e).__name__}: {e}") from e
     finally:
         loader.dispose()
+    return found
 
 
 class _Checker:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pymerge.checkpoint import check_output_path, plan_side_files
 from pymerge.engine.alignment import with_given
-from pymerge.engine.local import merge_to_disk, open_inputs, planned
+from pymerge.engine.local import Extras, merge_to_disk, open_inputs, planned
 from pymerge.engine.plan import Options
 from pymerge.engine.scaled import merge_scaled, merge_update, why_merged_anew
 from pymerge.errors import EvaluationError, Interrupted, NumericError, OutputError, RecipeError
@@ -255,7 +255,7 @@ class _Run:
         if scaled:
             merge_scaled(recipe, update, out, options, {"search": found})
         else:
-            merge_to_disk(recipe, out, options, {"search": found})
+            merge_to_disk(recipe, out, options, Extras(summary={"search": found}))
 
 
 def _on_disk(recipe: Recipe) -> None:

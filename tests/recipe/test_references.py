@@ -87,7 +87,7 @@ def test_a_folder_of_that_name_comes_first(cache, tmp_path) -> None:
     ("model", "message"),
     [
         ("a+d", "a+d: d: no such file or folder, and no such model in the Hugging Face cache"),
-        ("a@main", "a@main: a is a path here, which has no revisions: give the folder that holds 'main'"),
+        ("a@main", "a@main: a is a folder here, which has no revisions: give the folder that holds 'main'"),
         ("org/none", "org/none: no such file or folder, and no such model in the Hugging Face cache"),
         ("org/none@dev", "at revision dev in the Hugging Face cache"),
         ("org/model@dev", "download it with --download, or: hf download org/model --revision dev"),
@@ -95,7 +95,7 @@ def test_a_folder_of_that_name_comes_first(cache, tmp_path) -> None:
         ("./org/model", "./org/model: no such file or folder"),
         ("a/b/c", "a/b/c: no such file or folder (paths"),
         ("x.safetensors", "x.safetensors: no such file or folder (paths"),
-        ({"model": {"path": "a", "revision": "main"}}, "a is a path here, which has no revisions"),
+        ({"model": {"path": "a", "revision": "main"}}, "a is a folder here, which has no revisions"),
         ({"model": "a", "lora": {"path": "d", "revision": "main"}}, "a+d@main: d@main: no such file or folder"),
         ({"model": {"path": "a", "revision": 3}}, "must be {path: TEXT, revision: TEXT}"),
         ({"modle": "a"}, "unknown key 'modle': did you mean model?"),
@@ -178,6 +178,8 @@ def test_names_given_by_the_caller(tmp_path) -> None:
         assert reference("a").local == str(tmp_path / "c")  # before the folder of that name
         assert reference("a+b").local == f"{tmp_path / 'c'}+b"
         assert reference("b").local == "b"
+        with pytest.raises(RecipeError, match="stage is a folder here, which has no revisions"):
+            reference("stage@main")
 
 
 def test_a_recipe_can_be_read_without_its_models() -> None:

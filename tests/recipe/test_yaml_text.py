@@ -42,7 +42,7 @@ def test_the_file_is_named_in_the_error(tmp_path: Path) -> None:
         ("a: &x\n  b: *x\n", "an alias contains itself"),
         ("? [1, 2]\n: 3\n", "a key must be plain text"),
         ("a: [1, 2\n", "not valid YAML"),
-        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+        ("a: 1\n---\nb: 2\n", "holds 2 YAML documents, a recipe is one (pymerge-multi runs several)"),
         ("a: !!python/object/apply:os.system ['touch marker']\n", "not valid YAML"),
         ("a: 2024-99-99\n", "not a recipe"),
         ("\n", "the recipe is empty"),

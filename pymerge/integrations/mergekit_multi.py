@@ -1,0 +1,217 @@
+"""Several merges in one file, later ones of the results of earlier ones: mergekit-multi's documents.
+
+All documents are read, ordered and planned before the first is merged. What an earlier document will write is known by
+its plan: names, shapes and dtypes, as files with headers and holes in a temporary folder, against which later ones are
+checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from pymerge import hub
+from pymerge.checkpoint import Layout, check_output_path, open_checkpoint
+from pymerge.checkpoint.index import INDEX
+from pymerge.checkpoint.sidefiles import copy_side_files
+from pymerge.engine.local import identity, opened_plan, read_summary
+from pymerge.errors import MergeError, RecipeError
+from pymerge.integrations.mergekit_options import MergekitOptions
+from pymerge.integrations.mergekit_yaml import may_replace, merge, recipe_of
+from pymerge.recipe import Recipe
+from pymerge.recipe.references import named_models, names_in
+from pymerge.recipe.yaml_text import read_documents as documents_in
+
+# Other values give the same model, within rounding: no reason to merge again.
+NOT_COMPARED: Final = ("device", "item_threads", "observing_threads")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One merge of the file. name: None for the one without."""
+
+    name: str | None
+    raw: Mapping[Any, Any]
+    out: Path
+    source: str
+
+    @property
+    def text(self) -> str:
+        return yaml.safe_dump(dict(self.raw), sort_keys=False, allow_unicode=True)
+
+    def needs(self) -> list[str]:
+        """Names of `named_models` that it has as models."""
+        given = [text for entry in _models_in(self.raw) if (text := _text(entry)) is not None]
+        return list(dict.fromkeys(name for text in given for name in names_in(text)))
+
+
+def read_documents(config: Path, intermediate_dir: Path, out_path: Path | None) -> list[Document]:
+    """The documents of a file, each after those that it needs.
+
+    Raises   RecipeError: no mapping, names given twice or that are no folder names, no folder for the one without a
+             name, a cycle."""
+    documents: dict[str | None, Document] = {}
+    for number, raw in enumerate(documents_in(config), 1):
+        where = f"{config}: document {number}"
+        if not isinstance(raw, dict):
+            raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(raw).__name__}")
+        name = raw.pop("name", None)
+        if name in documents:
+            what = "has no name, like another one" if name is None else f"is named {name!r}, like another one"
+            raise RecipeError(f"{where}: {what}: give each its own name")
+        if name is None and out_path is None:
+            raise RecipeError(f"{where}: has no name: say where to write it with --out-path, or name it")
+        if name is not None and (not isinstance(name, str) or Path(name).name != name or name in (".", "..")):
+            raise RecipeError(f"{where}: name must be that of a folder below --intermediate-dir, got {name!r}")
+        out = out_path if name is None else intermediate_dir / name
+        assert out is not None
+        documents[name] = Document(name, raw, out, where if name is None else f"{where} ({name})")
+    folders = {name: Path(os.path.realpath(document.out)) for name, document in documents.items()}
+    if None in folders and any(_nested(folders[None], folder) for name, folder in folders.items() if name is not None):
+        raise RecipeError(f"{config}: --out-path {out_path} and the folder of a named merge lie in each other")
+    return _ordered(documents, config)
+
+
+def _nested(one: Path, other: Path) -> bool:
+    return one in (other, *other.parents) or other in one.parents
+
+
+def _ordered(documents: Mapping[str | None, Document], config: Path) -> list[Document]:
+    with named_models({name: str(d.out) for name, d in documents.items() if name is not None}):
+        graph = {name: document.needs() for name, document in documents.items()}
+    try:
+        return [documents[name] for name in TopologicalSorter(graph).static_order()]
+    except CycleError as e:
+        raise RecipeError(f"{config}: merges that need each other: {' -> '.join(reversed(e.args[1]))}") from None
+
+
+def _models_in(raw: Any) -> Iterator[Any]:
+    """What may be a reference to a model: of models, slices, modules, tokenizers, tokens."""
+    if isinstance(raw, Mapping):
+        for key, value in raw.items():
+            if key in ("model", "base_model", "tokenizer_source", "source"):
+                yield value
+            yield from _models_in(value)
+    elif isinstance(raw, list):
+        for value in raw:
+            yield from _models_in(value)
+
+
+def _text(entry: Any) -> str | None:
+    """A reference to a model, as far as its name goes."""
+    while isinstance(entry, Mapping):
+        entry = entry.get("model", entry.get("path"))
+    return entry if isinstance(entry, str) else None
+
+
+def run(
+    documents: Sequence[Document],
+    options: MergekitOptions,
+    *,
+    lazy: bool = True,
+    warn: Callable[[list[str]], None] = lambda remarks: None,
+) -> Iterator[tuple[Document, dict[str, Any] | None]]:
+    """Plans all documents, then merges them in order; yields each with its summary, or None where it was finished
+    before: by the same recipe, of inputs that have not changed (lazy).
+
+    Raises   MergeError with the document's place: for what headers and recipes tell before anything is merged."""
+    with hub.access(options.transformers_cache, download=options.download):
+        for remarks in _checked(documents, options, lazy=lazy):
+            warn(remarks)
+        outputs = _names(documents, {})
+        for document in documents:
+            with named_models(outputs), located(document):
+                recipe, _ = recipe_of(document.raw, document.source, options)
+                digest, done = _planned(document, recipe, options, None)
+                if lazy and done:
+                    yield document, None
+                else:
+                    yield document, merge(recipe, document.text, document.out, options, {"multi": digest})
+
+
+def _names(documents: Sequence[Document], instead: Mapping[str, str]) -> dict[str, str]:
+    return {d.name: instead.get(d.name, str(d.out)) for d in documents if d.name is not None}
+
+
+def _checked(documents: Sequence[Document], options: MergekitOptions, *, lazy: bool) -> list[list[str]]:
+    """Plans every document, on the headers of what those before it will write; the warnings of each."""
+    found, skeletons = [], {}
+    with tempfile.TemporaryDirectory(prefix="pymerge-multi-") as temporary:
+        for number, document in enumerate(documents):
+            with named_models(_names(documents, skeletons)), located(document):
+                recipe, remarks = recipe_of(document.raw, document.source, options)
+                skeleton = Path(temporary) / str(number)
+                _, done = _planned(document, recipe, options, skeleton)
+                found.append(remarks)
+                if document.name is not None and not (lazy and done):
+                    skeletons[document.name] = str(skeleton)
+    return found
+
+
+def _planned(document: Document, recipe: Recipe, options: MergekitOptions, skeleton: Path | None) -> tuple[str, bool]:
+    """What names the merge and its inputs, and whether its output is there already; where not, checked as far as
+    headers tell.
+
+    skeleton  a folder to make that looks like the output
+    """
+    overwrite = may_replace(document.out, options)
+    chosen = options.for_merge(overwrite=overwrite)
+    with opened_plan(recipe, chosen) as (inputs, plan):
+        digest = _digest(identity(recipe, inputs, chosen, plan))
+        if _is_finished(document.out, digest):
+            return digest, True
+        check_output_path(document.out, inputs.all, overwrite=overwrite)
+        if skeleton is not None:
+            write_skeleton(skeleton, plan.layout)
+            copy_side_files(inputs.reference, skeleton, out_dtype=recipe.output_dtype)
+    return digest, False
+
+
+def _digest(of: Mapping[str, Any]) -> str:
+    compared = {key: value for key, value in of.items() if key not in NOT_COMPARED}
+    text = json.dumps(compared, sort_keys=True).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def _is_finished(out: Path, digest: str) -> bool:
+    """Whether a folder holds the whole output of that merge, as far as headers tell."""
+    try:
+        summary = read_summary(out)
+        if summary["multi"] != digest:
+            return False
+        with open_checkpoint(out) as written:
+            return set(written) == set(summary["checksums"])
+    except (OSError, ValueError, KeyError, TypeError, MergeError):
+        return False
+
+
+def write_skeleton(folder: Path, layout: Layout) -> None:
+    """Weight files with their headers and, in place of the tensors, holes that take no room on disk."""
+    folder.mkdir()
+    for shard in layout.shards:
+        with open(folder / shard.file, "wb") as file:
+            file.write(shard.header)
+            file.truncate(shard.size)
+    if (index := layout.index()) is not None:
+        (folder / INDEX).write_text(json.dumps(index))
+
+
+@contextmanager
+def located(document: Document) -> Iterator[None]:
+    """An error inside says of which document it is."""
+    try:
+        yield
+    except MergeError as error:
+        if not str(error).startswith(document.source):
+            error.args = (f"{document.source}: {error}",)
+        raise
