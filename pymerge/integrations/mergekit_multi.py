@@ -66,16 +66,18 @@ def read_documents(config: Path, intermediate_dir: Path, out_path: Path | None) 
         if not isinstance(raw, dict):
             raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {type(raw).__name__}")
         name = raw.pop("name", None)
+        if name is not None and (not isinstance(name, str) or Path(name).name != name or name in (".", "..")):
+            raise RecipeError(f"{where}: name must be that of a folder below --intermediate-dir, got {name!r}")
         if name in documents:
             what = "has no name, like another one" if name is None else f"is named {name!r}, like another one"
             raise RecipeError(f"{where}: {what}: give each its own name")
         if name is None and out_path is None:
             raise RecipeError(f"{where}: has no name: say where to write it with --out-path, or name it")
-        if name is not None and (not isinstance(name, str) or Path(name).name != name or name in (".", "..")):
-            raise RecipeError(f"{where}: name must be that of a folder below --intermediate-dir, got {name!r}")
         out = out_path if name is None else intermediate_dir / name
         assert out is not None
         documents[name] = Document(name, raw, out, where if name is None else f"{where} ({name})")
+    if not documents:
+        raise RecipeError(f"{config}: holds no document")
     folders = {name: Path(os.path.realpath(document.out)) for name, document in documents.items()}
     if None in folders and any(_nested(folders[None], folder) for name, folder in folders.items() if name is not None):
         raise RecipeError(f"{config}: --out-path {out_path} and the folder of a named merge lie in each other")
@@ -125,56 +127,71 @@ def run(
     before: by the same recipe, of inputs that have not changed (lazy).
 
     Raises   MergeError with the document's place: for what headers and recipes tell before anything is merged."""
-    with hub.access(options.transformers_cache, download=options.download):
-        for remarks in _checked(documents, options, lazy=lazy):
-            warn(remarks)
-        outputs = _names(documents, {})
-        for document in documents:
-            with named_models(outputs), located(document):
-                recipe, _ = recipe_of(document.raw, document.source, options)
-                digest, done = _planned(document, recipe, options, None)
-                if lazy and done:
-                    yield document, None
-                else:
-                    yield document, merge(recipe, document.text, document.out, options, {"multi": digest})
+    for remarks in _check(documents, options, lazy=lazy):
+        warn(remarks)
+    for document in documents:
+        yield document, _merge(document, _folders(documents, {}), options, lazy=lazy)
 
 
-def _names(documents: Sequence[Document], instead: Mapping[str, str]) -> dict[str, str]:
+@contextmanager
+def read(
+    document: Document, folders: Mapping[str, str], options: MergekitOptions
+) -> Iterator[tuple[Recipe, list[str]]]:
+    """A document's recipe and what is worth a warning, where names mean these folders; an error inside says of which
+    document it is."""
+    with hub.access(options.transformers_cache, download=options.download), named_models(folders):
+        try:
+            yield recipe_of(document.raw, document.source, options)
+        except MergeError as error:
+            if not str(error).startswith(document.source):
+                error.args = (f"{document.source}: {error}",)
+            raise
+
+
+def _folders(documents: Sequence[Document], instead: Mapping[str, str]) -> dict[str, str]:
     return {d.name: instead.get(d.name, str(d.out)) for d in documents if d.name is not None}
 
 
-def _checked(documents: Sequence[Document], options: MergekitOptions, *, lazy: bool) -> list[list[str]]:
+def _check(documents: Sequence[Document], options: MergekitOptions, *, lazy: bool) -> list[list[str]]:
     """Plans every document, on the headers of what those before it will write; the warnings of each."""
     found, skeletons = [], {}
     with tempfile.TemporaryDirectory(prefix="pymerge-multi-") as temporary:
         for number, document in enumerate(documents):
-            with named_models(_names(documents, skeletons)), located(document):
-                recipe, remarks = recipe_of(document.raw, document.source, options)
-                skeleton = Path(temporary) / str(number)
-                _, done = _planned(document, recipe, options, skeleton)
+            skeleton = Path(temporary) / str(number)
+            with read(document, _folders(documents, skeletons), options) as (recipe, remarks):
                 found.append(remarks)
-                if document.name is not None and not (lazy and done):
+                if _digest_unless_finished(document, recipe, options, lazy, skeleton) and document.name is not None:
                     skeletons[document.name] = str(skeleton)
     return found
 
 
-def _planned(document: Document, recipe: Recipe, options: MergekitOptions, skeleton: Path | None) -> tuple[str, bool]:
-    """What names the merge and its inputs, and whether its output is there already; where not, checked as far as
-    headers tell.
+def _merge(
+    document: Document, folders: Mapping[str, str], options: MergekitOptions, *, lazy: bool
+) -> dict[str, Any] | None:
+    with read(document, folders, options) as (recipe, _):
+        digest = _digest_unless_finished(document, recipe, options, lazy)
+        if digest is None:
+            return None
+        return merge(recipe, document.text, document.out, options, {"multi": digest})
+
+
+def _digest_unless_finished(
+    document: Document, recipe: Recipe, options: MergekitOptions, lazy: bool, skeleton: Path | None = None
+) -> str | None:
+    """What names the merge and its inputs, checked as far as headers tell; None where its output is there already.
 
     skeleton  a folder to make that looks like the output
     """
-    overwrite = may_replace(document.out, options)
-    chosen = options.for_merge(overwrite=overwrite)
+    chosen = options.for_merge(overwrite=False)
     with opened_plan(recipe, chosen) as (inputs, plan):
         digest = _digest(identity(recipe, inputs, chosen, plan))
-        if _is_finished(document.out, digest):
-            return digest, True
-        check_output_path(document.out, inputs.all, overwrite=overwrite)
+        if lazy and _is_finished(document.out, digest):
+            return None
+        check_output_path(document.out, inputs.all, overwrite=may_replace(document.out, options))
         if skeleton is not None:
             write_skeleton(skeleton, plan.layout)
             copy_side_files(inputs.reference, skeleton, out_dtype=recipe.output_dtype)
-    return digest, False
+    return digest
 
 
 def _digest(of: Mapping[str, Any]) -> str:
@@ -204,14 +221,3 @@ def write_skeleton(folder: Path, layout: Layout) -> None:
             file.truncate(shard.size)
     if (index := layout.index()) is not None:
         (folder / INDEX).write_text(json.dumps(index))
-
-
-@contextmanager
-def located(document: Document) -> Iterator[None]:
-    """An error inside says of which document it is."""
-    try:
-        yield
-    except MergeError as error:
-        if not str(error).startswith(document.source):
-            error.args = (f"{document.source}: {error}",)
-        raise
