@@ -55,9 +55,8 @@ def is_name(text: str) -> bool:
 
 
 def commit_of(path: str) -> str | None:
-    """The commit whose snapshot a path in the cache is."""
-    found = SNAPSHOT.search(path)
-    return found and found[1]
+    """The commit whose snapshot a path in the cache is; of `base+adapter` as `commit+commit`."""
+    return "+".join(SNAPSHOT.findall(path)) or None
 
 
 def snapshot(name: str, revision: str | None = None) -> str:

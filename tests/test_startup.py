@@ -50,6 +50,12 @@ def test_commands_that_only_answer_are_light(arguments):
     assert imported_after(command(*arguments)) == []
 
 
+@pytest.mark.parametrize("name", ["yaml", "multi"])
+def test_the_doors_of_mergekit_are_light(name):
+    code = command("--help").replace("pymerge.cli import main", f"pymerge.cli_mergekit import {name}_main as main")
+    assert imported_after(code) == []
+
+
 @pytest.fixture
 def models(tmp_path):
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import fnmatch
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,11 @@ from pymerge.errors import CorruptFile, InputError, UnsafeFile
 TOKENIZER = """
     tokenizer.json tokenizer_config.json tokenizer.model tokenizer.model.v* tekken.json added_tokens.json
     special_tokens_map.json vocab*.json vocab*.txt vocab.bpe encoder.json merges.txt bpe.codes *.spm *.tiktoken
-    spiece.model sentencepiece*.model normalizer.json entity_vocab.json emoji.txt dict.txt
-    chat_template.jinja chat_template.json
+    spiece.model sentencepiece*.model normalizer.json entity_vocab.json emoji.txt dict.txt chat_template.jinja
 """.split()
 COPIED = (
     """
-    generation_config.json
+    generation_config.json chat_template.json
     *preprocessor_config.json *processor_config.json
     modules.json sentence_bert_config.json config_sentence_transformers.json
     LICENSE* LICENCE* NOTICE* USE_POLICY*
@@ -50,8 +50,8 @@ class SideFiles:
     notes: tuple[str, ...]
 
 
-def plan_side_files(base: Checkpoint, *, tokenizer: bool = True) -> SideFiles:
-    """What would be copied, with the tokenizer's files or without; refuses early what could not be.
+def plan_side_files(base: Checkpoint) -> SideFiles:
+    """What would be copied; refuses early what could not be.
 
     Raises   UnsafePath, UnsafeFile, CorruptFile, InputError for side files that are damaged or point out of the
              folder."""
@@ -59,9 +59,8 @@ def plan_side_files(base: Checkpoint, *, tokenizer: bool = True) -> SideFiles:
     if folder is None:
         return SideFiles(None, (), ("no config or tokenizer: the base is not a model folder",))
     present = sorted(os.listdir(folder))
-    patterns = COPIED if tokenizer else [p for p in COPIED if p not in TOKENIZER]
-    files = [n for n in present if any(fnmatch.fnmatchcase(n, p) for p in patterns) and (folder / n).is_file()]
-    files += _below(folder, "additional_chat_templates", ("*.jinja",)) if tokenizer else []
+    files = [n for n in present if any(fnmatch.fnmatchcase(n, p) for p in COPIED) and (folder / n).is_file()]
+    files += _below(folder, "additional_chat_templates", ("*.jinja",))
     notes = [*_remote_code_notes(base, folder, present)]
     modules = _module_folders(folder)
     for module in modules:
@@ -77,16 +76,21 @@ def plan_side_files(base: Checkpoint, *, tokenizer: bool = True) -> SideFiles:
 
 
 def copy_side_files(
-    base: Checkpoint, staging: Path, *, out_dtype: str | None = None, tokenizer: bool = True
+    base: Checkpoint,
+    staging: Path,
+    *,
+    out_dtype: str | None = None,
+    without: Sequence[str] = (),
 ) -> dict[str, list[str]]:
     """Copy the side files of `base` into `staging`.
 
     out_dtype   safetensors code of the output's dtype, for the dtype fields of config.json; None: as the base
-    tokenizer   copy the tokenizer's files too
+    without     patterns of names that are left out
     Returns     {"copied": names, "notes": lines for the summary}
     Raises      as plan_side_files; OSError where writing fails."""
-    plan = plan_side_files(base, tokenizer=tokenizer)
-    for name in plan.files:
+    plan = plan_side_files(base)
+    files = [name for name in plan.files if not any(fnmatch.fnmatchcase(name, p) for p in without)]
+    for name in files:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "config.json" and base.config is not None and out_dtype is not None:
@@ -96,7 +100,7 @@ def copy_side_files(
             shutil.copyfile(
                 plan.folder / name, target
             )  # content only: a link becomes a file, permissions follow the umask
-    return {"copied": list(plan.files), "notes": list(plan.notes)}
+    return {"copied": files, "notes": list(plan.notes)}
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

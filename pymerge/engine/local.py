@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint
 from pymerge.checkpoint.card import write_card
 from pymerge.checkpoint.lora import base_of_adapter, is_adapter, open_adapter
-from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
+from pymerge.checkpoint.sidefiles import TOKENIZER, copy_side_files, plan_side_files
 from pymerge.engine.alignment import Alignment, with_found, with_given
 from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
@@ -303,7 +303,7 @@ def write_side_files(
 ) -> None:
     """Everything beside the weights, into the staging folder."""
     extras = extras or Extras()
-    copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype, tokenizer=extras.tokenizer)
+    copied = copy_beside(folder, recipe, inputs, extras)
     beside = extra_files(folder, recipe, inputs, executor)
     for name, text in extras.files.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -314,6 +314,14 @@ def write_side_files(
     if extras.card:
         write_card(folder, recipe, summary)
     write_summary(folder, summary)
+
+
+def copy_beside(folder: Path, recipe: Recipe, inputs: Inputs, extras: Extras) -> dict[str, list[str]]:
+    """What a loader needs beside the weights; the names of the files, and notes."""
+    without = () if extras.tokenizer else (*TOKENIZER, "additional_chat_templates/*")
+    copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype, without=without)
+    copied["notes"] += [] if extras.tokenizer else ["the tokenizer was not copied, as asked"]
+    return copied
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -23,8 +23,7 @@ import yaml
 from pymerge import hub
 from pymerge.checkpoint import Layout, check_output_path, open_checkpoint
 from pymerge.checkpoint.index import INDEX
-from pymerge.checkpoint.sidefiles import copy_side_files
-from pymerge.engine.local import identity, opened_plan, read_summary
+from pymerge.engine.local import Extras, copy_beside, identity, opened_plan, read_summary
 from pymerge.errors import MergeError, RecipeError
 from pymerge.integrations.mergekit_options import MergekitOptions
 from pymerge.integrations.mergekit_yaml import may_replace, merge, recipe_of
@@ -190,7 +189,7 @@ def _digest_unless_finished(
         check_output_path(document.out, inputs.all, overwrite=may_replace(document.out, options))
         if skeleton is not None:
             write_skeleton(skeleton, plan.layout)
-            copy_side_files(inputs.reference, skeleton, out_dtype=recipe.output_dtype)
+            copy_beside(skeleton, recipe, inputs, Extras())
     return digest
 
 

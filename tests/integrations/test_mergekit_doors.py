@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 
 import pymerge
 from pymerge.integrations.mergekit_options import NO_EFFECT, MergekitOptions, parse_size
@@ -34,6 +33,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def theirs(script: str, *arguments: object) -> None:
     """mergekit's own command; without a card, for which it asks the Hub."""
+    from click.testing import CliRunner
+
     main = importlib.import_module(f"mergekit.scripts.{script}").main
     given = [*map(str, arguments), "--quiet", "--no-write-model-card"]
     done = CliRunner().invoke(main, given, catch_exceptions=False)

@@ -73,6 +73,7 @@ def test_names_on_the_hub(cache) -> None:
     with_lora = reference({"model": {"path": "org/model", "revision": "v2"}, "lora": {"path": "org/lora"}})
     assert with_lora.path == "org/model@v2+org/lora"
     assert with_lora.local == f"{found(cache, 'org/model', OTHER)}+{found(cache, 'org/lora')}"
+    assert hub.commit_of(with_lora.local) == f"{OTHER}+{MAIN}"
     assert reference("a+org/lora@main").local == f"a+{found(cache, 'org/lora')}"
     assert reference("org/model").same_model(reference("org/model@main"))
     assert not reference("org/model").same_model(reference("org/model@v2"))
