@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from pymerge import hub
 from pymerge.cli_options import (
     AllowPickle,
     Debug,
@@ -22,7 +23,6 @@ from pymerge.cli_options import (
     budget,
     parse_bytes,
     print_result,
-    read_recipe,
     reported_errors,
 )
 from pymerge.errors import RecipeError
@@ -62,11 +62,12 @@ def merge(
 
     OUT appears complete or not at all. An interrupted merge continues when the same command is given again.
     """
-    with reported_errors(debug):
+    with reported_errors(debug), hub.access(download=download):
         from pymerge.engine.local import merge_to_disk
         from pymerge.engine.plan import Options
+        from pymerge.recipe import Recipe
 
-        described = read_recipe(recipe, download=download)
+        described = Recipe.from_yaml(recipe)
         options = Options(
             memory=budget(memory, described),
             threads=threads,
@@ -135,12 +136,13 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what `merge` would do: every problem, bytes, memory, an estimate of the time. Computes nothing."""
-    with reported_errors(debug):
+    with reported_errors(debug), hub.access(download=download):
         from pymerge.engine.describe import describe_plan, show_plan
         from pymerge.engine.local import plan_merge
         from pymerge.engine.plan import Options
+        from pymerge.recipe import Recipe
 
-        described = read_recipe(recipe, download=download)
+        described = Recipe.from_yaml(recipe)
         options = Options(
             memory=budget(memory, described),
             threads=threads,

@@ -63,15 +63,6 @@ def budget(memory: str | None, recipe: Recipe | None = None) -> int | None:
     return parse_bytes(memory) - resident_memory()
 
 
-def read_recipe(path: Path, *, download: bool) -> Recipe:
-    """The recipe of a file; names on the Hub are looked up in its cache, or downloaded."""
-    from pymerge import hub
-    from pymerge.recipe import Recipe
-
-    with hub.access(download=download):
-        return Recipe.from_yaml(path)
-
-
 def print_result(out: Path, summary: Mapping[str, Any], said: Sequence[str] = ()) -> None:
     """The closing lines of a merge: size, speed, memory, and the notes that were not said before."""
     rate = summary["bytes_read"] / max(summary["seconds"], 1e-9) / 1e9

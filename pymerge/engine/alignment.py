@@ -96,7 +96,7 @@ def check_spec(align: Align, ref: ModelRef, model: Checkpoint) -> None:
 def with_found(recipe: Recipe, inputs: Inputs, options: Options) -> Inputs:
     """The inputs in the order that a search for permutations finds."""
     assert recipe.align is not None
-    models = [ref.value for ref, _ in sources(recipe, inputs)]
+    models = [ref.value if ref.in_memory else ref.local for ref, _ in sources(recipe, inputs)]
     return aligned(recipe, inputs, find(models, recipe.align, memory=options.memory_bytes))
 
 

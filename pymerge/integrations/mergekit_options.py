@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pymerge.errors import RecipeError
@@ -76,7 +76,7 @@ class MergekitOptions:
     overwrite: bool = False
     restart: bool = False
     download: bool = False
-    engine: Options | None = field(default=None)
+    engine: Options | None = None
 
     def __post_init__(self) -> None:
         if not self.safe_serialization:

@@ -46,7 +46,9 @@ class MergekitProblems(Problems):
         self.note(text)
 
 
-def run_merge(merge_config: Any, out_path: Any, options: Any = None, config_source: str | None = None) -> Any:
+def run_merge(
+    merge_config: Any, out_path: str | os.PathLike[str], options: Any = None, config_source: str | None = None
+) -> dict[str, Any]:
     """Merge as mergekit's function of this name does.
 
     merge_config   a mapping, YAML text, a path of a YAML file, or an object with to_yaml() or model_dump(): mergekit's

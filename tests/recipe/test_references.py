@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,20 @@ def test_a_merge_of_cached_models_says_which(tmp_path) -> None:
     assert '- "org/base"' in card and "`org/one@main`" in card and str(tmp_path) not in card.replace(str(two), "")
     assert "resolved" not in json.loads((tmp_path / "wanted" / "merge.json").read_text())
     assert torch.isfinite(read_model(tmp_path / "out")["embed.weight"]).all()
+
+
+def test_the_command_line_looks_where_hf_home_says(tmp_path) -> None:
+    base, (one, _) = family(tmp_path, 2)
+    cache_model(tmp_path / "home" / "hub", "org/one", one)
+    recipe = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: org/one, parameters: {weight: 1}}]\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    for home, code in {"home": 0, "elsewhere": 2}.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "pymerge.cli", "plan", "r.yaml"],
+            env=environment | {"HF_HOME": str(tmp_path / home), "PYTHONPATH": os.fspath(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+    assert f"no such model in the Hugging Face cache {tmp_path / 'elsewhere' / 'hub'}: download it" in done.stderr
