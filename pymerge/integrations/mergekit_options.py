@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 # Accepted, no effect, because:
 NO_EFFECT: Final = {
     "allow_crimes": "models are merged by the names and shapes of their tensors, whatever the architecture",
-    "low_cpu_memory": "memory is bounded by --memory, on the device as well",
-    "read_to_gpu": "tiles are read into the memory that the device reads from",
+    "low_cpu_memory": "memory is bounded by --memory",
+    "read_to_gpu": "tensors reach the device in bounded pieces",
     "multi_gpu": "one device",
     "clone_tensors": "every tensor of the output is written by itself",
     "async_write": "reading, merging and writing overlap always",
     "write_threads": "reading, merging and writing overlap always",
     "lora_merge_cache": "adapters are merged where their weights are read",
-    "lora_merge_dtype": "adapters are applied in float32, and rounded once at the end",
+    "lora_merge_dtype": "adapters are applied in float32, rounded once at the end",
     "lazy_unpickle": "pickled weights are read lazily, and only with --allow-pickle",
     "trust_remote_code": "code that comes with a model is never run",
     "verbosity": "everything is said once, and kept in merge.json",

@@ -16,6 +16,7 @@ import yaml
 import pymerge
 from pymerge.errors import MissingTensor, NonFinite, OutputError, RecipeError, UnsafeFile
 from pymerge.integrations.mergekit_options import NO_EFFECT, MergekitOptions, parse_size
+from pymerge.recipe.keys import RELAXATIONS
 from tests.hub_cache import cache_model
 from tests.integrations.mergekit_models import CONFIG, door, llama_tensors, summary_of, write_llamas
 from tests.models import read_model, same, write_model
@@ -125,6 +126,18 @@ def test_what_would_change_weights_unasked_is_refused(models) -> None:
     assert not (models / "out").exists()
     kept = pymerge.run_merge(of_two("lacks") | {"relax": {"missing": "base"}}, "out")
     assert kept["relaxations"] == {"extra": "drop", "buffers": "base", "missing": "base"}
+
+
+@pytest.mark.skipif("truncate" not in RELAXATIONS["vocabulary"], reason="vocabularies are not cut yet")
+def test_vocabularies_are_cut_where_the_flag_says_so(models) -> None:
+    longer = {name: torch.ones(40, 16) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    write_model(models / "longer", llama_tensors(1) | longer, CONFIG | {"vocab_size": 40})
+    (models / "longer.yml").write_text(yaml.safe_dump(of_two("longer")))
+    refused = door("yaml", "longer.yml", "out", folder=models)
+    assert refused.returncode == 3 and "VocabMismatch" in refused.stderr
+    assert door("yaml", "longer.yml", "out", "--unsafe-truncate-embeddings", folder=models).returncode == 0
+    assert read_model(models / "out")["lm_head.weight"].shape == (32, 16)
+    assert summary_of(models / "out")["relaxations"]["vocabulary"] == "truncate"
 
 
 def test_code_and_pickles_stay_out(models) -> None:
