@@ -7,10 +7,12 @@ READMEs; what is left is listed.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,20 @@ from pymerge.checkpoint.index import PICKLED, check_relative, parse_json_file, r
 from pymerge.checkpoint.read import MAX_CONFIG, Checkpoint
 from pymerge.errors import CorruptFile, InputError, UnsafeFile
 
-COPIED = """
-    generation_config.json
+TOKENIZER = """
     tokenizer.json tokenizer_config.json tokenizer.model tokenizer.model.v* tekken.json added_tokens.json
     special_tokens_map.json vocab*.json vocab*.txt vocab.bpe encoder.json merges.txt bpe.codes *.spm *.tiktoken
-    spiece.model sentencepiece*.model normalizer.json entity_vocab.json emoji.txt dict.txt
-    chat_template.jinja chat_template.json
+    spiece.model sentencepiece*.model normalizer.json entity_vocab.json emoji.txt dict.txt chat_template.jinja
+""".split()
+COPIED = (
+    """
+    generation_config.json chat_template.json
     *preprocessor_config.json *processor_config.json
     modules.json sentence_bert_config.json config_sentence_transformers.json
     LICENSE* LICENCE* NOTICE* USE_POLICY*
 """.split()
+    + TOKENIZER
+)
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _FLOATS = frozenset(name for name in TORCH_NAME.values() if "float" in name)
 _MODULE_FILES = ("*.json", "*.txt", "*.safetensors", "*.model", "*.spm", "*.jinja")
@@ -70,24 +76,50 @@ def plan_side_files(base: Checkpoint) -> SideFiles:
     return SideFiles(folder, tuple(files), tuple(notes))
 
 
-def copy_side_files(base: Checkpoint, staging: Path, *, out_dtype: str | None = None) -> dict[str, list[str]]:
+def copy_side_files(
+    base: Checkpoint,
+    staging: Path,
+    *,
+    out_dtype: str | None = None,
+    config_changes: Mapping[str, Any] | None = None,
+    without: Sequence[str] = (),
+) -> dict[str, list[str]]:
     """Copy the side files of `base` into `staging`.
 
     out_dtype   safetensors code of the output's dtype, for the dtype fields of config.json; None: as the base
+    config_changes  what else is other in config.json: dotted key -> value, None removes the key
+    without     patterns of names that are left out: the merged model has files of its own
     Returns     {"copied": names, "notes": lines for the summary}
     Raises      as plan_side_files; OSError where writing fails."""
     plan = plan_side_files(base)
-    for name in plan.files:
+    files = [name for name in plan.files if not any(fnmatch.fnmatchcase(name, p) for p in without)]
+    for name in files:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json" and base.config is not None and out_dtype is not None:
-            config = with_dtype(base.config, TORCH_NAME[out_dtype])
+        if name == "config.json" and base.config is not None and (out_dtype is not None or config_changes):
+            config = with_changes(base.config, config_changes or {})
+            config = with_dtype(config, TORCH_NAME[out_dtype]) if out_dtype is not None else config
             target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         elif plan.folder is not None:
             shutil.copyfile(
                 plan.folder / name, target
             )  # content only: a link becomes a file, permissions follow the umask
-    return {"copied": list(plan.files), "notes": list(plan.notes)}
+    return {"copied": files, "notes": list(plan.notes)}
+
+
+def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with other values at some dotted keys (`text_config.vocab_size`); None removes the key."""
+    changed = copy.deepcopy(config)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        part = changed
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        if value is None:
+            part.pop(last, None)
+        else:
+            part[last] = value
+    return changed
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

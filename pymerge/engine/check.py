@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pymerge.checkpoint import AdaptedTensor, AnyTensor, Checkpoint, safe_name
-from pymerge.checkpoint.made import MadeTensor
+from pymerge.checkpoint import AnyTensor, Checkpoint, safe_name
 from pymerge.checkpoint.tied import tied_pairs
 from pymerge.engine.asking import asks_model, survey_scope
 from pymerge.engine.inputs import InputFinder
@@ -156,7 +155,7 @@ class Checker:
 
     def out_dtype(self, tensor: AnyTensor) -> str:
         asked = self.recipe.output_dtype
-        stored = tensor.stored if isinstance(tensor, AdaptedTensor | MadeTensor) else tensor.dtype
+        stored = getattr(tensor, "stored", tensor.dtype)  # of tensors that are computed as they are read
         return asked if asked and stored in FLOATS else stored
 
     def copied(self, name: str, tensor: AnyTensor, equal_to: tuple[AnyTensor, ...] = ()) -> Entry:

@@ -26,6 +26,7 @@ from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
+from pymerge.engine.vocabulary import with_vocabulary
 from pymerge.errors import Interrupted, MergeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.models import split_adapter
@@ -33,6 +34,7 @@ from pymerge.version import __version__
 
 if TYPE_CHECKING:
     from pymerge.statistics import Statistics
+    from pymerge.vocabulary.build import NewVocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class Inputs:
     fisher: tuple[Checkpoint, ...] = ()  # of each model, where the method has it
     statistics: tuple[Statistics, ...] = ()  # likewise
     alignment: Alignment | None = None  # by which base, models and fisher are read
+    vocabulary: NewVocabulary | None = None  # in whose order base and models have their rows
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
@@ -101,13 +104,14 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
                 stack.callback(found.close)
             yield found
 
-    return Inputs(
+    inputs = Inputs(
         base=opened(recipe.base) if recipe.base is not None else None,
         models=tuple(opened(model) for model in recipe.models),
         labels=tuple(model.path for model in recipe.models),
         fisher=tuple(opened(model.fisher) for model in recipe.models if model.fisher is not None),
         statistics=tuple(found for model in recipe.models for found in observed(model)),
     )
+    return with_vocabulary(recipe, inputs)
 
 
 def state_of(model: Any) -> Mapping[str, Any]:
@@ -131,6 +135,9 @@ def planned(
 ) -> Plan:
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
     plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change))
+    if inputs.vocabulary is not None:
+        vocabulary = inputs.vocabulary
+        plan = replace(plan, notes=[*vocabulary.notes, *plan.notes], vocabulary=vocabulary.summary)
     if inputs.alignment is None:
         return plan
     return replace(plan, notes=[*plan.notes, *inputs.alignment.notes], alignment=inputs.alignment.summary())
@@ -203,6 +210,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
         "statistics": [found.fingerprint() for found in inputs.statistics],
         "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,
+        "vocabulary": inputs.vocabulary.digest if inputs.vocabulary is not None else None,
         "shard_bytes": options.shard_bytes,
         "device": options.device,
         "item_threads": plan.item_threads,
@@ -261,7 +269,12 @@ def peak_memory() -> int:
 
 def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, executor: Executor, summary: dict[str, Any]) -> None:
     """Everything beside the weights, into the staging folder."""
-    copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype)
+    new = inputs.vocabulary
+    config, without = (new.config, new.without) if new is not None else ({}, ())
+    copied = copy_side_files(
+        inputs.reference, folder, out_dtype=recipe.output_dtype, config_changes=config, without=without
+    )
+    copied["copied"] += new.write(folder) if new is not None else []
     beside = extra_files(folder, recipe, inputs, executor)
     summary["side_files"] = [*copied["copied"], *beside]
     summary["side_checksums"] = {name: f"{crc:08x}" for name, crc in beside.items()}

@@ -179,6 +179,7 @@ class Plan:
     surveys: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # model-wide: the steps and the items they cover
     questions: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # likewise, of combine steps that are no rule
     purify_questions: tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...] = ()  # of purify steps: their matrices
+    vocabulary: Mapping[str, Any] | None = None  # where the models' rows come from: see NewVocabulary.summary
     alignment: Mapping[str, Any] | None = None  # of the models' units, where it is known: see Alignment.summary
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
     at_once: int = 1  # generic items that are worked on side by side

@@ -33,6 +33,7 @@ def summary_of(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": plan.recipe.to_dict(),
         **({"align": plan.alignment} if plan.alignment is not None else {}),
+        **({"vocabulary": plan.vocabulary} if plan.vocabulary is not None else {}),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs],
         "tensors": plan.counts,
         "relaxations": plan.recipe.relaxations,

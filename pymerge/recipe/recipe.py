@@ -40,6 +40,7 @@ class Recipe(Parsed):
     align     permutations that put the models' units in one order first, or how they are found
     matrices  which tensors methods for matrices act on
     fused     matrices that are merged in parts or together
+    vocabulary  tokens and rows of the merged model, where a recipe says other ones than the base's
     notes     what the recipe says without effect, for the summary
     """
 
@@ -183,6 +184,8 @@ class Recipe(Parsed):
         out |= {"join": [list(patterns) for patterns in self.fused.joins]}
         out |= {"strict": None if self.strict else False, "relax": dict(self.relax)}
         out |= {"dtype": self.dtype, "out_dtype": self.out_dtype}
+        out |= self.vocabulary.plain() if self.vocabulary is not None else {}
+        out |= {"chat_template": self.chat_template}
         return {key: value for key, value in out.items() if value not in (None, [], {})}
 
     def to_yaml(self) -> str:

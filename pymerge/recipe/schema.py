@@ -31,6 +31,7 @@ from pymerge.recipe.params import find_method, method_names, parse_params
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.settings import Setting
 from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
+from pymerge.recipe.tokenizer import Vocabulary, parse_chat_template, parse_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class Parsed:
     relax: Mapping[str, str]
     dtype: str | None
     out_dtype: str | None
+    vocabulary: Vocabulary | None
+    chat_template: str | None
     notes: tuple[str, ...]
     templates: tuple[StepTemplate, ...] = field(repr=False, compare=False)  # purify, combine, calibrate
 
@@ -98,6 +101,8 @@ class _Parser:
                 "align", "the models are not observed while they are aligned: statistics in place of data"
             )
         seed, strict, relax = self._seed(), self._strict(), self._relax()
+        vocabulary = parse_vocabulary(self.raw, self._reference, self.problems)
+        chat_template = parse_chat_template(self.raw.get("chat_template"), self.problems)
         templates: tuple[StepTemplate, ...] = ()
         if cls and tasks:
             main = StepSpec(method=cls.name, params=params)
@@ -124,6 +129,8 @@ class _Parser:
             relax=relax,
             dtype=dtype,
             out_dtype=out_dtype,
+            vocabulary=vocabulary,
+            chat_template=chat_template,
             notes=tuple(self.problems.notes),
             templates=templates,
             **patterns,
