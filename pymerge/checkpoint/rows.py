@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,9 +99,8 @@ class RowsTensor:
         import numpy as np
 
         made = np.zeros((stop - begin, self._width * ITEMSIZE[self.dtype]), np.uint8)
-        for places, tensor in self._parts:
-            low, raw = piece(places, tensor, begin, stop, made.shape[1])
-            made[places[low : low + len(raw)] - begin] = raw
+        for places, raw, _ in self._pieces(begin, stop):
+            made[places] = raw
         return made
 
     def _sum(self, begin: int, stop: int) -> Tensor:
@@ -109,12 +108,23 @@ class RowsTensor:
         import torch
 
         total = torch.zeros(stop - begin, self._width, dtype=getattr(torch, TORCH_NAME[self.dtype]))
-        for places, tensor in self._parts:
-            low, raw = piece(places, tensor, begin, stop, self._width * ITEMSIZE[tensor.dtype])
-            rows = torch.from_numpy(raw).view(getattr(torch, TORCH_NAME[tensor.dtype])).to(total.dtype)
-            total.index_add_(0, torch.from_numpy(places[low : low + len(raw)] - begin), rows)
+        for places, raw, dtype in self._pieces(begin, stop):
+            rows = torch.from_numpy(raw).view(getattr(torch, TORCH_NAME[dtype])).to(total.dtype)
+            total.index_add_(0, torch.from_numpy(places), rows)
         shares = torch.from_numpy(self._shares[begin:stop]).clamp(min=1).to(total.dtype)
         return total.div_(shares[:, None])
+
+    def _pieces(self, begin: int, stop: int) -> Iterator[tuple[Any, Any, str]]:
+        """What each part puts into rows begin .. stop: places from `begin` on, rows as bytes [n, width], dtype."""
+        import numpy as np
+
+        for places, tensor in self._parts:
+            low, high = (int(at) for at in np.searchsorted(places, (begin, stop)))
+            if high > low:
+                width = self._width * ITEMSIZE[tensor.dtype]
+                raw = np.empty((high - low, width), np.uint8)
+                tensor.read_into(raw.reshape(-1).data, low * width)
+                yield places[low:high] - begin, raw, tensor.dtype
 
     def _mean_row(self) -> Tensor:
         import torch
@@ -136,19 +146,8 @@ class RowsTensor:
         return f"RowsTensor({safe_name(self.name)}, {self.dtype}, {list(self.shape)})"
 
 
-def chunks(begin: int, stop: int, width: int) -> Any:
+def chunks(begin: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
     """Ranges of rows, of SCRATCH bytes each, at fixed places: no bit depends on what is asked for."""
     step = max(1, SCRATCH // max(1, width))
     for at in range(begin // step * step, stop, step):
         yield max(begin, at), min(at + step, stop)
-
-
-def piece(places: Any, tensor: MovedTensor, begin: int, stop: int, width: int) -> tuple[int, Any]:
-    """What a part puts into rows begin .. stop: number of its first row there, and the rows, bytes [n, width]."""
-    import numpy as np
-
-    low, high = (int(at) for at in np.searchsorted(places, (begin, stop)))
-    raw = np.empty((high - low, width), np.uint8)
-    if high > low:
-        tensor.read_into(raw.reshape(-1).data, low * width)
-    return low, raw
