@@ -14,7 +14,7 @@ from typing import Any
 
 from pymerge.checkpoint import Checkpoint, safe_name
 from pymerge.checkpoint.sidefiles import TOKENIZER
-from pymerge.errors import RecipeError
+from pymerge.errors import InputError, RecipeError
 from pymerge.recipe.models import ModelRef, split_adapter
 from pymerge.recipe.tokenizer import TokenRule, Vocabulary
 from pymerge.vocabulary.ids import moved_ids, rewrite_ids
@@ -44,6 +44,13 @@ class Member:
     @property
     def label(self) -> str:
         return safe_name(self.ref.path)
+
+    @property
+    def folder(self) -> Path:
+        """Where its tokenizer is; InputError where there is none."""
+        if self.model.folder is None:
+            raise InputError(f"{self.label}: no folder with a tokenizer, which the tokenizer keys of the recipe need")
+        return self.model.folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +103,10 @@ def rebuilt(
     labels = [member.label for member in members]
     found = [vocabulary_tensors(member.model, member.label) for member in members]
     names, sizes = [names for names, _ in found], [size for _, size in found]
-    folders = {os.path.realpath(f): f for member in members if (f := member.model.folder) is not None}
-    loaded = {key: load_tokenizer(folder, safe_name(str(folder))) for key, folder in folders.items()}
-    tokenizers = [
-        loaded[os.path.realpath(m.model.folder)] if m.model.folder is not None else load_tokenizer(None, m.label)
-        for m in members
-    ]
+    places = [member.folder for member in members]
+    folders = {os.path.realpath(folder): folder for folder in places}
+    loaded = {key: load_tokenizer(folder) for key, folder in folders.items()}
+    tokenizers = [loaded[os.path.realpath(folder)] for folder in places]
     models = [tokens_of(tokenizer, label) for tokenizer, label in zip(tokenizers, labels, strict=True)]
     place = base if base is not None else 0
     tokenizer, folder = new_tokenizer(spec, members, place, tokenizers, models)
@@ -130,12 +135,11 @@ def new_tokenizer(
     spec: Vocabulary, members: Sequence[Member], place: int, tokenizers: Sequence[Any], models: Sequence[Vocab]
 ) -> tuple[Any, Path]:
     """The merged model's tokenizer, an object of its own, and the folder that it comes from."""
-    folder = members[place].model.folder
+    folder = members[place].folder
     if isinstance(spec.source, ModelRef):
-        same = [m.model.folder for m in members if spec.source.same_model(m.ref)]
+        same = [m.folder for m in members if spec.source.same_model(m.ref)]
         folder = same[0] if same else folder_of(spec.source)
-    assert folder is not None
-    tokenizer = load_tokenizer(folder, safe_name(str(folder)))
+    tokenizer = load_tokenizer(folder)
     if spec.source == "union":
         others = [*zip(tokenizers, models, strict=True)]
         joined(tokenizer, [others[place], *others[:place], *others[place + 1 :]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,14 +20,13 @@ MAX_TOKENS = 1 << 24
 Vocab = dict[str, int]  # token -> id
 
 
-def load_tokenizer(folder: Path | None, label: str) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a folder. Nothing in the folder is run, nothing is downloaded.
 
-    Raises   InputError, CorruptFile: no folder, no tokenizer in it, one that needs code of its own or is not fast,
-             files beyond the limits or damaged"""
-    if folder is None:
-        raise InputError(f"{label}: no folder with a tokenizer, which the tokenizer keys of the recipe need")
+    Raises   InputError, CorruptFile: no tokenizer there, one that needs code of its own or is not fast, files beyond
+             the limits or damaged"""
     check_files(folder)
+    label = safe_name(str(folder))
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -41,7 +39,7 @@ def load_tokenizer(folder: Path | None, label: str) -> Any:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         reason = safe_name(next(iter(str(error).splitlines()), type(error).__name__), 300)
-        raise InputError(f"{label}: no tokenizer can be loaded from {folder}: {reason}") from None
+        raise InputError(f"{label}: no tokenizer can be loaded from this folder: {reason}") from None
     if not found.is_fast:
         raise InputError(
             f"{label}: its tokenizer is a slow one ({type(found).__name__}), whose tokens cannot be joined or added "
@@ -56,12 +54,14 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def check_files(folder: Path) -> None:
     for path in tokenizer_files(folder):
-        found = path.stat()
-        limit = MAX_FILE if path.name not in ("tokenizer_config.json", "special_tokens_map.json") else MAX_CONFIG
-        if not stat.S_ISREG(found.st_mode):
+        if not path.is_file():
             raise InputError(f"{path}: not a regular file")
-        if found.st_size > limit:
-            raise CorruptFile(f"{path}: {found.st_size} bytes, more than the {limit} that a tokenizer file may have")
+        size = path.stat().st_size
+        limit = MAX_FILE if path.name not in ("tokenizer_config.json", "special_tokens_map.json") else MAX_CONFIG
+        if size > limit:
+            raise CorruptFile(f"{path}: {size} bytes, more than the {limit} that a tokenizer file may have")
+        if size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise CorruptFile(f"{path}: this is a git-lfs pointer, not the file: run git lfs pull")
 
 
 def files_digest(folders: Iterable[Path]) -> str:
