@@ -347,8 +347,8 @@ class Checker:
             return count // max(1, reference.shape[0]) * rows
         self.problems.add(
             VocabMismatch,
-            f"{text} Say `relax: {{vocabulary: base_rows}}` to merge the common rows and keep the base's others, or "
-            "exclude it.",
+            f"{text} Say `tokenizer_source: union` (or base, or a model) to put rows in order by their tokens, "
+            "`relax: {vocabulary: base_rows}` to merge the common rows and keep the base's others, or exclude it.",
         )
         return None
 

@@ -69,7 +69,7 @@ class Recipe(Parsed):
         base, models  paths, or models in memory: mappings from name to tensor, or modules. base None: the method needs
         none
         options       keys of a recipe (align, purify, calibrate, exclude, include, style, seed, strict, relax, dtype,
-                      out_dtype) and hyperparameters of the method; a list for a per-model hyperparameter has one entry
+                      out_dtype, tokenizer, ...) and hyperparameters of the method; a list for a per-model hyperparameter has one entry
                       a model, and so have `fisher`, the Fisher information (paths, or mappings from name to tensor),
                       `statistics`, what `observe` found (paths, or Statistics), and `data`, samples of the models'
                       tasks (paths, {path, samples, length, field}, or batches)
