@@ -18,10 +18,12 @@ def with_vocabulary(recipe: Recipe, inputs: Inputs) -> Inputs:
     truncate = recipe.relaxations.get("vocabulary") == "truncate"
     if recipe.vocabulary is None and recipe.chat_template is None and not truncate:
         return inputs
-    if recipe.sequential and (recipe.vocabulary is not None or truncate):
-        raise RecipeError(
-            f"{recipe.method} runs each model behind merged layers, with its own tokens: not with other vocabulary rows"
-        )
+    if recipe.vocabulary is not None or truncate:
+        if recipe.sequential:
+            what = f"{recipe.method} runs each model behind merged layers, with its own tokens"
+            raise RecipeError(f"{what}: not with other vocabulary rows")
+        if recipe.align is not None:
+            raise RecipeError("align finds units of models of one vocabulary: not with other vocabulary rows")
     from pymerge.vocabulary.build import Member, common_rows, rebuilt, with_template
 
     members = [Member(ref, model) for ref, model in sources(recipe, inputs)]

@@ -271,6 +271,17 @@ def test_rules_that_do_not_fit(tokenizer, message):
         plan_merge(recipe("a", "b", tokenizer=tokenizer))
 
 
+@pytest.mark.parametrize("keys", [{"tokenizer_source": "base"}, {"relax": {"vocabulary": "truncate"}}], ids=str)
+def test_what_needs_one_vocabulary_says_so(keys):
+    with pytest.raises(RecipeError, match="align finds units of models of one vocabulary"):
+        plan_merge(recipe("a", align={"method": "mudsc"}, **keys))
+    behind = [{"model": name, "data": "a/config.json"} for name in ("a", "b")]
+    with pytest.raises(RecipeError, match="regmean_plusplus runs each model behind merged layers"):
+        plan_merge(
+            Recipe.from_dict({"merge_method": "regmean_plusplus", "base_model": "base", "models": behind} | keys)
+        )
+
+
 def test_not_as_an_adapter(tmp_path):
     with pytest.raises(RecipeError, match="an adapter has no tokenizer of its own"):
         pymerge.merge(
