@@ -89,7 +89,7 @@ def check_recipe(recipe: Recipe, rank: int | None) -> None:
         raise RecipeError(f"rank: must be at least 1, got {rank}")
     if recipe.align is not None:
         raise RecipeError("align moves units of the models: write a whole model, not an adapter")
-    if recipe.vocabulary or recipe.chat_template or recipe.relaxations.get("vocabulary") == "truncate":
+    if recipe.other_rows or recipe.chat_template is not None:
         raise RecipeError(
             "an adapter has no tokenizer of its own: write a whole model, or leave the tokenizer keys out"
         )

@@ -41,7 +41,7 @@ def why_merged_anew(recipe: Recipe) -> str:
         return f"{recipe.calibrate[0].method} comes behind the scale"
     if recipe.align is not None:
         return "the models' units are put in one order first"
-    if recipe.vocabulary is not None or recipe.chat_template is not None:
+    if recipe.other_rows or recipe.chat_template is not None:
         return "the models' vocabularies become one first"
     if recipe.sequential:
         return f"{recipe.method} observes layers behind those that are merged at that scale"

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 
 def with_vocabulary(recipe: Recipe, inputs: Inputs) -> Inputs:
     """The inputs as `tokenizer_source`, `tokenizer`, `chat_template` and `relax: {vocabulary: truncate}` say."""
-    truncate = recipe.relaxations.get("vocabulary") == "truncate"
-    if recipe.vocabulary is None and recipe.chat_template is None and not truncate:
+    if not recipe.other_rows and recipe.chat_template is None:
         return inputs
-    if recipe.vocabulary is not None or truncate:
+    if recipe.other_rows:
         if recipe.sequential:
             what = f"{recipe.method} runs each model behind merged layers, with its own tokens"
             raise RecipeError(f"{what}: not with other vocabulary rows")
@@ -31,7 +30,7 @@ def with_vocabulary(recipe: Recipe, inputs: Inputs) -> Inputs:
         base = 0 if recipe.base is not None else None
         views, new = rebuilt(recipe.vocabulary, recipe.chat_template, members, base)
     else:
-        views, new = common_rows(members) if truncate else ([m.model for m in members], None)
+        views, new = common_rows(members) if recipe.other_rows else ([m.model for m in members], None)
         if recipe.chat_template is not None:
             template = with_template(recipe.chat_template, members)
             new = template if new is None else template.beside(new)

@@ -69,10 +69,11 @@ class Recipe(Parsed):
         base, models  paths, or models in memory: mappings from name to tensor, or modules. base None: the method needs
         none
         options       keys of a recipe (align, purify, calibrate, exclude, include, style, seed, strict, relax, dtype,
-                      out_dtype, tokenizer, ...) and hyperparameters of the method; a list for a per-model hyperparameter has one entry
-                      a model, and so have `fisher`, the Fisher information (paths, or mappings from name to tensor),
-                      `statistics`, what `observe` found (paths, or Statistics), and `data`, samples of the models'
-                      tasks (paths, {path, samples, length, field}, or batches)
+                      out_dtype, tokenizer_source, tokenizer, chat_template) and hyperparameters of the method; a list
+                      for a per-model hyperparameter has one entry a model, and so have `fisher`, the Fisher information
+                      (paths, or mappings from name to tensor), `statistics`, what `observe` found (paths, or
+                      Statistics), and `data`, samples of the models' tasks (paths, {path, samples, length, field}, or
+                      batches)
         """
         problems = Problems("merge")
         raw = python_mapping(base, models, method, options, problems)
@@ -108,6 +109,11 @@ class Recipe(Parsed):
     def relaxations(self) -> dict[str, str]:
         """The checks that are relaxed, and how: those of `relax`, with strict false what mergekit does not check."""
         return (dict(LENIENT) if not self.strict else {}) | dict(self.relax)
+
+    @property
+    def other_rows(self) -> bool:
+        """Whether embeddings and heads get other rows before they are merged: by their tokens, or those in common."""
+        return self.vocabulary is not None or self.relaxations.get("vocabulary") == "truncate"
 
     def selects(self, name: str) -> bool:
         """Whether a tensor is merged; others are taken from the base (or the first model)."""

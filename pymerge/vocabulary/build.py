@@ -31,7 +31,7 @@ from pymerge.vocabulary.tokenizers import (
     write_template,
     write_tokenizer,
 )
-from pymerge.vocabulary.views import truncated, with_rows
+from pymerge.vocabulary.views import common_sizes, truncated, with_rows
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def with_template(template: str, members: Sequence[Member]) -> NewVocabulary:
     """A chat template alone: tokenizer and weights stay as they are."""
     folders = list(dict.fromkeys(m.model.folder for m in members if m.model.folder is not None))
     text, how = chosen(template, folders)
-    files = () if text is None else ("chat_template.json", "additional_chat_templates/*")
+    files = () if text is None else ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
     note = f"chat template: {how}"
     return NewVocabulary(
         digest=digest_of(text), summary={"chat_template": how}, notes=(note,), without=files, template=text
@@ -214,11 +214,12 @@ def with_template(template: str, members: Sequence[Member]) -> NewVocabulary:
 
 def common_rows(members: Sequence[Member]) -> tuple[list[Checkpoint], NewVocabulary | None]:
     """The models with the vocabulary rows that all have; None where all have equally many."""
-    found = [vocabulary_tensors(member.model, member.label) for member in members]
-    names, sizes = [names for names, _ in found], [size for _, size in found]
-    models, rows = truncated([member.model for member in members], names, sizes)
-    if len(set(sizes)) == 1:
+    models = [member.model for member in members]
+    sizes = common_sizes(models, [member.label for member in members])
+    if not sizes:
         return models, None
+    rows = min(sizes)
+    models = [truncated(model, size, rows) for model, size in zip(models, sizes, strict=True)]
     given = {member.label: size for member, size in zip(members, sizes, strict=True)}
     listed = ", ".join(f"{label} {size}" for label, size in given.items())
     note = (

@@ -43,9 +43,9 @@ class RowPlan:
         """Whether the model's rows stay as they are."""
         import numpy as np
 
-        own = self.shares[0] if len(self.shares) == 1 else None
-        same = own is not None and own.model == model and self.tokens == rows == len(own.index)
-        return same and own is not None and np.array_equal(own.index, np.arange(rows))
+        if self.tokens != rows or [share.model for share in self.shares] != [model]:
+            return False
+        return np.array_equal(self.shares[0].index, np.arange(rows))
 
 
 def plan_rows(

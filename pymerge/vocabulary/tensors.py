@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pymerge.checkpoint import Checkpoint, safe_name
@@ -28,12 +28,13 @@ SIZES = ("vocab_size", "text_config.vocab_size", "language_config.vocab_size", "
 def vocabulary_tensors(model: Checkpoint, label: str) -> tuple[list[str], int]:
     """Names of the tensors whose axis 0 is the vocabulary, and its size: that of the config, or of all these tensors.
 
-    Raises   VocabMismatch where it cannot be told: no such tensor, different sizes, a tensor that looks like another
-             one"""
-    named = [name for name in model if any(name == end or name.endswith(f".{end}") for end in NAMES)]
+    Raises   VocabMismatch where it cannot be told"""
+    named = [name for name in model if is_named(name)]
     told = config_sizes(model.config)
     sizes = {value for value in told.values() if any(has(model, name, value) for name in named)}
-    if not told:
+    if not named:
+        sizes = set(told.values())
+    elif not told:
         sizes = {model[name].shape[0] for name in named if len(model[name].shape) in (1, 2)}
     if len(sizes) != 1:
         found = ", ".join(f"{safe_name(name)} {list(model[name].shape)}" for name in named[:5]) or "none"
@@ -42,16 +43,23 @@ def vocabulary_tensors(model: Checkpoint, label: str) -> tuple[list[str], int]:
             f"{told or 'nothing'}. A tokenizer of the recipe needs one size for all of them"
         )
     (size,) = sizes
-    tensors = [name for name in named if has(model, name, size)]
-    check_others(model, label, tensors, size)
-    return tensors, size
+    return [name for name in named if has(model, name, size)], size
+
+
+def is_named(name: str) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in NAMES)
 
 
 def has(model: Checkpoint, name: str, size: int) -> bool:
     return model[name].shape[:1] == (size,)
 
 
-def check_others(model: Checkpoint, label: str, tensors: list[str], size: int) -> None:
+def check_others(model: Checkpoint, label: str, tensors: Sequence[str], size: int) -> None:
+    """Refuses other rows for a model where they are not sure to be given to all tensors that need them.
+
+    Raises   VocabMismatch: there are none, or others may be of the vocabulary too"""
+    if not tensors:
+        raise VocabMismatch(f"{label}: which tensors hold its {size} tokens cannot be told by their names")
     doubtful = [
         f"{safe_name(name)} {list(model[name].shape)}"
         for name in model

@@ -112,7 +112,7 @@ def write_tokenizer(tokenizer: Any, template: str | None, folder: Path) -> list[
     """The tokenizer's files, with a chat template where one is given; their names."""
     if template is not None:
         tokenizer.chat_template = template
-    before = set(os.listdir(folder))
+    before = set(os.listdir(folder))  # how it was loaded is no part of it
     tokenizer.init_kwargs = {
         k: v for k, v in tokenizer.init_kwargs.items() if k not in ("local_files_only", "is_local")
     }

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pymerge.checkpoint import AnyTensor, Checkpoint, safe_name
+from pymerge.checkpoint.header import name_list
 from pymerge.checkpoint.moved import MovedTensor
 from pymerge.checkpoint.rows import Rows, RowsTensor
 from pymerge.checkpoint.tied import tied_pairs
-from pymerge.errors import MissingTensor, ShapeMismatch
+from pymerge.errors import MissingTensor, ShapeMismatch, VocabMismatch
 from pymerge.vocabulary.plan import RowPlan
+from pymerge.vocabulary.tensors import check_others, is_named
 
 
 class ViewedCheckpoint(Checkpoint):
@@ -35,7 +37,9 @@ def with_rows(
     pad: int,
 ) -> list[Checkpoint]:
     """The models with the rows that are planned; names: of the vocabulary tensors of each; pad: rows behind, which are
-    the mean of the others. A tensor that several models share, with the same rows, stays one that they share."""
+    the mean of the others. A tensor that several models share, with the same rows, stays one that they share.
+
+    Raises   VocabMismatch, ShapeMismatch, MissingTensor"""
     tied = [tied_pairs(model) for model in models]
     made: dict[Any, AnyTensor] = {}
     views = []
@@ -43,6 +47,7 @@ def with_rows(
         if not pad and plan.keeps(k, sizes[k]):
             views.append(model)
             continue
+        check_others(model, labels[k], names[k], sizes[k])
         changed = {}
         for name in names[k]:
             parts = [
@@ -87,18 +92,27 @@ def source_of(
     return found
 
 
-def truncated(
-    models: Sequence[Checkpoint], names: Sequence[Sequence[str]], sizes: Sequence[int]
-) -> tuple[list[Checkpoint], int]:
-    """The models with the first rows alone, as many as all have; how many."""
+def common_sizes(models: Sequence[Checkpoint], labels: Sequence[str]) -> list[int]:
+    """Rows of each model's vocabulary tensors, where models differ in them; empty where none do."""
+    shapes: dict[str, set[int]] = {}
+    for model in models:
+        for name in model:
+            if is_named(name) and model[name].shape:
+                shapes.setdefault(name, set()).add(model[name].shape[0])
+    differing = [name for name, found in shapes.items() if len(found) > 1]
+    sizes = []
+    for model, label in zip(models, labels, strict=True) if differing else ():
+        found = {model[name].shape[0] for name in differing if name in model}
+        if len(found) != 1:
+            raise VocabMismatch(f"{label}: {name_list(differing)}: of {sorted(found)} rows, one number is needed")
+        sizes += found
+    return sizes
+
+
+def truncated(model: Checkpoint, size: int, rows: int) -> Checkpoint:
+    """The first `rows` of the `size` rows of a model's vocabulary tensors."""
     import torch
 
-    rows = min(sizes)
     index = {0: torch.arange(rows)}
-    views = [
-        model
-        if size == rows
-        else ViewedCheckpoint(model, {name: MovedTensor(name, model[name], index) for name in held})
-        for model, held, size in zip(models, names, sizes, strict=True)
-    ]
-    return views, rows
+    held = [name for name in model if is_named(name) and model[name].shape[:1] == (size,) != (rows,)]
+    return ViewedCheckpoint(model, {name: MovedTensor(name, model[name], index) for name in held}) if held else model

@@ -125,13 +125,20 @@ def test_ids_with_holes(models):
         ({"model.embed_tokens.weight": (288, 4)}, "b: model.embed_tokens.weight [288, 4] may be of its 280 tokens"),
         ({"model.extra_head.weight": (280, 4)}, "b: model.extra_head.weight [280, 4] may be of its 280 tokens"),
         ({"final_logits_bias": (1, 280)}, "b: final_logits_bias [1, 280] may be of its 280 tokens"),
-        ({"model.embed_tokens.weight": None, "lm_head.weight": None}, "b: its embedding cannot be told"),
+        ({"model.embed_tokens.weight": None, "lm_head.weight": None}, "b: which tensors hold its 280 tokens cannot be"),
         ({"model.embed_tokens.weight": (9, 4), "lm_head.weight": (9, 4)}, "says {'vocab_size': 280}"),
     ],
 )
 def test_vocabularies_in_doubt(tmp_path, tokenizer, models, changed, message):
     model(tmp_path / "b", tokenizer, **changed)
-    assert message in refused(VocabMismatch)
+    keys = {"tokenizer": {"pad_to_multiple_of": 64}}
+    assert message in refused(VocabMismatch, tokenizer_source=None, **keys)
+
+
+def test_no_doubt_where_all_rows_stay(tmp_path, tokenizer, models):
+    for seed, name in enumerate("ab"):
+        model(tmp_path / name, tokenizer, seed, **{"model.extra_head.weight": (280, 4)})
+    assert planned().vocabulary["models"]["b"] == {"own": 280, "from": {}, "mean": 0, "zero": 0}
 
 
 def test_models_in_memory():

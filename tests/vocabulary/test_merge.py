@@ -287,3 +287,19 @@ def test_not_as_an_adapter(tmp_path):
         pymerge.merge(
             "base", ["a"], method="task_arithmetic", tokenizer_source="base", out=tmp_path / "o", as_adapter=2
         )
+
+
+def test_truncation_leaves_models_of_one_size_alone(tmp_path):
+    folders = [
+        write_model(tmp_path / name, {"patch.weight": torch.full((3, 2), v)}) for name, v in (("x", 1.0), ("y", 3.0))
+    ]
+    asked = recipe(*map(str, folders), base=None, method="linear", relax={"vocabulary": "truncate"})
+    summary = merge_to_disk(asked, tmp_path / "out")
+    assert torch.equal(read_model(tmp_path / "out")["patch.weight"], torch.full((3, 2), 2.0))
+    assert "vocabulary" not in summary
+
+
+def test_truncation_of_modules_is_refused():
+    modules = [torch.nn.Embedding(rows, 3) for rows in (5, 7)]
+    with pytest.raises(RecipeError, match="other rows than the modules: give state dicts"):
+        pymerge.merge(None, modules, method="linear", weight=0.5, relax={"vocabulary": "truncate"})
