@@ -83,7 +83,8 @@ class Recipe(Parsed):
     @classmethod
     def _of(cls, parsed: Parsed) -> Self:
         fields: dict[str, Any] = dict(vars(parsed))
-        return cls(**fields | {"modules": tuple(module.of(cls._of) for module in parsed.modules)})
+        fields["modules"] = tuple(module.of(cls._of) for module in parsed.modules)
+        return cls(**fields)
 
     @cached_property
     def combine_class(self) -> type[Combine]:

@@ -12,8 +12,7 @@ from pymerge.recipe.steps import StepTemplate
 
 
 def check_together(templates: Sequence[StepTemplate], purify: int, has_base: bool, problems: Problems) -> None:
-    """What is wrong with the steps, of which the first `purify` are purify steps; where hyperparameters differ by tensor,
-    the plan checks."""
+    """Of all steps the first `purify` are purify steps. Where hyperparameters differ by tensor, the plan checks."""
     combine = templates[purify].cls
     assert issubclass(combine, Combine)
     if purify and not combine.subtracts(has_base):
@@ -35,11 +34,8 @@ def check_together(templates: Sequence[StepTemplate], purify: int, has_base: boo
     try:
         steps: list[Any] = [template.at("", 0.0) for template in templates]
         if merges_by_rule(steps[:purify], steps[purify]):
-            chain_rule(
-                steps[:purify],
-                steps[purify],
-                TensorInfo(name="any", shape=(64, 64), tasks=len(templates[purify].labels)),
-            )
+            tasks = len(templates[purify].labels)
+            chain_rule(steps[:purify], steps[purify], TensorInfo(name="any", shape=(64, 64), tasks=tasks))
     except RecipeError as e:
         for line in str(e).splitlines():
             problems.add("", line)
