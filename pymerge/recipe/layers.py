@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-_LAYER = re.compile(r"\.(\d+)\.")
+LAYER = re.compile(r"\.(\d+)\.")
 
 
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
@@ -22,7 +22,7 @@ def layer_depths(names: Iterable[str]) -> dict[str, float | None]:
     and a decoder each run from 0 to 1.
     """
     names = list(names)
-    found = {name: match for name in names if (match := _LAYER.search(name))}
+    found = {name: match for name in names if (match := LAYER.search(name))}
     last: dict[str, int] = {}
     for name, match in found.items():
         stack = name[: match.start()]
