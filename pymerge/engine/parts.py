@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import Checkpoint, safe_name
 from pymerge.checkpoint.renamed import renamed
@@ -17,16 +17,15 @@ from pymerge.engine.asking import asks_model, survey_scope
 from pymerge.engine.check import Checker, Entry
 from pymerge.engine.inputs import shortened
 from pymerge.engine.layer_config import layer_changes, lists_layers
+from pymerge.engine.layer_kinds import check_kinds
 from pymerge.engine.problems import Problems
-from pymerge.errors import InputError, MissingTensor, RecipeError, ShapeMismatch
+from pymerge.errors import InputError, RecipeError
 from pymerge.recipe import Layers, ModelRef, Recipe, layer_depths, layer_positions
 from pymerge.recipe.parts import Module, Part
 from pymerge.recipe.stacks import LayerName, comes_before, kinds_of, known_modules, modules_of, stacks_of
 
 if TYPE_CHECKING:
     from pymerge.engine.local import Inputs
-
-Kind = frozenset[tuple[str, tuple[int, ...]]]  # names within a layer, with shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,7 @@ class OpenPart:
     base: Checkpoint | None
     models: tuple[Checkpoint, ...]
     labels: tuple[str, ...]
+    label: str  # of what gives it its names: the base, or the first model
     layers: Layers
 
 
@@ -108,7 +108,7 @@ class Cutter:
     recipe: Recipe
     inputs: Inputs
     problems: Problems = field(default_factory=Problems)
-    changes: dict[str, object] = field(default_factory=dict)  # of config.json
+    changes: dict[str, Any] = field(default_factory=dict)  # of config.json
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -117,7 +117,9 @@ class Cutter:
         if recipe.base is not None and inputs.base is not None:
             self.opened.append((recipe.base, inputs.base))
         self.output = inputs.reference  # whose config the output gets
-        self.tied = tied_pairs(self.output)
+        self.label = (recipe.base or recipe.models[0]).path
+        self.ties = {id(model): tied_pairs(model) for _, model in self.opened}
+        self.tied = self.ties[id(self.output)]
         self.wanted = [module.name for module in recipe.modules if module.name]
         self.names: dict[int, dict[str, str]] = {}
 
@@ -143,10 +145,11 @@ class Cutter:
         if id(model) not in self.names:
             found = modules_of(list(model), self.wanted) if self.wanted else dict.fromkeys(model, "")
             if found is None:
+                path = next(ref.path for ref, its in self.opened if its is model)
                 known = ", ".join(map(safe_name, known_modules(list(model))))
-                text = f"modules: {', '.join(self.wanted)}: not all of these are in {model.path}, which has {known}"
+                text = f"modules: {', '.join(self.wanted)}: {path} has not all of these, it has {known}"
                 self.problems.add(RecipeError, text)
-            self.names[id(model)] = found or {}
+            self.names[id(model)] = found if found is not None else dict.fromkeys(model, "")
         return self.names[id(model)]
 
     def copied(self) -> Checkpoint | None:
@@ -190,9 +193,12 @@ class Cutter:
                 taken += [(views[-1], views[-1].first + i) for i in range(count)]
                 offset += count
         if len(parts) == len(module.parts):
-            self.note_layers(module, stack, parts)
-            self.change_config(stack, taken)
-            self.check_kinds(parts, stack)
+            self.note_layers(stack, parts)
+            changes = self.change_config(stack, taken)
+            if not {"missing", "extra"} & self.recipe.relaxations.keys():
+                given = [(part.base or part.models[0], part.label) for part in parts]
+                listed = lists_layers(changes)
+                check_kinds(self.output, self.label, given, stack, self.problems, listed=listed)
         return parts
 
     def stack_of(self, module: Module) -> str | None:
@@ -205,7 +211,7 @@ class Cutter:
         known = ", ".join(map(safe_name, known_modules(list(members))))
         hint = f": give slices module by module, under modules: {known}" if stacks and not module.name else ""
         self.problems.add(
-            RecipeError, f"{module.where}: slices are of one stack of layers, {self.output.path} has {found}{hint}"
+            RecipeError, f"{module.where}: slices are of one stack of layers, {self.label} has {found}{hint}"
         )
         return None
 
@@ -218,7 +224,7 @@ class Cutter:
         for ref in refs_of(part.recipe):
             model = self.find(ref)
             names = [name for name, its in self.members(model).items() if its == module.name]
-            names += [name for name in self.own_heads(module) if name in tied_pairs(model) and name not in model]
+            names += [name for name in self.own_heads(module) if name in self.ties[id(model)] and name not in model]
             count = stacks_of(names).get(stack, 0)
             first, last = ref.layers or (0, count)
             if count == 0 or last > count:
@@ -226,7 +232,7 @@ class Cutter:
                 self.problems.add(RecipeError, f"{text}, layer_range is {[first, last]}")
                 return [], 0
             counts[ref.path] = last - first
-            own = self.placed(part, model, names, (stack, first, last, offset), ends)
+            own = self.placed(part, ref, names, (stack, first, last, offset), ends)
             found.append(View(ref=ref, model=model, names=own, first=first))
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{path} {count}" for path, count in counts.items())
@@ -237,14 +243,15 @@ class Cutter:
     def placed(
         self,
         part: Part,
-        model: Checkpoint,
+        ref: ModelRef,
         names: Sequence[str],
         layers: tuple[str, int, int, int],
         ends: tuple[bool, bool],
     ) -> dict[str, str]:
         """Name in the output -> in the model, of one part. ends: whether it is the first and the last of its module."""
         stack, first, last, offset = layers
-        tied = tied_pairs(model)
+        model = self.find(ref)
+        tied = self.ties[id(model)]
         placed: dict[str, str] = {}
         for name in names:
             layer = LayerName.of(name)
@@ -253,13 +260,13 @@ class Cutter:
                     placed[layer.at(layer.number - first + offset)] = name
             elif name in self.tied and name in tied:
                 continue  # the output's head is its embedding
-            elif self.belongs(part, model, name, ends):
+            elif self.belongs(part, ref, name, ends):
                 placed[name] = name if name in model else tied[name]
                 if name in self.tied:
                     self.problems.add(
                         InputError,
-                        f"{safe_name(name)}: a head of its own in {model.path}, tied to the embedding by the config of "
-                        f"{self.output.path}, which the output gets: give a base_model that does not tie it",
+                        f"{safe_name(name)}: a head of its own in {ref.path}, tied to the embedding by the config of "
+                        f"{self.label}, which the output gets: give a base_model that does not tie it",
                     )
         return placed
 
@@ -267,7 +274,7 @@ class Cutter:
         """Output matrices of a module that are not tied in the output: where a model ties its own, it has them too."""
         return [name for name, its in self.members(self.output).items() if its == module.name and name not in self.tied]
 
-    def belongs(self, part: Part, model: Checkpoint, name: str, ends: tuple[bool, bool]) -> bool:
+    def belongs(self, part: Part, ref: ModelRef, name: str, ends: tuple[bool, bool]) -> bool:
         """Whether a tensor outside of the layers is in a part."""
         if all(ends):
             return True
@@ -275,65 +282,37 @@ class Cutter:
         if before is None and ends[0] and part.recipe.selects(name):
             self.problems.add(
                 RecipeError,
-                f"{safe_name(name)} of {model.path}: its name does not tell whether it comes before or behind the layers, "
-                "so whether it is the first slice's or the last's: exclude it to copy it from the first",
+                f"{safe_name(name)} of {ref.path}: its name does not tell whether it comes before the layers (from the "
+                "first slice) or behind them (from the last): exclude it to copy it from the first",
             )
         return ends[1] if before is False else ends[0]
 
-    def note_layers(self, module: Module, stack: str, parts: Sequence[OpenPart]) -> None:
+    def note_layers(self, stack: str, parts: Sequence[OpenPart]) -> None:
         """What the output is made of, for the plan and the summary."""
         said = []
         for part in parts:
-            base = [f"base {part.base.path}"] if part.base is not None else []
+            base = [f"base {part.label}"] if part.base is not None else []
             said.append(" with ".join([*part.labels, *base]))
         count = stacks_of([name for part in parts for name in part.layers.positions])[stack]
         self.notes.append(f"{safe_name(stack)}: {count} layers: {shortened(said)}")
 
-    def change_config(self, stack: str, taken: Sequence[tuple[View, int]]) -> None:
+    def change_config(self, stack: str, taken: Sequence[tuple[View, int]]) -> dict[str, Any]:
+        """What changes in config.json for the layers that are taken."""
         config, names = self.output.config, list(self.output)
         if config is None:
-            return
+            return {}
         kinds = kinds_of(names)
         kind = next(kinds[name] for name in names if (at := LayerName.of(name)) is not None and at.stack == stack)
-        layers = stacks_of(names)[stack]
-        changes = layer_changes(config, kind, layers, [(view.model.config or {}, index) for view, index in taken])
-        if not changes:
-            text = f"{self.output.path}: config.json does not say how many layers {safe_name(stack)} has"
+        found = layer_changes(
+            config, kind, stacks_of(names)[stack], [(view.model.config or {}, index) for view, index in taken]
+        )
+        if not found:
+            text = f"{self.label}: config.json does not say how many layers {safe_name(stack)} has"
             self.problems.add(InputError, text)
-        self.changes |= changes
-        self.notes.append(f"config.json: {', '.join(changes)} of the output's layers")
-
-    def check_kinds(self, parts: Sequence[OpenPart], stack: str) -> None:
-        """The config that the output gets must describe what it is given: tensors of the names and shapes that its own
-        model has, in layers as that has at their place."""
-        if {"missing", "extra"} & self.recipe.relaxations.keys():
-            return
-        own = kinds_by_layer(self.output, stack)
-        listed = lists_layers(self.changes)
-        for part in parts:
-            reference = part.base or part.models[0]
-            for index, kind in kinds_by_layer(reference, stack).items():
-                wanted = set(own.values()) if listed else {own[min(index, max(own))]}
-                if kind not in wanted:
-                    odd = sorted(kind ^ min(wanted, key=lambda other: len(kind ^ other)))[:3]
-                    self.problems.add(
-                        ShapeMismatch,
-                        f"{safe_name(stack)}.{index} of the output, from {reference.path}: not as config.json of "
-                        f"{self.output.path} describes that layer: differs in "
-                        + ", ".join(f"{safe_name(name)} {list(shape)}" for name, shape in odd),
-                    )
-            for name, tensor in reference.items():
-                layer = LayerName.of(name)
-                if (layer is None or layer.stack != stack) and (
-                    name not in self.output or self.output[name].shape != tensor.shape
-                ):
-                    found = f"is {list(self.output[name].shape)}" if name in self.output else "has none"
-                    if name in self.output or name not in tied_pairs(reference):
-                        self.problems.add(
-                            ShapeMismatch if name in self.output else MissingTensor,
-                            f"{safe_name(name)}: {list(tensor.shape)} in {reference.path}; {self.output.path}, whose "
-                            f"config.json the output gets, {found}",
-                        )
+        else:
+            self.notes.append(f"config.json: {', '.join(found)} of the output's layers")
+        self.changes |= found
+        return found
 
 
 def refs_of(recipe: Recipe) -> list[ModelRef]:
@@ -356,15 +335,6 @@ def opened(part: Part, views: Sequence[View], positions: Mapping[str, float]) ->
         base=renamed(reference.model, reference.names) if has_base else None,
         models=tuple(checkpoints),
         labels=tuple(view.label for view in models),
+        label=reference.label,
         layers=Layers(positions=positions, depths={}, own=own),
     )
-
-
-def kinds_by_layer(model: Checkpoint, stack: str) -> dict[int, Kind]:
-    """What is in each layer of a stack."""
-    found: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
-    for name, tensor in model.items():
-        layer = LayerName.of(name)
-        if layer is not None and layer.stack == stack:
-            found.setdefault(layer.number, set()).add((layer.rest, tensor.shape))
-    return {index: frozenset(kind) for index, kind in found.items()}

@@ -273,7 +273,7 @@ class _Parser:
             self.problems.add("base_model", f"must be given: {cls.name} needs a base")
         if cls.base_role == "none":
             tasks = listed if base is None or len(others) < len(listed) else (*listed, base)
-            if len(tasks) > len(listed):
+            if self._counted(cls, len(tasks), "") and len(tasks) > len(listed):
                 self._base_among_the_models(cls, tasks[-1])
             return tasks
         for model in listed:
@@ -281,12 +281,18 @@ class _Parser:
                 self.problems.note(
                     f"parameters of the base model {model.path} have no effect: {', '.join(model.params)}"
                 )
-        low, high = cls.models
-        if listed and (len(others) < low or (high is not None and len(others) > high)):
-            wanted = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-            beside = "" if base is None and cls.base_role == "optional" else " beside the base"
-            self.problems.add(self.listing, f"{cls.name} merges {wanted}{beside}, got {len(others)}")
+        if listed:
+            self._counted(cls, len(others), "" if base is None and cls.base_role == "optional" else " beside the base")
         return (base, *others) if cls.base_role == "first" and base else others
+
+    def _counted(self, cls: type[Combine], count: int, beside: str) -> bool:
+        """Whether the method merges so many models."""
+        low, high = cls.models
+        if low <= count <= (count if high is None else high):
+            return True
+        wanted = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+        self.problems.add(self.listing, f"{cls.name} merges {wanted}{beside}, got {count}")
+        return False
 
     def _base_among_the_models(self, cls: type[Combine], base: ModelRef) -> None:
         """A base that is not listed, of a method that subtracts none: one more model, where nothing else is missing."""

@@ -1,14 +1,13 @@
 """Recipes with slices and modules against mergekit 0.1.5 itself, tensor by tensor."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("mergekit", reason="mergekit is not installed: make test-mergekit")
-transformers = pytest.importorskip("transformers", reason="mergekit's tests need transformers")
 
+import transformers
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
@@ -69,7 +68,10 @@ merge_method: passthrough
 REPEATED = """
 slices:
   - sources: [{model: A, layer_range: [0, 3]}]
-  - sources: [{model: A, layer_range: [1, 3], parameters: {scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: 0.5}, {value: 1}]}}]
+  - sources:
+      - model: A
+        layer_range: [1, 3]
+        parameters: {scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: 0.5}, {value: 1}]}
   - sources: [{model: A, layer_range: [1, 4]}]
     parameters: {scale: [1, 2]}
 merge_method: passthrough
@@ -82,7 +84,9 @@ slices:
     parameters: {weight: 0.4}
   - sources:
       - {model: B, layer_range: [3, 4], parameters: {weight: [0.1, 0.9]}}
-      - {model: C, layer_range: [0, 1], parameters: {weight: [{filter: layers.0.self, value: 2}, {filter: h.0.attn, value: 2}]}}
+      - model: C
+        layer_range: [0, 1]
+        parameters: {weight: [{filter: layers.0.self, value: 2}, {filter: h.0.attn, value: 2}]}
 merge_method: linear
 parameters: {weight: [{filter: norm, value: 0.8}, {filter: ln_, value: 0.8}, {value: 0.3}]}
 """
