@@ -87,7 +87,7 @@ def copy_side_files(
     """Copy the side files of `base` into `staging`.
 
     out_dtype   safetensors code of the output's dtype, for the dtype fields of config.json; None: as the base
-    config_changes  what else is other in config.json: dotted key -> value, None removes the key
+    config_changes  what else is another in config.json: key (`text_config.num_hidden_layers`) -> value; None: left out
     without     patterns of names that are left out: the merged model has files of its own
     Returns     {"copied": names, "notes": lines for the summary}
     Raises      as plan_side_files; OSError where writing fails."""
@@ -108,17 +108,14 @@ def copy_side_files(
 
 
 def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with other values at some dotted keys (`text_config.vocab_size`); None removes the key."""
+    """The config with other values under dotted keys; None: without the key."""
     changed = copy.deepcopy(config)
     for key, value in changes.items():
-        *parents, last = key.split(".")
-        part = changed
-        for parent in parents:
-            part = part.setdefault(parent, {})
-        if value is None:
-            part.pop(last, None)
-        else:
-            part[last] = value
+        *outer, last = key.split(".")
+        inner = changed
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner.pop(last, None) if value is None else inner.update({last: value})
     return changed
 
 

@@ -83,6 +83,8 @@ def extract(
 
 
 def check_recipe(recipe: Recipe, rank: int | None) -> None:
+    if recipe.modules:
+        raise RecipeError("slices and modules make a whole model: not as an adapter")
     if recipe.base is None or not recipe.subtract_base:
         raise RecipeError("an adapter is a change of a base: give base_model and a method that merges task vectors")
     if rank is not None and rank < 1:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
+from pymerge.engine.parts import Parts, with_parts
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
@@ -48,6 +49,8 @@ class Inputs:
     statistics: tuple[Statistics, ...] = ()  # likewise
     alignment: Alignment | None = None  # by which base, models and fisher are read
     vocabulary: NewVocabulary | None = None  # in whose order base and models have their rows
+    parts: Parts | None = None  # of a recipe of slices or modules; then `models` are all models of all parts
+    config_changes: Mapping[str, Any] = field(default_factory=dict)  # of the output's config.json, see copy_side_files
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
@@ -123,7 +126,7 @@ def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
     """What `merge` would do: every check that headers allow, nothing computed."""
     options = options or Options()
     with ExitStack() as stack:
-        inputs = with_given(recipe, open_inputs(recipe, options, stack))
+        inputs = with_parts(recipe, with_given(recipe, open_inputs(recipe, options, stack)))
         return planned(recipe, inputs, options)
 
 
@@ -134,7 +137,7 @@ def planned(
     change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
-    plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change))
+    plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change, inputs.parts))
     if inputs.vocabulary is not None:
         vocabulary = inputs.vocabulary
         plan = replace(plan, notes=[*vocabulary.notes, *plan.notes], vocabulary=vocabulary.summary)
@@ -146,7 +149,7 @@ def planned(
 def settled(recipe: Recipe, inputs: Inputs, options: Options) -> tuple[Inputs, Plan]:
     """The inputs with their units in one order, and the plan. What headers tell is checked before permutations are
     searched for."""
-    inputs = with_given(recipe, inputs)
+    inputs = with_parts(recipe, with_given(recipe, inputs))
     plan = planned(recipe, inputs, options)
     if recipe.align is not None and inputs.alignment is None:
         inputs = with_found(recipe, inputs, options)
@@ -269,10 +272,10 @@ def peak_memory() -> int:
 
 def write_side_files(folder: Path, recipe: Recipe, inputs: Inputs, executor: Executor, summary: dict[str, Any]) -> None:
     """Everything beside the weights, into the staging folder."""
-    new = inputs.vocabulary
-    config, without = (new.config, new.without) if new is not None else ({}, ())
+    new, changes = inputs.vocabulary, inputs.config_changes
+    without = new.without if new is not None else ()
     copied = copy_side_files(
-        inputs.reference, folder, out_dtype=recipe.output_dtype, config_changes=config, without=without
+        inputs.reference, folder, out_dtype=recipe.output_dtype, config_changes=changes, without=without
     )
     copied["copied"] += new.write(folder) if new is not None else []
     beside = extra_files(folder, recipe, inputs, executor)

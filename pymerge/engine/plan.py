@@ -26,6 +26,7 @@ from pymerge.engine.asking import (
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.engine.factored import factored_item, rank_sum, weight_under
 from pymerge.engine.observing import observing_bytes
+from pymerge.engine.parts import Parts, check_parts
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
@@ -354,11 +355,16 @@ def make_plan(
     fisher: Sequence[Checkpoint] = (),
     statistics: Sequence[Statistics] = (),
     change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
+    parts: Parts | None = None,
 ) -> Plan:
     """Check everything that headers tell, then plan. Raises one error with all problems.
 
-    change  makes other entries of those that the recipe asks for (`engine.scaled`)"""
-    entries, notes = check(recipe, base, models, labels, fisher, statistics)
+    change  makes other entries of those that the recipe asks for (`engine.scaled`)
+    parts   of a recipe of slices or modules, in place of the models"""
+    if parts is not None:
+        entries, notes = check_parts(recipe, parts)
+    else:
+        entries, notes = check(recipe, base, models, labels, fisher, statistics)
     entries = change(entries) if change is not None else entries
     live: Any = tuple(found for found in statistics if found.live)
     planner = Planner(recipe, options, sum(observing_bytes(live).values()))

@@ -40,4 +40,5 @@ def with_vocabulary(recipe: Recipe, inputs: Inputs) -> Inputs:
         base=view[id(inputs.base)] if inputs.base is not None else None,
         models=tuple(view[id(model)] for model in inputs.models),
         vocabulary=new,
+        config_changes={**inputs.config_changes, **(new.config if new is not None else {})},
     )

@@ -7,6 +7,8 @@ from typing import Final
 KEYS: Final = (
     "base_model",
     "models",
+    "slices",
+    "modules",
     "merge_method",
     "parameters",
     "align",
@@ -27,7 +29,6 @@ KEYS: Final = (
     "tokenizer",
     "chat_template",
 )
-LATER: Final = ("slices", "modules")
 KEYS_OF_MODEL: Final = ("model", "parameters", "fisher", "statistics", "data")
 BESIDE_MODEL: Final = ("fisher", "statistics", "data")  # what goes with a model; in Python a list with one a model
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")

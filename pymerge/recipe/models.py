@@ -24,6 +24,7 @@ class ModelRef:
     fisher  the file, or the tensors, with the Fisher information of its parameters
     statistics  the file that `pymerge observe` made of it, or a Statistics object
     data    samples of its task, which the merge observes itself
+    layers  of a source of a slice: the first of its layers that are taken, and the one behind the last; None: all
     """
 
     path: str
@@ -32,6 +33,7 @@ class ModelRef:
     fisher: ModelRef | None = None
     statistics: ModelRef | None = None
     data: DataRef | None = None
+    layers: tuple[int, int] | None = None
 
     @property
     def in_memory(self) -> bool:
