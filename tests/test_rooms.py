@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pymerge"
 BELOW_RECIPE = {"methods", "align", "statistics", "checkpoint", "linalg", "ops", "hub", "errors"}
 BELOW_ENGINE = BELOW_RECIPE | {"recipe"}
-BELOW_REPORT = BELOW_ENGINE | {"engine"}
+BELOW_REPORT = BELOW_ENGINE | {"vocabulary", "engine"}
 # `version` is a leaf like `errors`: a string. `_C` is the native host module: buffers, checksums, files.
 # `runtime` loads models and finds their layers as `statistics` does.
 ALLOWED: dict[str, set[str]] = {
@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "align": {"linalg", "ops", "errors", "checkpoint", "statistics"},
     "methods": {"linalg", "ops", "errors"},
     "recipe": {"methods", "align", "statistics", "hub", "errors"},
-    "engine": BELOW_ENGINE | {"version", "_C"},
+    "vocabulary": {"recipe", "checkpoint", "errors"},
+    "engine": BELOW_ENGINE | {"vocabulary", "version", "_C"},
     "report": BELOW_REPORT | {"version"},
     "tuning": BELOW_REPORT | {"version"},
     "integrations": BELOW_REPORT | {"version"},

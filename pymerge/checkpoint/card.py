@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ def model_card(recipe: Described, summary: Mapping[str, Any], *, has_config: boo
     plain = recipe.to_dict()
     method = str(plain["merge_method"])
     base = plain.get("base_model")
-    models = [str(m["model"] if isinstance(m, Mapping) else m) for m in plain["models"]]
+    models = list(dict.fromkeys(_models(plain)))
     parents = [*([str(base)] if base else []), *(m for m in models if m != base)]
     lines = ["---", "base_model:", *(f"- {_quoted(p)}" for p in parents)]
     if has_config:
@@ -48,6 +48,20 @@ def model_card(recipe: Described, summary: Mapping[str, Any], *, has_config: boo
     lines += ["", "## Recipe", "", f"{fence}yaml", recipe_text, fence, ""]
     lines += ["`merge.json` beside the weights holds versions, input fingerprints and a checksum of every tensor.", ""]
     return "\n".join(lines)
+
+
+def _models(plain: Any) -> Iterator[str]:
+    """All that a recipe merges: its models, or the sources of its slices, whose bases count."""
+    for key, value in plain.items() if isinstance(plain, Mapping) else ():
+        if key in ("models", "sources"):
+            yield from (str(m["model"] if isinstance(m, Mapping) else m) for m in value)
+        elif key == "slices":
+            for entry in value:
+                yield from _models(entry)
+                yield from [str(entry["base_model"])] if "base_model" in entry else []
+        elif key == "modules":
+            for module in value.values():
+                yield from _models(module)
 
 
 def _quoted(text: str) -> str:

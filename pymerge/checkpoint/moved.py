@@ -1,4 +1,4 @@
-"""A tensor with the entries of some axes in another order, put there as its bytes are read."""
+"""A tensor with the entries of some axes in another order, or some of its rows, put there as its bytes are read."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ class MovedTensor:
     Memory   of a read: some times SCRATCH, or some rows if that is more
     Cost     rows are read in the source's order, at most SPARSE times as many as are asked for; one gather an axis
 
-    moves    axis -> int64 [size of the axis], a permutation"""
+    moves    axis -> int64 [size of the axis], a permutation; of axis 0 any rows, any number of them"""
 
-    __slots__ = ("_inner", "_order", "_row", "_rows", "_source", "dtype", "file", "name", "nbytes", "offset", "shape")
+    __slots__ = (
+        *("_inner", "_order", "_row", "_rows", "_source", "dtype", "file", "name", "nbytes", "offset", "shape"),
+        "stored",
+    )
 
     def __init__(self, name: str, source: AnyTensor, moves: Mapping[int, Tensor]) -> None:
         self.name, self._source = name, source
-        self.dtype, self.shape, self.nbytes, self.offset = source.dtype, source.shape, source.nbytes, source.offset
+        self.dtype, self.offset = source.dtype, source.offset
+        self.stored: str = getattr(source, "stored", source.dtype)  # a merge is rounded to it at the end
+        self.shape = (len(moves[0]), *source.shape[1:]) if 0 in moves else source.shape
+        self.nbytes = math.prod(self.shape) * ITEMSIZE[self.dtype]
         self.file: Path | None = source.file
         # The tensor is taken as rows [rows, *row]: axis 0 where that moves, else all axes in front of those that do.
         lead = 1 if 0 in moves else min(moves, default=0)

@@ -19,6 +19,7 @@ from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_he
 from pymerge.checkpoint.index import Prefer, check_index, read_json_object, resolve
 from pymerge.checkpoint.made import MadeTensor
 from pymerge.checkpoint.moved import MovedTensor
+from pymerge.checkpoint.rows import RowsTensor
 from pymerge.errors import ChangedInput, InputError, UnsupportedDtype
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class MemoryTensor:
 
 
 _CODE = {torch_name: code for code, torch_name in TORCH_NAME.items()}
-AnyTensor = LazyTensor | MemoryTensor | AdaptedTensor | MovedTensor | MadeTensor
+AnyTensor = LazyTensor | MemoryTensor | AdaptedTensor | MovedTensor | MadeTensor | RowsTensor
 
 
 class Checkpoint(Mapping[str, AnyTensor]):

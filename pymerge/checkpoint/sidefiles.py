@@ -7,11 +7,12 @@ READMEs; what is left is listed.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,14 @@ def copy_side_files(
     staging: Path,
     *,
     out_dtype: str | None = None,
+    config_changes: Mapping[str, Any] | None = None,
     without: Sequence[str] = (),
 ) -> dict[str, list[str]]:
     """Copy the side files of `base` into `staging`.
 
     out_dtype   safetensors code of the output's dtype, for the dtype fields of config.json; None: as the base
-    without     patterns of names that are left out
+    config_changes  what else is another in config.json: key (`text_config.num_hidden_layers`) -> value; None: left out
+    without     patterns of names that are left out: the merged model has files of its own
     Returns     {"copied": names, "notes": lines for the summary}
     Raises      as plan_side_files; OSError where writing fails."""
     plan = plan_side_files(base)
@@ -93,14 +96,27 @@ def copy_side_files(
     for name in files:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json" and base.config is not None and out_dtype is not None:
-            config = with_dtype(base.config, TORCH_NAME[out_dtype])
+        if name == "config.json" and base.config is not None and (out_dtype is not None or config_changes):
+            config = with_changes(base.config, config_changes or {})
+            config = with_dtype(config, TORCH_NAME[out_dtype]) if out_dtype is not None else config
             target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         elif plan.folder is not None:
             shutil.copyfile(
                 plan.folder / name, target
             )  # content only: a link becomes a file, permissions follow the umask
     return {"copied": files, "notes": list(plan.notes)}
+
+
+def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with other values under dotted keys; None: without the key."""
+    changed = copy.deepcopy(config)
+    for key, value in changes.items():
+        *outer, last = key.split(".")
+        inner = changed
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner.pop(last, None) if value is None else inner.update({last: value})
+    return changed
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

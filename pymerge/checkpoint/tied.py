@@ -8,7 +8,7 @@ from typing import Any
 from pymerge.checkpoint.read import Checkpoint
 
 # Vocabulary matrices of transformers architectures by the last parts of their names.
-_INPUT = (
+INPUT = (
     "embed_tokens.weight",
     "wte.weight",
     "word_embeddings.weight",
@@ -16,7 +16,7 @@ _INPUT = (
     "shared.weight",
     "tok_embeddings.weight",
 )
-_OUTPUT = (
+OUTPUT = (
     "lm_head.weight",
     "embed_out.weight",
     "cls.predictions.decoder.weight",
@@ -48,7 +48,7 @@ def feeds_head(model: Checkpoint, name: str) -> bool:
     """Whether the output head uses this embedding: by the config or, where it does not say, as no head is stored."""
     if name not in tied_pairs(model).values():
         return False
-    return tie_setting(model.config) is True or not any(n.endswith(_OUTPUT) for n in model)
+    return tie_setting(model.config) is True or not any(n.endswith(OUTPUT) for n in model)
 
 
 def tie_setting(config: Mapping[str, Any] | None) -> bool | None:
@@ -63,7 +63,7 @@ def tie_setting(config: Mapping[str, Any] | None) -> bool | None:
 
 def _input_embedding(model: Checkpoint) -> str | None:
     """The stored input embedding of the language model; None where there is none or several could be meant."""
-    for ending in ("shared.weight", *_INPUT):
+    for ending in ("shared.weight", *INPUT):
         found = [n for n in model if n == ending or n.endswith("." + ending)]
         if ending.endswith("shared.weight"):
             found = [n for n in found if n in ("shared.weight", "model.shared.weight")]
@@ -76,5 +76,5 @@ def _candidates(source: str) -> list[str]:
     """Names under which the same matrix may appear: heads at the top level or beside the embedding's parents."""
     parents = source.split(".")[:-2]
     prefixes = ["", *(".".join(parents[:depth]) + "." for depth in range(1, len(parents) + 1))]
-    endings = _OUTPUT + (_ALSO_INPUT if source.endswith("shared.weight") else ())
+    endings = OUTPUT + (_ALSO_INPUT if source.endswith("shared.weight") else ())
     return [prefix + ending for prefix in prefixes for ending in endings]

@@ -83,12 +83,18 @@ def extract(
 
 
 def check_recipe(recipe: Recipe, rank: int | None) -> None:
+    if recipe.modules:
+        raise RecipeError("slices and modules make a whole model: not as an adapter")
     if recipe.base is None or not recipe.subtract_base:
         raise RecipeError("an adapter is a change of a base: give base_model and a method that merges task vectors")
     if rank is not None and rank < 1:
         raise RecipeError(f"rank: must be at least 1, got {rank}")
     if recipe.align is not None:
         raise RecipeError("align moves units of the models: write a whole model, not an adapter")
+    if recipe.other_rows or recipe.chat_template is not None:
+        raise RecipeError(
+            "an adapter has no tokenizer of its own: write a whole model, or leave the tokenizer keys out"
+        )
     if recipe.sequential:
         raise RecipeError(f"{recipe.method} runs each layer behind those that are merged: write a whole model")
     if what := recipe.combine_class.beside:

@@ -40,7 +40,8 @@ def merge(
     as_adapter    the result is a LoRA adapter of the base: of this rank, or, True, of that of the merged adapters
     options       memory budget, threads, device, overwriting (pymerge.Options)
     parameters    hyperparameters of the method (one value, or a list with one a model), `purify`, `calibrate`, `dtype`,
-                  `out_dtype`, `exclude`, `include`, `seed`, `relax`; see pymerge.methods.describe(method).
+                  `out_dtype`, `exclude`, `include`, `seed`, `relax`, `tokenizer_source`, `tokenizer`, `chat_template`;
+                  see pymerge.methods.describe(method).
                   `align`: what find_permutations returned, its file, or {"method": "mudsc", "data": batches, ...} with
                   its options, to find them first; models come in the order of the base, or of the first where none is
     Returns       the summary that is also written to out/merge.json; in memory a new state dict, or a new module where

@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pymerge.checkpoint import AdaptedTensor, AnyTensor, Checkpoint, safe_name
-from pymerge.checkpoint.made import MadeTensor
+from pymerge.checkpoint import AnyTensor, Checkpoint, safe_name
 from pymerge.checkpoint.tied import tied_pairs
 from pymerge.engine.asking import asks_model, survey_scope
 from pymerge.engine.inputs import InputFinder
+from pymerge.engine.problems import Problems
 from pymerge.errors import (
     ExtraTensor,
-    InputError,
-    MergeError,
     MissingTensor,
     RecipeError,
     ShapeMismatch,
@@ -26,7 +24,7 @@ from pymerge.errors import (
     VocabMismatch,
 )
 from pymerge.methods.base import AdapterCombine, TensorInfo
-from pymerge.recipe import Recipe, Steps, layer_depths
+from pymerge.recipe import Layers, Recipe, Steps
 
 if TYPE_CHECKING:
     from pymerge.statistics import Statistics
@@ -59,6 +57,7 @@ class Entry:
     split: tuple[int, tuple[int, ...]] | None = None  # merged in parts: the dimension, and the sizes along it
     join: tuple[int, int] | None = None  # merged with other matrices as one: number of the group, place in it
     equal_to: tuple[AnyTensor, ...] = ()  # integer buffers: must hold the same bytes
+    labels: tuple[str, ...] = ()  # what the reference and the models are called
     subtracts: bool = True  # False: tuned is an update already, the base is only added to it
     adds: bool = True  # False: the output is the update, to which no base is added
 
@@ -80,26 +79,6 @@ class Entry:
 
 
 @dataclass
-class Problems:
-    """Collects what is wrong, raises it as one error."""
-
-    found: list[tuple[type[MergeError], str]] = field(default_factory=list)
-
-    def add(self, kind: type[MergeError], message: str) -> None:
-        self.found.append((kind, message))
-
-    def raise_all(self) -> None:
-        if not self.found:
-            return
-        kinds = {kind for kind, _ in self.found}
-        kind = self.found[0][0] if len(kinds) == 1 else InputError
-        shown = [message for _, message in self.found[:20]]
-        if len(self.found) > 20:
-            shown.append(f"... and {len(self.found) - 20} more")
-        raise kind("\n".join(shown))
-
-
-@dataclass
 class Checker:
     """Walks the reference model's names and decides for each."""
 
@@ -111,6 +90,7 @@ class Checker:
     statistics: Sequence[Statistics] = ()  # likewise
     notes: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
+    layers: Layers | None = None  # of a part of an output; None: the models are whole
 
     def __post_init__(self) -> None:
         self.reference = self.base if self.base is not None else self.models[0]
@@ -126,10 +106,11 @@ class Checker:
         self.inputs = InputFinder(self.statistics, self.labels, self.models) if self.statistics else None
 
     def run(self) -> list[Entry]:
-        """Output entries in the order of the reference model's files."""
+        """Output entries in the order of the reference model's files; what is wrong is in `problems`."""
         names = self.reference.file_order()
-        self.depths = layer_depths(names)
-        self.steps = self.recipe.resolve(names)
+        layers = self.layers or Layers.of(names)
+        self.depths = layers.depths
+        self.steps = self.recipe.resolve(names, layers)
         self.check_extra(set(names))
         self.find_joins()
         entries = [entry for name in names if (entry := self.entry(name)) is not None]
@@ -139,7 +120,6 @@ class Checker:
             self.inputs.finish()
             self.problems.found += self.inputs.problems
             self.notes += self.inputs.notes
-        self.problems.raise_all()
         if self.rest:
             listed = f"{', '.join(self.rest[:10])}{' ...' if len(self.rest) > 10 else ''}"
             self.notes.append(
@@ -156,11 +136,18 @@ class Checker:
 
     def out_dtype(self, tensor: AnyTensor) -> str:
         asked = self.recipe.output_dtype
-        stored = tensor.stored if isinstance(tensor, AdaptedTensor | MadeTensor) else tensor.dtype
+        stored = getattr(tensor, "stored", tensor.dtype)  # of tensors that are computed as they are read
         return asked if asked and stored in FLOATS else stored
 
     def copied(self, name: str, tensor: AnyTensor, equal_to: tuple[AnyTensor, ...] = ()) -> Entry:
-        return Entry(name=name, shape=tensor.shape, dtype=self.out_dtype(tensor), reference=tensor, equal_to=equal_to)
+        return Entry(
+            name=name,
+            shape=tensor.shape,
+            dtype=self.out_dtype(tensor),
+            reference=tensor,
+            equal_to=equal_to,
+            labels=(self.reference_label, *self.labels),
+        )
 
     def entry(self, name: str) -> Entry | None:
         reference = self.reference[name]
@@ -206,6 +193,7 @@ class Checker:
             count=count,
             split=split,
             join=self.join_of.get(name),
+            labels=(self.reference_label, *self.labels),
         )
 
     def is_untouched(self, name: str, found: Sequence[AnyTensor]) -> bool:
@@ -348,8 +336,8 @@ class Checker:
             return count // max(1, reference.shape[0]) * rows
         self.problems.add(
             VocabMismatch,
-            f"{text} Say `relax: {{vocabulary: base_rows}}` to merge the common rows and keep the base's others, or "
-            "exclude it.",
+            f"{text} Say `tokenizer_source: union` (or base, or a model) to put rows in order by their tokens, "
+            "`relax: {vocabulary: base_rows}` to merge the common rows and keep the base's others, or exclude it.",
         )
         return None
 
@@ -390,7 +378,9 @@ def check(
 ) -> tuple[list[Entry], list[str]]:
     """Output entries in reading order, and notes for the summary. Raises one error that lists every problem."""
     checker = Checker(recipe, base, models, labels, fisher, statistics)
-    return checker.run(), checker.notes
+    entries = checker.run()
+    checker.problems.raise_all()
+    return entries, checker.notes
 
 
 def tensor_counts(entries: Sequence[Entry]) -> Mapping[str, int]:

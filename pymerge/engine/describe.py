@@ -43,6 +43,7 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
     largest = sorted(plan.items, key=lambda item: -item.read_bytes)[:5]
     return {
         **({"align": {"recipe": plan.recipe.align.plain()} | dict(plan.alignment or {})} if plan.recipe.align else {}),
+        **({"vocabulary": plan.vocabulary} if plan.vocabulary is not None else {}),
         "tensors": plan.counts,
         "items": modes,
         "bytes_read": plan.read_bytes,

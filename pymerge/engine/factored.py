@@ -96,13 +96,13 @@ def factored_group(plan: Plan, item: Item) -> TaskGroup:
 
     entry, found = item.entry, []
     m, n = entry.shape
-    for model, tensor in zip(plan.recipe.models, entry.tuned, strict=True):
+    for model, tensor in zip(entry.labels[1:], entry.tuned, strict=True):
         if not isinstance(tensor, AdaptedTensor):
             found.append(Factors(torch.zeros(m, 0), torch.zeros(0, n)))
             continue
         left, right = (side.float() for side in tensor.factors())
         if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
-            raise NonFinite(f"{safe_name(entry.name)}: NaN or Inf in the adapter {model.path}. Nothing was written.")
+            raise NonFinite(f"{safe_name(entry.name)}: NaN or Inf in the adapter {model}. Nothing was written.")
         found.append(Factors(left, right))
     transposed = any(isinstance(tensor, AdaptedTensor) and tensor.transposed for tensor in entry.tuned)
     info = entry.info(plan.recipe.seed)

@@ -233,7 +233,7 @@ def load(plan: Plan, piece: Piece, device: str) -> list[Tensor]:
     use_threads(plan.item_threads)
     if plan.recipe.relaxations.get("nonfinite") != "keep":
         if any(_C.count_nonfinite(place, piece.count)[0] for place in piece.inputs):
-            raise_bad_input(plan.recipe, piece)
+            raise_bad_input(piece)
     shape = piece.item.entry.merged_shape
     row = torch.Size(shape[1:]).numel()
     if piece.count < piece.item.count:

@@ -23,9 +23,11 @@ from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
+from pymerge.engine.parts import Parts, with_parts
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import summary_of
+from pymerge.engine.vocabulary import with_vocabulary
 from pymerge.errors import Interrupted, MergeError, RecipeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.references import split_adapter
@@ -33,6 +35,7 @@ from pymerge.version import __version__
 
 if TYPE_CHECKING:
     from pymerge.statistics import Statistics
+    from pymerge.vocabulary.build import NewVocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,9 @@ class Inputs:
     fisher: tuple[Checkpoint, ...] = ()  # of each model, where the method has it
     statistics: tuple[Statistics, ...] = ()  # likewise
     alignment: Alignment | None = None  # by which base, models and fisher are read
+    vocabulary: NewVocabulary | None = None  # in whose order base and models have their rows
+    parts: Parts | None = None  # of a recipe of slices or modules; then `models` are all models of all parts
+    config_changes: Mapping[str, Any] = field(default_factory=dict)  # of the output's config.json, see copy_side_files
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:
@@ -117,13 +123,14 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
                 stack.callback(found.close)
             yield found
 
-    return Inputs(
+    inputs = Inputs(
         base=opened(recipe.base) if recipe.base is not None else None,
         models=tuple(opened(model) for model in recipe.models),
         labels=tuple(model.path for model in recipe.models),
         fisher=tuple(opened(model.fisher) for model in recipe.models if model.fisher is not None),
         statistics=tuple(found for model in recipe.models for found in observed(model)),
     )
+    return with_vocabulary(recipe, inputs)
 
 
 def state_of(model: Any) -> Mapping[str, Any]:
@@ -154,7 +161,7 @@ def opened_plan(recipe: Recipe, options: Options) -> Iterator[tuple[Inputs, Plan
     """The plan, while its inputs are open."""
     check_device(options.device)
     with ExitStack() as stack:
-        inputs = with_given(recipe, open_inputs(recipe, options, stack))
+        inputs = with_parts(recipe, with_given(recipe, open_inputs(recipe, options, stack)))
         yield inputs, planned(recipe, inputs, options)
 
 
@@ -165,7 +172,10 @@ def planned(
     change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
-    plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change))
+    plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change, inputs.parts))
+    if inputs.vocabulary is not None:
+        vocabulary = inputs.vocabulary
+        plan = replace(plan, notes=[*vocabulary.notes, *plan.notes], vocabulary=vocabulary.summary)
     if inputs.alignment is None:
         return plan
     return replace(plan, notes=[*plan.notes, *inputs.alignment.notes], alignment=inputs.alignment.summary())
@@ -174,7 +184,7 @@ def planned(
 def settled(recipe: Recipe, inputs: Inputs, options: Options) -> tuple[Inputs, Plan]:
     """The inputs with their units in one order, and the plan. What headers tell is checked before permutations are
     searched for."""
-    inputs = with_given(recipe, inputs)
+    inputs = with_parts(recipe, with_given(recipe, inputs))
     plan = planned(recipe, inputs, options)
     if recipe.align is not None and inputs.alignment is None:
         inputs = with_found(recipe, inputs, options)
@@ -237,6 +247,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
         "statistics": [found.fingerprint() for found in inputs.statistics],
         "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,
+        "vocabulary": inputs.vocabulary.digest if inputs.vocabulary is not None else None,
         "shard_bytes": options.shard_bytes,
         "device": options.device,
         "item_threads": plan.item_threads,
@@ -318,9 +329,16 @@ def write_side_files(
 
 def copy_beside(folder: Path, recipe: Recipe, inputs: Inputs, extras: Extras) -> dict[str, list[str]]:
     """What a loader needs beside the weights; the names of the files, and notes."""
-    without = () if extras.tokenizer else (*TOKENIZER, "additional_chat_templates/*")
-    copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype, without=without)
-    copied["notes"] += [] if extras.tokenizer else ["the tokenizer was not copied, as asked"]
+    new, changes = inputs.vocabulary, inputs.config_changes
+    without = (
+        *(new.without if new is not None else ()),
+        *(() if extras.tokenizer else (*TOKENIZER, "additional_chat_templates/*")),
+    )
+    copied = copy_side_files(
+        inputs.reference, folder, out_dtype=recipe.output_dtype, config_changes=changes, without=without
+    )
+    copied["copied"] += new.write(folder) if new is not None else []
+    copied["notes"] += [] if extras.tokenizer else ["the base's tokenizer was not copied, as asked"]
     return copied
 
 

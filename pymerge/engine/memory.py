@@ -51,6 +51,9 @@ def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
         raise RecipeError(
             f"{recipe.method} leaves {what} beside the merged model: give folders, and out= for the result"
         )
+    first = (recipe.base or recipe.models[0]).value
+    if recipe.other_rows and not isinstance(first, Mapping):
+        raise RecipeError("relax: vocabulary: truncate: the result has other rows than the modules: give state dicts")
     with ExitStack() as stack:
         _, plan = settled(recipe, open_inputs(recipe, options, stack), options)
         sink = MemorySink([item.entry for item in plan.items])
@@ -58,7 +61,6 @@ def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
             Executor(
                 plan, sink, threads=options.thread_count, device=options.device, progress=progress, stop=Stop()
             ).run()
-    first = (recipe.base or recipe.models[0]).value
     if isinstance(first, Mapping):
         return sink.tensors
     merged = copy.deepcopy(first)

@@ -21,7 +21,7 @@ def settle_non_finite(recipe: Recipe, piece: Piece, bad: list[int], params: _C.D
     bad_inputs = any(bad[:-1])
     if bad_inputs:
         if recipe.relaxations.get("nonfinite") != "keep":
-            raise_bad_input(recipe, piece)
+            raise_bad_input(piece)
     elif params is None:  # a copy that changes no dtype cannot overflow
         return
     elif recipe.relaxations.get("overflow") == "clamp":
@@ -30,21 +30,20 @@ def settle_non_finite(recipe: Recipe, piece: Piece, bad: list[int], params: _C.D
         raise_overflow(piece, bad[-1], max(map(abs, in_float32(piece, params))))
 
 
-def labels(recipe: Recipe, piece: Piece) -> list[str]:
+def labels(piece: Piece) -> list[str]:
     """What the piece's inputs are called, base first where there is one."""
-    models = [model.path for model in recipe.models]
-    inputs = piece.item.inputs
+    entry = piece.item.entry
     if piece.item.factored:
         return ["base"]
-    fisher = [f"Fisher information of {model}" for model in models] if piece.item.entry.weights else []
-    has_base = recipe.base is not None and (piece.item.mode == "copy" or len(inputs) > len(models) + len(fisher))
-    return (["base"] if has_base else []) + models + fisher
+    reference, *models = entry.labels or ("base", "the update")
+    fisher = [f"Fisher information of {model}" for model in models] if entry.weights else []
+    return ([reference] if piece.item.mode == "copy" or entry.base is not None else []) + models + fisher
 
 
-def raise_bad_input(recipe: Recipe, piece: Piece) -> NoReturn:
+def raise_bad_input(piece: Piece) -> NoReturn:
     name = safe_name(piece.item.entry.name)
     found = []
-    for label, tensor in zip(labels(recipe, piece), piece.item.inputs, strict=False):
+    for label, tensor in zip(labels(piece), piece.item.inputs, strict=False):
         count, first = count_non_finite(tensor)
         if count:
             found.append(

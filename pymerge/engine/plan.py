@@ -26,6 +26,7 @@ from pymerge.engine.asking import (
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.engine.factored import factored_item, rank_sum, weight_under
 from pymerge.engine.observing import observing_bytes
+from pymerge.engine.parts import Parts, check_parts
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
@@ -179,6 +180,7 @@ class Plan:
     surveys: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # model-wide: the steps and the items they cover
     questions: tuple[tuple[Steps, tuple[Item, ...]], ...] = ()  # likewise, of combine steps that are no rule
     purify_questions: tuple[tuple[SurveyedPurify, tuple[Item, ...]], ...] = ()  # of purify steps: their matrices
+    vocabulary: Mapping[str, Any] | None = None  # where the models' rows come from: see NewVocabulary.summary
     alignment: Mapping[str, Any] | None = None  # of the models' units, where it is known: see Alignment.summary
     item_threads: int = 1  # numeric threads of a generic item; its bits depend on them
     at_once: int = 1  # generic items that are worked on side by side
@@ -353,11 +355,16 @@ def make_plan(
     fisher: Sequence[Checkpoint] = (),
     statistics: Sequence[Statistics] = (),
     change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
+    parts: Parts | None = None,
 ) -> Plan:
     """Check everything that headers tell, then plan. Raises one error with all problems.
 
-    change  makes other entries of those that the recipe asks for (`engine.scaled`)"""
-    entries, notes = check(recipe, base, models, labels, fisher, statistics)
+    change  makes other entries of those that the recipe asks for (`engine.scaled`)
+    parts   of a recipe of slices or modules, in place of the models"""
+    if parts is not None:
+        entries, notes = check_parts(recipe, parts)
+    else:
+        entries, notes = check(recipe, base, models, labels, fisher, statistics)
     entries = change(entries) if change is not None else entries
     live: Any = tuple(found for found in statistics if found.live)
     planner = Planner(recipe, options, sum(observing_bytes(live).values()))

@@ -39,8 +39,12 @@ def why_merged_anew(recipe: Recipe) -> str:
         return f"the {recipe.combine_class.beside} beside the weights are of one scale"
     if recipe.calibrate:
         return f"{recipe.calibrate[0].method} comes behind the scale"
+    if recipe.modules:
+        return "it has slices or modules"
     if recipe.align is not None:
         return "the models' units are put in one order first"
+    if recipe.other_rows or recipe.chat_template is not None:
+        return "the models' vocabularies become one first"
     if recipe.sequential:
         return f"{recipe.method} observes layers behind those that are merged at that scale"
     return ""

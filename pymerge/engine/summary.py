@@ -34,6 +34,7 @@ def summary_of(
         "recipe": plan.recipe.to_dict(),
         **({"resolved": plan.recipe.resolved} if plan.recipe.resolved else {}),
         **({"align": plan.alignment} if plan.alignment is not None else {}),
+        **({"vocabulary": plan.vocabulary} if plan.vocabulary is not None else {}),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs],
         "tensors": plan.counts,
         "relaxations": plan.recipe.relaxations,

@@ -31,6 +31,7 @@ from pymerge.methods import (
     model_stock,
     multislerp,
     nuslerp,
+    passthrough,
     pave,
     pcb,
     regmean,
@@ -52,6 +53,7 @@ __all__ = ["REGISTRY", "MethodInfo", "ParamInfo", "describe", "get", "list", "re
 
 _BUILT_IN = (
     linear,
+    passthrough,
     task_arithmetic,
     slerp,
     ties,

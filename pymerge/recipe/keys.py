@@ -7,6 +7,8 @@ from typing import Final
 KEYS: Final = (
     "base_model",
     "models",
+    "slices",
+    "modules",
     "merge_method",
     "parameters",
     "align",
@@ -23,15 +25,17 @@ KEYS: Final = (
     "relax",
     "dtype",
     "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
 )
-LATER: Final = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
 KEYS_OF_MODEL: Final = ("model", "parameters", "fisher", "statistics", "data")
 BESIDE_MODEL: Final = ("fisher", "statistics", "data")  # what goes with a model; in Python a list with one a model
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 RELAXATIONS: Final[dict[str, tuple[str, ...]]] = {
     "missing": ("base", "skip"),
     "extra": ("drop", "copy"),
-    "vocabulary": ("base_rows",),
+    "vocabulary": ("base_rows", "truncate"),
     "overflow": ("clamp",),
     "nonfinite": ("keep",),
     "buffers": ("base",),

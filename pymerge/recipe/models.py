@@ -22,6 +22,7 @@ class ModelRef:
     statistics  the file that `pymerge observe` made of it, or a Statistics object
     data    samples of its task, which the merge observes itself
     found   the path, or `base+adapter`, that `path` means, where that is another: a folder in the Hub's cache
+    layers  of a source of a slice: the first of its layers that are taken, and the one behind the last; None: all
     """
 
     path: str
@@ -31,6 +32,7 @@ class ModelRef:
     statistics: ModelRef | None = None
     data: DataRef | None = None
     found: str | None = field(default=None, compare=False)
+    layers: tuple[int, int] | None = None
 
     @property
     def in_memory(self) -> bool:

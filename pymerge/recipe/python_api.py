@@ -10,7 +10,7 @@ from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
 from pymerge.methods.base import Combine
 from pymerge.methods.param import params_of
-from pymerge.recipe.keys import BESIDE_MODEL, KEYS, LATER
+from pymerge.recipe.keys import BESIDE_MODEL, KEYS
 from pymerge.recipe.problems import Problems
 
 WHAT = {
@@ -34,7 +34,7 @@ def python_mapping(
     raw: dict[str, Any] = {"base_model": base, "merge_method": method, "parameters": {}}
     entries: list[dict[str, Any]] = [{"model": model, "parameters": {}} for model in models]
     for name, value in options.items():
-        if name in KEYS or name in LATER:
+        if name in KEYS:
             raw[name] = [_python_step(v) for v in _as_list(value)] if name in ("purify", "calibrate") else value
         elif name in BESIDE_MODEL or (name in known and known[name].per_model and isinstance(value, list | tuple)):
             if name in BESIDE_MODEL and not isinstance(value, list | tuple):

@@ -17,8 +17,9 @@ from pymerge.hub import commit_of
 from pymerge.methods.base import Combine, MatrixCombine
 from pymerge.methods.matrices import OfTaskVectors
 from pymerge.recipe.keys import BESIDE_MODEL, LENIENT
-from pymerge.recipe.layers import layer_positions
+from pymerge.recipe.layers import Layers
 from pymerge.recipe.models import ModelRef
+from pymerge.recipe.parts import plain_modules
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.python_api import python_mapping
 from pymerge.recipe.schema import Parsed, parse_recipe
@@ -41,6 +42,9 @@ class Recipe(Parsed):
     align     permutations that put the models' units in one order first, or how they are found
     matrices  which tensors methods for matrices act on
     fused     matrices that are merged in parts or together
+    vocabulary  tokens and rows of the merged model, where a recipe says other ones than the base's
+    modules   of a recipe with slices or modules: its parts, each a recipe of its own. Then `models` are all models of
+              all parts, each once; `base` gives side files, and is the base of parts that name none
     notes     what the recipe says without effect, for the summary
     """
 
@@ -72,10 +76,11 @@ class Recipe(Parsed):
         base, models  paths, or models in memory: mappings from name to tensor, or modules. base None: the method needs
         none
         options       keys of a recipe (align, purify, calibrate, exclude, include, style, seed, strict, relax, dtype,
-                      out_dtype) and hyperparameters of the method; a list for a per-model hyperparameter has one entry
-                      a model, and so have `fisher`, the Fisher information (paths, or mappings from name to tensor),
-                      `statistics`, what `observe` found (paths, or Statistics), and `data`, samples of the models'
-                      tasks (paths, {path, samples, length, field}, or batches)
+                      out_dtype, tokenizer_source, tokenizer, chat_template) and hyperparameters of the method; a list
+                      for a per-model hyperparameter has one entry a model, and so have `fisher`, the Fisher information
+                      (paths, or mappings from name to tensor), `statistics`, what `observe` found (paths, or
+                      Statistics), and `data`, samples of the models' tasks (paths, {path, samples, length, field}, or
+                      batches)
         """
         problems = Problems("merge")
         raw = python_mapping(base, models, method, options, problems)
@@ -83,7 +88,9 @@ class Recipe(Parsed):
 
     @classmethod
     def _of(cls, parsed: Parsed) -> Self:
-        return cls(**vars(parsed))
+        fields: dict[str, Any] = dict(vars(parsed))
+        fields["modules"] = tuple(module.of(cls._of) for module in parsed.modules)
+        return cls(**fields)
 
     @cached_property
     def combine_class(self) -> type[Combine]:
@@ -119,6 +126,11 @@ class Recipe(Parsed):
         given = [*([self.base] if self.base is not None else []), *self.listed]
         return {m.path: {"path": m.found, "commit": commit_of(m.found)} for m in given if m.found is not None}
 
+    @property
+    def other_rows(self) -> bool:
+        """Whether embeddings and heads get other rows before they are merged: by their tokens, or those in common."""
+        return self.vocabulary is not None or self.relaxations.get("vocabulary") == "truncate"
+
     def selects(self, name: str) -> bool:
         """Whether a tensor is merged; others are taken from the base (or the first model)."""
         included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
@@ -129,11 +141,12 @@ class Recipe(Parsed):
         """Whether all tensors have the same hyperparameters."""
         return all(template.static for template in self.templates)
 
-    def steps_for(self, name: str, layer_t: float) -> Steps:
-        """The steps of one tensor; one object for equal hyperparameters. layer_t: the tensor's `layer_positions`."""
+    def steps_for(self, name: str, layer_t: float, own: Sequence[str] | None = None) -> Steps:
+        """The steps of one tensor; one object for equal hyperparameters. layer_t: the tensor's `layer_positions`;
+        own: its names in the models, where they differ."""
         if self.static and self._steps:
             return next(iter(self._steps.values()))  # the first is of a tensor, routed ones come later
-        built: list[Any] = [template.at(name, layer_t) for template in self.templates]
+        built: list[Any] = [template.at(name, layer_t, own) for template in self.templates]
         key = tuple(map(id, built))
         if key not in self._steps:
             at = len(self.purify)
@@ -160,15 +173,16 @@ class Recipe(Parsed):
             self._steps[key] = Steps(purify=purify, combine=combine, calibrate=calibrate)
         return self._steps[key]
 
-    def resolve(self, names: Iterable[str]) -> dict[str, Steps]:
+    def resolve(self, names: Iterable[str], layers: Layers | None = None) -> dict[str, Steps]:
         """Name -> steps, for all selected names; one RecipeError for all names where a value is missing or wrong."""
+        layers = layers or Layers.of(names)
         found: dict[str, Steps] = {}
         failed: dict[str, list[str]] = {}
-        for name, t in layer_positions(names).items():
+        for name, t in layers.positions.items():
             if not self.selects(name):
                 continue
             try:
-                found[name] = self.steps_for(name, t)
+                found[name] = self.steps_for(name, t, layers.own.get(name))
             except RecipeError as e:
                 failed.setdefault(str(e).removeprefix(f"tensor {name}: "), []).append(name)
         problems = Problems(self.method)
@@ -183,6 +197,8 @@ class Recipe(Parsed):
         out: dict[str, Any] = {}
         if self.base is not None:
             out["base_model"] = self.base.path
+        if self.modules:
+            out |= plain_modules(self.modules, _model_plain)
         out["models"] = [_model_plain(m) for m in self.listed]
         out["merge_method"] = self.method
         out["parameters"] = {name: setting.plain() for name, setting in self.params.items()}
@@ -194,6 +210,8 @@ class Recipe(Parsed):
         out |= {"join": [list(patterns) for patterns in self.fused.joins]}
         out |= {"strict": None if self.strict else False, "relax": dict(self.relax)}
         out |= {"dtype": self.dtype, "out_dtype": self.out_dtype}
+        out |= self.vocabulary.plain() if self.vocabulary is not None else {}
+        out |= {"chat_template": self.chat_template}
         return {key: value for key, value in out.items() if value not in (None, [], {})}
 
     def to_yaml(self) -> str:
@@ -211,4 +229,5 @@ class Recipe(Parsed):
 def _model_plain(model: ModelRef) -> dict[str, Any]:
     params = {name: setting.plain() for name, setting in model.params.items()}
     beside = {key: ref.plain() for key in BESIDE_MODEL if (ref := getattr(model, key)) is not None}
-    return {"model": model.path} | ({"parameters": params} if params else {}) | beside
+    layers = {"layer_range": list(model.layers)} if model.layers is not None else {}
+    return {"model": model.path} | layers | ({"parameters": params} if params else {}) | beside

@@ -9,7 +9,7 @@ from typing import Any
 
 from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
-from pymerge.methods.base import STYLES, Combine, Method, Purify, Style, TensorInfo, chain_rule, merges_by_rule
+from pymerge.methods.base import STYLES, Combine, Method, Style
 from pymerge.methods.matrices import Matrices
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
@@ -17,21 +17,28 @@ from pymerge.recipe.align import Align, parse_align
 from pymerge.recipe.beside import check_beside
 from pymerge.recipe.data import parse_data
 from pymerge.recipe.fused import Fused, parse_fused, parse_matrices, parse_patterns
-from pymerge.recipe.keys import (
-    BESIDE_MODEL,
-    DTYPE_WORDS,
-    DTYPES,
-    KEYS,
-    KEYS_OF_MODEL,
-    LATER,
-    RELAXATIONS,
-)
+from pymerge.recipe.keys import BESIDE_MODEL, KEYS, KEYS_OF_MODEL
 from pymerge.recipe.models import ModelRef
+from pymerge.recipe.options import parse_options
 from pymerge.recipe.params import find_method, method_names, parse_params
+from pymerge.recipe.parts import (
+    KEYS_OF_SOURCE,
+    Module,
+    Scope,
+    base_of_part,
+    check_parts,
+    models_of,
+    parse_modules,
+    parse_range,
+    parts_of,
+    ways_given,
+)
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.references import parse_reference
 from pymerge.recipe.settings import Setting
 from pymerge.recipe.steps import StepSpec, StepTemplate, make_template
+from pymerge.recipe.together import check_together
+from pymerge.recipe.tokenizer import Vocabulary, parse_chat_template, parse_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +63,11 @@ class Parsed:
     relax: Mapping[str, str]
     dtype: str | None
     out_dtype: str | None
+    vocabulary: Vocabulary | None
+    chat_template: str | None
     notes: tuple[str, ...]
     templates: tuple[StepTemplate, ...] = field(repr=False, compare=False)  # purify, combine, calibrate
+    modules: tuple[Module, ...] = ()
 
 
 def parse_recipe(raw: Any, source: str, *, python: bool, must_exist: bool, problems: Problems | None = None) -> Parsed:
@@ -68,28 +78,45 @@ def parse_recipe(raw: Any, source: str, *, python: bool, must_exist: bool, probl
     """
     if not isinstance(raw, dict):
         raise RecipeError(f"{source}: a recipe is a mapping of keys to values, got {type(raw).__name__}")
-    return _Parser(raw, problems or Problems(source), python=python, must_exist=must_exist).parse()
+    problems = problems or Problems(source)
+    parsed = _Parser(raw, problems, python=python, must_exist=must_exist).parse()
+    problems.raise_if_any()
+    assert parsed is not None
+    return parsed
 
 
 class _Parser:
-    """One run over one recipe."""
+    """One run over one recipe, or over one part of it (`scope`)."""
 
-    def __init__(self, raw: dict[Any, Any], problems: Problems, *, python: bool, must_exist: bool) -> None:
-        self.raw, self.problems, self.python, self.must_exist = raw, problems, python, must_exist
+    def __init__(
+        self, raw: dict[Any, Any], problems: Problems, *, python: bool, must_exist: bool, scope: Scope | None = None
+    ) -> None:
+        self.raw, self.problems, self.python, self.must_exist, self.scope = raw, problems, python, must_exist, scope
+        self.listing = f"{scope.where}: {scope.key}" if scope else "models"  # where the models are
+        self.levels = scope.params if scope else ((raw.get("parameters"), "parameters"),)
 
-    def parse(self) -> Parsed:
+    def parse(self) -> Parsed | None:
+        """None where there are problems."""
         cls = self._method()
         self._keys(cls)
+        ways = ways_given(self.raw)
+        if self.scope is None and ways and ways != ["models"]:
+            return self._parts(cls, ways)
         style = self._style(cls)
         base, listed = self._models(cls)
         tasks = self._tasks(cls, base, listed) if cls else ()
-        params = parse_params(self.raw.get("parameters"), cls, "parameters", self.problems)
+        params, *outer = (parse_params(given, cls, where, self.problems) for given, where in self.levels)
         purify = self._steps("purify", len(tasks))
         calibrate = self._steps("calibrate", len(tasks))
         if cls:
             steps = [*(REGISTRY[spec.method] for spec in purify), cls, *(REGISTRY[s.method] for s in calibrate)]
-            check_beside(steps, tasks, self.problems)
-        dtype, out_dtype = self._dtype("dtype"), self._dtype("out_dtype")
+            if self.scope is not None:
+                check_parts(self.raw, steps, ways[0], self.problems)
+            else:
+                check_beside(steps, tasks, self.problems)
+        options = parse_options(self.raw, self.problems)
+        options["vocabulary"] = parse_vocabulary(self.raw, self._reference, self.problems)
+        options["chat_template"] = parse_chat_template(self.raw.get("chat_template"), self.problems)
         patterns = {key: parse_patterns(self.raw.get(key), key, self.problems) for key in ("exclude", "include")}
         matrices = parse_matrices(self.raw.get("spectral"), self.problems)
         fused = parse_fused(self.raw.get("split"), self.raw.get("join"), self.problems)
@@ -98,16 +125,16 @@ class _Parser:
             self.problems.add(
                 "align", "the models are not observed while they are aligned: statistics in place of data"
             )
-        seed, strict, relax = self._seed(), self._strict(), self._relax()
         templates: tuple[StepTemplate, ...] = ()
         if cls and tasks:
-            main = StepSpec(method=cls.name, params=params)
-            combine = make_template(main, cls, style, _rows(tasks), cls.name, self.problems)
+            main = StepSpec(method=cls.name, params=params, outer=tuple(outer))
+            where = f"{self.scope.where}: {cls.name}" if self.scope else cls.name
+            combine = make_template(main, cls, style, _rows(tasks), where, self.problems)
             templates = (*self._templates(purify, tasks), combine, *self._templates(calibrate, tasks))
         if not self.problems.found:
-            self._together(templates, len(purify), len(tasks))
-        self.problems.raise_if_any()
-        assert cls is not None
+            check_together(templates, len(purify), base is not None, self.problems)
+        if self.problems.found or cls is None:
+            return None
         return Parsed(
             method=cls.name,
             base=base,
@@ -120,26 +147,19 @@ class _Parser:
             matrices=matrices,
             fused=fused,
             style=style,
-            seed=seed,
-            strict=strict,
-            relax=relax,
-            dtype=dtype,
-            out_dtype=out_dtype,
             notes=tuple(self.problems.notes),
             templates=templates,
             **patterns,
+            **options,
         )
 
     def _keys(self, cls: type[Method] | None) -> None:
-        for key, value in self.raw.items():
-            if key in LATER:
-                if value is not None:
-                    self.problems.add("", f"{key}: not supported yet, it comes in a later release")
-            elif key not in KEYS:
+        for key in self.raw:
+            if key not in KEYS:
                 self._unknown_key(key, params_of(cls) if cls else {})
 
     def _unknown_key(self, key: object, hyperparameters: Mapping[str, Param]) -> None:
-        near = nearest(key, (*KEYS, *LATER))
+        near = nearest(key, KEYS)
         inner = nearest(key, (*hyperparameters, "lambda"))
         if near.startswith("known") and inner.startswith("did"):
             near = f"{inner} Hyperparameters go under `parameters`"
@@ -165,30 +185,61 @@ class _Parser:
         cls = find_method(name, "combine", "merge_method", self.problems)
         return cls if cls is not None and issubclass(cls, Combine) else None
 
+    def _parts(self, cls: type[Combine] | None, ways: Sequence[str]) -> Parsed | None:
+        """A recipe of slices or modules."""
+        if len(ways) > 1:
+            self.problems.add("", f"{' and '.join(ways)} are given: a recipe has one of them")
+            return None
+
+        def parse(scope: Scope) -> tuple[Parsed | None, ModelRef | None]:
+            parser = _Parser(self.raw, self.problems, python=self.python, must_exist=self.must_exist, scope=scope)
+            own = scope.raw.get("base_model") if scope.sliced else None
+            base = parser._reference(own, f"{scope.where}: base_model") if own is not None else None
+            return parser.parse(), base
+
+        modules = parse_modules(self.raw, cls, self.problems, parse)
+        params = parse_params(self.raw.get("parameters"), cls, "parameters", self.problems)
+        base = self._base()
+        first = next((part.recipe for part in parts_of(modules)), None)
+        if self.problems.found or first is None:
+            return None
+        given = {"base": base, "models": models_of(modules), "listed": (), "params": params, "modules": modules}
+        return replace(first, **given, notes=tuple(self.problems.notes))
+
+    def _base(self) -> ModelRef | None:
+        own = self.scope.raw.get("base_model") if self.scope and self.scope.sliced else None
+        where = f"{self.scope.where}: base_model" if self.scope and own is not None else "base_model"
+        raw = own if own is not None else self.raw.get("base_model")
+        return self._reference(raw, where) if raw is not None else None
+
     def _models(self, cls: type[Combine] | None) -> tuple[ModelRef | None, tuple[ModelRef, ...]]:
-        base = self._reference(self.raw["base_model"], "base_model") if self.raw.get("base_model") is not None else None
-        raw = self.raw.get("models")
+        base = self._base()
+        raw = self.scope.raw.get(self.scope.key) if self.scope else self.raw.get("models")
         if not isinstance(raw, list) or not raw:
-            if not any(self.raw.get(key) is not None for key in ("slices", "modules")):
-                self.problems.add("models", f"must be a list of {{model: ..., parameters: ...}}, got {raw!r}")
+            keys = "{model: ..., layer_range: ..., parameters: ...}" if self.scope else "{model: ..., parameters: ...}"
+            self.problems.add(self.listing, f"must be a list of {keys}, got {raw!r}")
             return base, ()
         listed: list[ModelRef] = []
         for i, entry in enumerate(raw):
-            ref = self._model(entry, f"models[{i}]", cls)
+            ref = self._model(entry, f"{self.listing}[{i}]", cls)
             if ref is None:
                 continue
             if any(ref.same_model(other) for other in listed):
-                self.problems.add(f"models[{i}]", f"{ref.path} is listed twice")
+                self.problems.add(f"{self.listing}[{i}]", f"{ref.path} is listed twice")
             listed.append(ref)
+        if cls is not None and self.scope is not None and self.scope.sliced:
+            base = base_of_part(cls, base, listed, self.scope.where, self.problems)
         return base, tuple(listed)
 
     def _model(self, entry: Any, where: str, cls: type[Combine] | None) -> ModelRef | None:
         if not isinstance(entry, dict):
             self.problems.add(where, f"must be {{model: PATH, parameters: {{...}}}}, got {entry!r}")
             return None
+        sliced = self.scope is not None and self.scope.sliced
+        known = KEYS_OF_SOURCE if sliced else ("model", "parameters") if self.scope else KEYS_OF_MODEL
         for key in entry:
-            if key not in KEYS_OF_MODEL:
-                self.problems.unknown(where, key, KEYS_OF_MODEL)
+            if key not in known:
+                self.problems.unknown(where, key, known)
         ref = self._reference(entry.get("model"), where)
         if ref is None:
             return None
@@ -197,7 +248,8 @@ class _Parser:
             if cls
             else {}
         )
-        beside: dict[str, Any] = {key: entry[key] for key in BESIDE_MODEL if entry.get(key) is not None}
+        given = [key for key in BESIDE_MODEL if entry.get(key) is not None and self.scope is None]
+        beside: dict[str, Any] = {key: entry[key] for key in given}
         for key, raw in beside.items():
             beside[key] = (
                 parse_data(raw, f"{where}: data", self.problems, python=self.python, must_exist=self.must_exist)
@@ -208,7 +260,8 @@ class _Parser:
             self.problems.add(
                 where, "data: is for models in folders; give statistics=[pymerge.observe(model, batches), ...] instead"
             )
-        return replace(ref, params=params, **beside)
+        layers = parse_range(entry.get("layer_range"), where, self.problems) if sliced else None
+        return replace(ref, params=params, layers=layers, **beside)
 
     def _reference(self, raw: Any, where: str) -> ModelRef | None:
         if self.python and not isinstance(raw, str | os.PathLike):
@@ -226,7 +279,7 @@ class _Parser:
             self.problems.add("base_model", f"must be given: {cls.name} needs a base")
         if cls.base_role == "none":
             tasks = listed if base is None or len(others) < len(listed) else (*listed, base)
-            if len(tasks) > len(listed):
+            if self._counted(cls, len(tasks), "") and len(tasks) > len(listed):
                 self._base_among_the_models(cls, tasks[-1])
             return tasks
         for model in listed:
@@ -234,18 +287,25 @@ class _Parser:
                 self.problems.note(
                     f"parameters of the base model {model.path} have no effect: {', '.join(model.params)}"
                 )
-        low, high = cls.models
-        if listed and (len(others) < low or (high is not None and len(others) > high)):
-            wanted = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-            beside = "" if base is None and cls.base_role == "optional" else " beside the base"
-            self.problems.add("models", f"{cls.name} merges {wanted}{beside}, got {len(others)}")
+        if listed:
+            self._counted(cls, len(others), "" if base is None and cls.base_role == "optional" else " beside the base")
         return (base, *others) if cls.base_role == "first" and base else others
+
+    def _counted(self, cls: type[Combine], count: int, beside: str) -> bool:
+        """Whether the method merges so many models."""
+        low, high = cls.models
+        if low <= count <= (count if high is None else high):
+            return True
+        wanted = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+        self.problems.add(self.listing, f"{cls.name} merges {wanted}{beside}, got {count}")
+        return False
 
     def _base_among_the_models(self, cls: type[Combine], base: ModelRef) -> None:
         """A base that is not listed, of a method that subtracts none: one more model, where nothing else is missing."""
         weighted = "weight" in params_of(cls)
         averages = f"{cls.name} averages the base like any other model"
-        if self.python or (weighted and "weight" not in (self.raw.get("parameters") or {})):
+        given = any("weight" in (params or {}) for params, _ in self.levels)
+        if self.python or (weighted and not given):
             how = "list it with its weight" if weighted else "list it"
             self.problems.add("base_model", f"{averages}: {how}, or drop this key")
         elif not weighted:
@@ -306,81 +366,6 @@ class _Parser:
             if all(len(values) == len(rows) for values in spec.per_model.values()):
                 templates.append(make_template(spec, cls, style, rows, spec.method, self.problems))
         return templates
-
-    def _dtype(self, key: str) -> str | None:
-        value = self.raw.get(key)
-        if value is None:
-            return None
-        name = value.removeprefix("torch.") if isinstance(value, str) else value
-        if name not in DTYPES:
-            self.problems.add(key, f"unknown dtype {value!r}: {nearest(DTYPE_WORDS.get(name, name), DTYPES)}")
-            return None
-        return name
-
-    def _seed(self) -> int:
-        value = self.raw.get("seed", 0)
-        value = 0 if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            self.problems.add("seed", f"must be a whole number from 0 to 2^63 - 1, got {value!r}")
-            return 0
-        return value
-
-    def _strict(self) -> bool:
-        value = self.raw.get("strict")
-        if value is not None and not isinstance(value, bool):
-            self.problems.add("strict", f"must be true or false, got {value!r}")
-        return value is not False
-
-    def _relax(self) -> dict[str, str]:
-        value = self.raw.get("relax")
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            names = ", ".join(f"{name}: {'|'.join(choices)}" for name, choices in RELAXATIONS.items())
-            self.problems.add("relax", f"must be a mapping of {names}; got {value!r}")
-            return {}
-        for name, choice in value.items():
-            if name not in RELAXATIONS:
-                self.problems.unknown("relax", name, RELAXATIONS, "check")
-            elif choice not in RELAXATIONS[name]:
-                self.problems.add(f"relax: {name}", f"must be {' or '.join(RELAXATIONS[name])}, got {choice!r}")
-        return {str(name): str(choice) for name, choice in value.items()}
-
-    def _together(self, templates: tuple[StepTemplate, ...], purify: int, tasks: int) -> None:
-        """Steps that are each fine and do not go together; where hyperparameters differ by tensor, the plan checks."""
-        combine = templates[purify].cls
-        assert issubclass(combine, Combine)
-        if purify and not combine.subtracts(self.raw.get("base_model") is not None):
-            hint = "; give base_model" if combine.base_role == "optional" else ""
-            self.problems.add("purify", f"{combine.name} merges whole weights, purify steps need task vectors{hint}")
-            return
-        if late := [template.cls.name for template in templates[1:purify] if _needs_weights(template.cls)]:
-            self.problems.add(
-                "purify", f"{late[0]} needs the models' weights, not task vectors: make it the first step"
-            )
-            return
-        if combine.sequential and (
-            observing := [t.cls.name for t in templates[:purify] if "covariance" in t.cls.needs]
-        ):
-            text = f"{observing[0]} and {combine.name} take different inputs of a layer: leave one out"
-            self.problems.add("purify", text)
-            return
-        if len(templates) > purify + 1 and combine.base_role != "required":
-            self.problems.add("calibrate", f"{combine.name} merges whole weights, calibrate steps need a merged update")
-            return
-        if not all(template.static for template in templates):
-            return
-        try:
-            steps: list[Any] = [template.at("", 0.0) for template in templates]
-            if merges_by_rule(steps[:purify], steps[purify]):
-                chain_rule(steps[:purify], steps[purify], TensorInfo(name="any", shape=(64, 64), tasks=tasks))
-        except RecipeError as e:
-            for line in str(e).splitlines():
-                self.problems.add("", line)
-
-
-def _needs_weights(cls: type[Method]) -> bool:
-    return issubclass(cls, Purify) and cls.whole_weights
 
 
 def _rows(tasks: Sequence[ModelRef]) -> list[tuple[str, Mapping[str, Setting]]]:

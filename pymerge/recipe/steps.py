@@ -37,12 +37,15 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpec:
-    """One step as the recipe gives it: hyperparameters for all models, and those given model by model."""
+    """One step as the recipe gives it: hyperparameters for all models, and those given model by model.
+
+    outer  of the step in a slice: hyperparameters of the levels around it, nearest first"""
 
     method: str
     style: Style | None = None
     params: Mapping[str, Setting] = field(default_factory=dict)
     per_model: Mapping[str, tuple[Setting | None, ...]] = field(default_factory=dict)
+    outer: tuple[Mapping[str, Setting], ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """As `from_dict` reads it."""
@@ -74,11 +77,17 @@ class StepTemplate:
         """Whether the step is the same for all tensors."""
         return all(lookup.static for lookup in self._all())
 
-    def at(self, name: str, t: float) -> Method:
-        """The method object for one tensor; RecipeError where a value is missing or two values do not go together."""
+    def at(self, name: str, t: float, own: Sequence[str] | None = None) -> Method:
+        """The method object for one tensor; RecipeError where a value is missing or two values do not go together.
+
+        own  its names in the models where those are others: what values of single models are looked up by"""
+
+        def of_models(lookups: Sequence[Lookup]) -> tuple[Any, ...]:
+            names = own if own is not None else (name,) * len(lookups)
+            return tuple(one.at(its, t) for one, its in zip(lookups, names, strict=True))
+
         values = tuple(
-            lookup.at(name, t) if isinstance(lookup, Lookup) else tuple(one.at(name, t) for one in lookup)
-            for lookup in self.lookups.values()
+            lookup.at(name, t) if isinstance(lookup, Lookup) else of_models(lookup) for lookup in self.lookups.values()
         )
         if values not in self._built:
             self._built[values] = self.cls(**self._arguments(values, name))
@@ -115,14 +124,14 @@ def make_template(
     lookups: dict[str, Lookup | tuple[Lookup, ...]] = {}
     for name, p in params_of(cls).items():
         default = style if name == "style" else p.default(style)
-        shared = spec.params.get(name)
+        shared = [params.get(name) for params in (spec.params, *spec.outer)]
         if not p.per_model:
-            lookups[name] = lookup = Lookup.of([shared], default)
+            lookups[name] = lookup = Lookup.of(shared, default)
             if default is None and not lookup.levels:
                 problems.add(where, f"{name}: must be given ({p.range}; {p.doc})")
             continue
         rows = spec.per_model.get(name, (None,) * len(models))
-        each = [Lookup.of([row, own.get(name), shared], default) for row, (_, own) in zip(rows, models, strict=True)]
+        each = [Lookup.of([row, own.get(name), *shared], default) for row, (_, own) in zip(rows, models, strict=True)]
         lookups[name] = tuple(each)
         missing = [
             label for (label, _), lookup in zip(models, each, strict=True) if default is None and not lookup.levels

@@ -12,6 +12,7 @@ from pymerge.methods import REGISTRY
 from pymerge.methods.names import nearest
 from pymerge.methods.param import Param, params_of
 from pymerge.recipe import Recipe
+from pymerge.recipe.parts import parts_of
 from pymerge.recipe.settings import Constant
 
 SCALE: Final = ("scale", "lambda", "scaling")  # names of the combine step's overall coefficient
@@ -175,6 +176,10 @@ def _refuse_several(recipe: Recipe, name: str, key: str, index: int, field: str)
     if key == "parameters":
         params = recipe.params
         own = [model.path for model in recipe.models if field in model.params]
+        own += [module.where for module in recipe.modules if field in module.params]
+        for part in parts_of(recipe.modules):
+            given = [part.params, *(model.params for model in part.recipe.listed)]
+            own += [part.where] if any(field in params for params in given) else []
     else:
         params = getattr(recipe, key)[index].params
         own = ["per_model"] if field in getattr(recipe, key)[index].per_model else []

@@ -37,6 +37,7 @@ COMBINE = (
     "model_stock",
     "multislerp",
     "nuslerp",
+    "passthrough",
     "pcb",
     "regmean",
     "regmean_plusplus",

@@ -109,12 +109,6 @@ def test_weights_must_be_finite(weight: Any) -> None:
     assert problems(raw(models=models))[0] == expected
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer_source", "tokenizer", "chat_template"])
-def test_later_keys_say_so(key: str) -> None:
-    assert f"{key}: not supported yet, it comes in a later release" in problems(raw(**{key: "base"}))
-    assert Recipe.from_dict(raw(**{key: None})).method == "ties"
-
-
 def test_steps_in_the_wrong_place() -> None:
     no_base = {"base_model": None, "merge_method": "linear"}
     needs = "linear merges whole weights"
