@@ -320,7 +320,7 @@ def copy_beside(folder: Path, recipe: Recipe, inputs: Inputs, extras: Extras) ->
     """What a loader needs beside the weights; the names of the files, and notes."""
     without = () if extras.tokenizer else (*TOKENIZER, "additional_chat_templates/*")
     copied = copy_side_files(inputs.reference, folder, out_dtype=recipe.output_dtype, without=without)
-    copied["notes"] += [] if extras.tokenizer else ["the tokenizer was not copied, as asked"]
+    copied["notes"] += [] if extras.tokenizer else ["the base's tokenizer was not copied, as asked"]
     return copied
 
 

@@ -84,7 +84,7 @@ def test_flags_without_effect_have_none_and_say_why(models) -> None:
 
 def test_files_that_flags_leave_out(models) -> None:
     done = door("yaml", "m.yml", "out", "--no-write-model-card", "--no-copy-tokenizer", folder=models)
-    assert done.returncode == 0 and "the tokenizer was not copied, as asked" in done.stdout
+    assert done.returncode == 0 and "the base's tokenizer was not copied, as asked" in done.stdout
     assert {p.name for p in (models / "out").iterdir()} == {"config.json", "merge.json", "model.safetensors"}
 
 
