@@ -100,6 +100,8 @@ def lacking(folder: Path) -> list[str]:
     names = {name for name in os.listdir(folder) if (folder / name).exists()}
     if "adapter_config.json" in names:
         return [] if names & set(ADAPTER) else [ADAPTER[0]]
+    if "model_index.json" in names:
+        return []  # the components are in folders of their own, whose reader knows what they need
     missing = [] if "config.json" in names else ["config.json"]
     indices = sorted(name for name in names if name.endswith(".index.json"))
     if any(name.endswith(".safetensors.index.json") for name in indices):

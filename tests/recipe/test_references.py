@@ -124,6 +124,16 @@ def test_a_snapshot_in_part_is_refused_with_what_it_lacks(cache) -> None:
         reference("org/model")
 
 
+def test_what_else_a_snapshot_may_hold(tmp_path) -> None:
+    held = (["model_index.json"], ["config.json", "pytorch_model.bin"], ["config.json", "other.safetensors"])
+    for number, names in enumerate(held):
+        folder = tmp_path / f"snapshot{number}"
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(b"")
+        assert hub.lacking(folder) == []
+
+
 def test_without_huggingface_hub(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert reference("a").local == "a"
