@@ -56,7 +56,8 @@ BLOCKS = {
 
 
 def arguments() -> argparse.Namespace:
-    known = [name for name in (*methods.list("combine"), *methods.list("calibrate")) if not methods.get(name).needs]
+    listed = (*methods.list("combine"), *methods.list("calibrate"))
+    known = [name for name in listed if not methods.get(name).needs and name != "passthrough"]  # that copies
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(known))
     parser.add_argument("--blocks", default="vit_b32,llama_1b", help=f"of {', '.join(BLOCKS)}; llama_7b takes long")

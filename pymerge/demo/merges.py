@@ -52,7 +52,7 @@ def job(name: str, tasks: int) -> Job:
     pairwise = most is not None and most + (info.base == "first") == 2
     observed, skipped = needed(name)
     if not pairwise and (tasks < fewest or (most is not None and tasks > most)):
-        skipped = f"takes {fewest} to {most} models"
+        skipped = "takes one model" if most == 1 else f"takes {fewest} to {most} models"
     keywords = SETTINGS.get(name, {})
     return Job(name=name, method=name, keywords=keywords, pairwise=pairwise, observed=observed, skipped=skipped)
 

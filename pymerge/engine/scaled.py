@@ -33,7 +33,8 @@ from pymerge.recipe import Recipe, Steps
 
 def why_merged_anew(recipe: Recipe) -> str:
     """Why the recipe at another scale is another merge; "" where one update serves all scales."""
-    if "scale" not in params_of(recipe.combine_class):
+    scale = params_of(recipe.combine_class).get("scale")
+    if scale is None or scale.per_model:
         return f"{recipe.method} has no scale"
     if recipe.combine_class.beside:
         return f"the {recipe.combine_class.beside} beside the weights are of one scale"

@@ -279,7 +279,7 @@ class _Parser:
             self.problems.add("base_model", f"must be given: {cls.name} needs a base")
         if cls.base_role == "none":
             tasks = listed if base is None or len(others) < len(listed) else (*listed, base)
-            if self._counted(cls, len(tasks), "") and len(tasks) > len(listed):
+            if listed and self._counted(cls, len(tasks), "") and len(tasks) > len(listed):
                 self._base_among_the_models(cls, tasks[-1])
             return tasks
         for model in listed:

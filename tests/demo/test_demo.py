@@ -73,7 +73,8 @@ def test_every_method_has_a_row_and_values_are_the_merge(out, monkeypatch):
     calibrated = [f"task_arithmetic + {name}" for name in pymerge.methods.list("calibrate")]
     assert [row["name"] for row in rows[2:]] == [*pymerge.methods.list("combine"), *purified, *calibrated]
     skipped = {row["name"]: row["skipped"] for row in rows if row["skipped"]}
-    assert skipped == {"fisher": "needs fisher", "core_space": "needs adapters", "knots": "needs adapters"}
+    adapters = dict.fromkeys(("core_space", "knots"), "needs adapters")
+    assert skipped == {"fisher": "needs fisher", "passthrough": "takes one model"} | adapters
     for row in rows:
         if not row["skipped"]:
             assert set(row["accuracy"]) == {task.name for task in TASKS}

@@ -19,7 +19,11 @@ from tests.engine.observed import SHAPES, saved, statistics_of
 from tests.models import family, interrupted_after, read_model, same, write_model
 
 TASKS = 3
-HAVE_SCALE = [n for n in methods.list("combine") if any(p.name == "scale" for p in methods.describe(n).parameters)]
+HAVE_SCALE = [
+    name
+    for name in methods.list("combine")
+    if any(p.name == "scale" and not p.per_model for p in methods.describe(name).parameters)
+]
 # Experts of one scale; layers that see what those before them are at one scale. Adapters: test_factored.py.
 SCALED = [name for name in HAVE_SCALE if name not in ("esmpp", "regmean_plusplus", "knots", "core_space")]
 SETTINGS: dict[str, dict[str, Any]] = {"wudi": {"steps": 5}}
@@ -34,6 +38,7 @@ def test_methods_without_a_scale_are_merged_anew() -> None:
         "model_stock",
         "multislerp",
         "nuslerp",
+        "passthrough",
         "slerp",
     }
 

@@ -64,13 +64,14 @@ def config(name: str) -> str:
 
 
 def packaged() -> tuple[str, ...]:
-    """The methods that merge models in memory: the others leave a file beside the model, or merge adapters."""
+    """The methods that merge models in memory: the others leave a file beside the model, or merge adapters, or one
+    model."""
     return tuple(name for name in methods.list() if merges_in_memory(name))
 
 
 def merges_in_memory(name: str) -> bool:
     cls = methods.get(name)
-    return not getattr(cls, "beside", "") and "adapters" not in cls.needs
+    return not getattr(cls, "beside", "") and "adapters" not in cls.needs and name != "passthrough"
 
 
 if __name__ == "__main__":

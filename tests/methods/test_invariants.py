@@ -15,7 +15,7 @@ from tests.methods.conftest import Merge
 STYLED = [
     (name, style)
     for name in methods.list("combine")
-    if name not in ("linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+    if name not in ("linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "passthrough")
     and issubclass(methods.get(name), ElementWiseCombine)
     for style in ("authors", "mergekit", "mergekit-0.1.4")
     if not (name == "breadcrumbs_ties" and style == "authors")

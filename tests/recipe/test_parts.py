@@ -202,7 +202,8 @@ BEFORE = """model.embed_tokens.weight transformer.wte.weight transformer.wpe.wei
     visual.patch_embed.proj.weight transformer.word_embeddings_layernorm.weight model.embedding_norm.weight
     transformer.relative_pe.slopes positional_embedding_vlm patch_conv.weight""".split()
 BEHIND = """model.norm.weight lm_head.weight transformer.ln_f.bias bert.pooler.dense.weight
-    cls.predictions.decoder.weight cls.predictions.transform.LayerNorm.weight classifier.bias pre_classifier.weight vocab_layer_norm.weight
+    cls.predictions.decoder.weight
+    cls.predictions.transform.LayerNorm.weight classifier.bias pre_classifier.weight vocab_layer_norm.weight
     gpt_neox.final_layer_norm.bias embed_out.weight score.weight output.weight transformer.output_layer.weight
     model.final_layernorm.weight backbone.norm_f.weight qa_outputs.weight post_layernorm.weight layernorm_post.bias
     lm_head.layer_norm.weight final_logits_bias proj_out.weight vit.layernorm.weight""".split()
