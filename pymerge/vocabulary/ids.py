@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 from pymerge.checkpoint.index import read_json_object
 from pymerge.checkpoint.read import MAX_CONFIG
 from pymerge.checkpoint.sidefiles import with_changes
-from pymerge.vocabulary.tokenizers import Vocab
+from pymerge.vocabulary.tokenizers import Vocab, json_bytes
+
+NAME = "generation_config.json"
 
 
 def moved_ids(config: Mapping[str, Any] | None, old: Vocab, new: Vocab) -> dict[str, Any]:
@@ -37,10 +38,11 @@ def id_entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def rewrite_ids(path: Path, old: Vocab, new: Vocab) -> None:
-    """The same in a JSON file, where it is there and an id moves."""
-    if not path.is_file():
-        return
+def generation_config(folder: Path | None, old: Vocab, new: Vocab) -> dict[str, bytes]:
+    """generation_config.json of a folder with moved ids; nothing where none moves."""
+    path = folder / NAME if folder is not None else None
+    if path is None or not path.is_file():
+        return {}
     table = read_json_object(path, MAX_CONFIG)
-    if changes := moved_ids(table, old, new):
-        path.write_text(json.dumps(with_changes(table, changes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    changes = moved_ids(table, old, new)
+    return {NAME: json_bytes(with_changes(table, changes))} if changes else {}

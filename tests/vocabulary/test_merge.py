@@ -125,6 +125,17 @@ def test_plan_and_summary_name_sizes_and_sources(tmp_path, capsys):
     assert f"rows of a: {len(a)} of its own, {of_a['base']} from base, {alone['b']} from b, 1 zero" in plan.notes
 
 
+def test_order_of_a_union(tmp_path):
+    """The base's ids stay; then plain tokens by model and id, then those that models have as added ones."""
+    merge_to_disk(recipe("a", "b", tokenizer_source="union"), tmp_path / "out")
+    ids = {name: sorted(vocab, key=lambda token: vocab[token]) for name in "ab" for vocab in [vocabulary(Path(name))]}
+    expected = sorted(base := vocabulary(Path("base")), key=lambda token: base[token])
+    for name in "ab":
+        expected += [token for token in ids[name] if token not in expected and token not in ("<tool>", "<pad>")]
+    found = vocabulary(tmp_path / "out")
+    assert sorted(found, key=lambda token: found[token]) == [*expected, "<tool>", "<pad>"]
+
+
 def test_tied_and_untied(tmp_path):
     """Rows of the head that others lack are those of the tied embedding."""
     merge_to_disk(recipe("b", "tied", base=None, method="linear", tokenizer_source="union"), tmp_path / "out")
