@@ -17,7 +17,7 @@ from pymerge.checkpoint.sidefiles import TOKENIZER
 from pymerge.errors import InputError, RecipeError
 from pymerge.recipe.models import ModelRef, split_adapter
 from pymerge.recipe.tokenizer import TokenRule, Vocabulary
-from pymerge.vocabulary.ids import generation_config, moved_ids
+from pymerge.vocabulary.ids import Ids
 from pymerge.vocabulary.plan import RowPlan, plan_rows
 from pymerge.vocabulary.templates import chosen
 from pymerge.vocabulary.tensors import size_changes, vocabulary_tensors
@@ -28,6 +28,7 @@ from pymerge.vocabulary.tokenizers import (
     joined,
     load_tokenizer,
     saved,
+    special_ids,
     tokens_of,
     with_template_files,
 )
@@ -114,13 +115,15 @@ def rebuilt(
     opened = [member.model for member in members]
     views = with_rows(opened, labels, names, sizes, plans, rows - len(tokens))
     text, how = chosen(template, folders.values()) if template is not None else (None, "")
-    config, first = members[0].model.config, members[0].folder
-    files = saved(tokenizer, text, safe_name(str(folder))) | generation_config(first, models[0], tokens)
+    config, ids = members[0].model.config, Ids(models[0], tokens, special_ids(tokenizer))
+    files = saved(tokenizer, text, safe_name(str(folder))) | ids.generation_config(members[0].folder)
+    moved = ids.moved(config)
+    said = [f"config.json: token ids as in the new vocabulary: {json.dumps(moved)}"] if moved else []
     return views, NewVocabulary(
         digest=digest_of(files_digest([*folders.values(), folder]), *map(repr, files.items())),
         summary=summary_of(spec, labels, len(tokens), rows, plans, how),
-        notes=notes_of(spec, labels, len(tokens), rows, plans, how),
-        config=size_changes(config, sizes[0], rows) | moved_ids(config, models[0], tokens),
+        notes=(*notes_of(spec, labels, len(tokens), rows, plans, how), *said),
+        config=size_changes(config, sizes[0], rows) | moved,
         files=files,
         without=(*files, *TOKENIZER, "additional_chat_templates/*", *(("chat_template.json",) if text else ())),
     )

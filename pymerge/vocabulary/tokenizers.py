@@ -110,6 +110,12 @@ def check_without_holes(vocab: Vocab, label: str) -> None:
         )
 
 
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """`eos_token_id` and so on, of those that it has."""
+    names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
+    return {name: number for name in names if (number := getattr(tokenizer, name, None)) is not None}
+
+
 def saved(tokenizer: Any, template: str | None, label: str) -> dict[str, bytes]:
     """The tokenizer's files by their names, with a chat template where one is given."""
     if template is not None:

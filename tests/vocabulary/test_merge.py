@@ -153,6 +153,12 @@ def test_special_tokens_keep_their_meaning(tmp_path):
     for file in ("config.json", "generation_config.json"):
         table = json.loads((tmp_path / "out" / file).read_text())
         assert (table["bos_token_id"], table["eos_token_id"]) == (ids["<s>"], ids["</s>"]) == (1, 0)
+    other = byte_level("other", 290, special=("<pad>", "<start>", "<stop>"))
+    other.bos_token, other.eos_token = "<start>", "<stop>"  # <s> and </s> are gone
+    llama(tmp_path / "c", other, 3)
+    summary = merge_to_disk(recipe(str(tmp_path / "c"), tokenizer_source=str(tmp_path / "c")), tmp_path / "own")
+    said = 'config.json: token ids as in the new vocabulary: {"bos_token_id": 1, "eos_token_id": 2}'
+    assert said in summary["notes"] and config_of(tmp_path / "own")["eos_token_id"] == 2
     merge_to_disk(recipe("b", tokenizer_source="union"), tmp_path / "union")
     before = (Path("base") / "generation_config.json").read_bytes()
     assert (tmp_path / "union" / "generation_config.json").read_bytes() == before
