@@ -18,7 +18,7 @@ from pymerge.errors import InputError, RecipeError
 from pymerge.recipe.models import ModelRef, split_adapter
 from pymerge.recipe.tokenizer import TokenRule, Vocabulary
 from pymerge.vocabulary.ids import Ids
-from pymerge.vocabulary.plan import RowPlan, plan_rows
+from pymerge.vocabulary.plan import Known, RowPlan, plan_rows
 from pymerge.vocabulary.templates import chosen
 from pymerge.vocabulary.tensors import size_changes, vocabulary_tensors
 from pymerge.vocabulary.tokenizers import (
@@ -110,7 +110,7 @@ def rebuilt(
     tokens = tokens_of(tokenizer, "the merged model")
     check_without_holes(tokens, "the merged model")
     rules = {token: (rule, number_of(token, rule, members)) for token, rule in spec.tokens.items()}
-    plans = plan_rows(tokens, models, sizes, labels, base, rules)
+    plans = plan_rows(tokens, Known(labels=labels, tokens=models, sizes=sizes), base, rules)
     rows = len(tokens) if spec.pad is None else math.ceil(len(tokens) / spec.pad) * spec.pad
     opened = [member.model for member in members]
     views = with_rows(opened, labels, names, sizes, plans, rows - len(tokens))
