@@ -18,8 +18,8 @@ from pymerge.errors import InputError, RecipeError
 from pymerge.recipe.models import ModelRef
 from pymerge.recipe.references import split_adapter
 from pymerge.recipe.tokenizer import TokenRule, Vocabulary
-from pymerge.vocabulary.ids import moved_ids, rewrite_ids
-from pymerge.vocabulary.plan import RowPlan, plan_rows
+from pymerge.vocabulary.ids import Ids
+from pymerge.vocabulary.plan import Known, RowPlan, plan_rows
 from pymerge.vocabulary.templates import chosen
 from pymerge.vocabulary.tensors import size_changes, vocabulary_tensors
 from pymerge.vocabulary.tokenizers import (
@@ -28,9 +28,10 @@ from pymerge.vocabulary.tokenizers import (
     files_digest,
     joined,
     load_tokenizer,
+    saved,
+    special_ids,
     tokens_of,
-    write_template,
-    write_tokenizer,
+    with_template_files,
 )
 from pymerge.vocabulary.views import common_sizes, truncated, with_rows
 
@@ -61,6 +62,7 @@ class NewVocabulary:
     digest     equal for equal tokenizer files, rows and template: part of what a resumed merge must find again
     summary    for merge.json; notes: the same in words
     config     dotted key -> value, of config.json
+    files      name -> content
     without    patterns of the base's files that are not copied
     """
 
@@ -68,20 +70,15 @@ class NewVocabulary:
     summary: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
     without: tuple[str, ...] = ()
-    tokenizer: Any = None
-    template: str | None = None
-    ids: tuple[Vocab, Vocab] | None = None  # of the model that gives the config, of the merged model
 
     def write(self, folder: Path) -> list[str]:
-        """Writes the files into the output's folder, where the base's others are; their names."""
-        if self.tokenizer is not None:
-            written = write_tokenizer(self.tokenizer, self.template, folder)
-        else:
-            written = write_template(folder, self.template) if self.template is not None else []
-        if self.ids is not None:
-            rewrite_ids(folder / "generation_config.json", *self.ids)
-        return written
+        """Writes the files into the output's folder; their names."""
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return list(self.files)
 
     def beside(self, other: NewVocabulary) -> NewVocabulary:
         """Both, of which this one has the template and the other one the rows."""
@@ -114,21 +111,22 @@ def rebuilt(
     tokens = tokens_of(tokenizer, "the merged model")
     check_without_holes(tokens, "the merged model")
     rules = {token: (rule, number_of(token, rule, members)) for token, rule in spec.tokens.items()}
-    plans = plan_rows(tokens, models, sizes, labels, base, rules)
+    plans = plan_rows(tokens, Known(labels=labels, tokens=models, sizes=sizes), base, rules)
     rows = len(tokens) if spec.pad is None else math.ceil(len(tokens) / spec.pad) * spec.pad
     opened = [member.model for member in members]
     views = with_rows(opened, labels, names, sizes, plans, rows - len(tokens))
     text, how = chosen(template, folders.values()) if template is not None else (None, "")
-    config = members[0].model.config
+    config, ids = members[0].model.config, Ids(models[0], tokens, special_ids(tokenizer))
+    files = saved(tokenizer, text, safe_name(str(folder))) | ids.generation_config(members[0].folder)
+    moved = ids.moved(config)
+    said = [f"config.json: token ids as in the new vocabulary: {json.dumps(moved)}"] if moved else []
     return views, NewVocabulary(
-        digest=digest_of(files_digest([*folders.values(), folder]), tokenizer.backend_tokenizer.to_str(), text),
+        digest=digest_of(files_digest([*folders.values(), folder]), *map(repr, files.items())),
         summary=summary_of(spec, labels, len(tokens), rows, plans, how),
-        notes=notes_of(spec, labels, len(tokens), rows, plans, how),
-        config=size_changes(config, sizes[0], rows) | moved_ids(config, models[0], tokens),
-        without=(*TOKENIZER, "additional_chat_templates/*", *(("chat_template.json",) if text else ())),
-        tokenizer=tokenizer,
-        template=text,
-        ids=(models[0], tokens),
+        notes=(*notes_of(spec, labels, len(tokens), rows, plans, how), *said),
+        config=size_changes(config, sizes[0], rows) | moved,
+        files=files,
+        without=(*files, *TOKENIZER, "additional_chat_templates/*", *(("chat_template.json",) if text else ())),
     )
 
 
@@ -206,10 +204,13 @@ def with_template(template: str, members: Sequence[Member]) -> NewVocabulary:
     """A chat template alone: tokenizer and weights stay as they are."""
     folders = list(dict.fromkeys(m.model.folder for m in members if m.model.folder is not None))
     text, how = chosen(template, folders)
-    files = () if text is None else ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
-    note = f"chat template: {how}"
+    files = with_template_files(members[0].model.folder, text) if text is not None else {}
     return NewVocabulary(
-        digest=digest_of(text), summary={"chat_template": how}, notes=(note,), without=files, template=text
+        digest=digest_of(text),
+        summary={"chat_template": how},
+        notes=(f"chat template: {how}",),
+        files=files,
+        without=(*files, "chat_template.json", "additional_chat_templates/*") if files else (),
     )
 
 

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint.index import read_json_object
 from pymerge.checkpoint.read import MAX_CONFIG
 from pymerge.checkpoint.sidefiles import with_changes
-from pymerge.vocabulary.tokenizers import Vocab
+from pymerge.vocabulary.tokenizers import Vocab, json_bytes
+
+NAME = "generation_config.json"
 
 
-def moved_ids(config: Mapping[str, Any] | None, old: Vocab, new: Vocab) -> dict[str, Any]:
-    """Dotted key -> new value of what a config says in ids of `old`: `eos_token_id` and its kin, lists of ids too. An
-    id whose token is not in `new`, or that no token has, stays."""
-    token = {number: text for text, number in old.items()}
+@dataclass(frozen=True)
+class Ids:
+    """old, new: tokens of the model whose configs they are, and of the merged model; special: what the latter's
+    tokenizer calls `eos_token_id` and so on."""
 
-    def moved(number: Any) -> Any:
-        return new.get(token.get(number, ""), number) if isinstance(number, int) else number
+    old: Vocab
+    new: Vocab
+    special: Mapping[str, int]
 
-    changes = {}
-    for key, value in id_entries(config or {}):
-        now = [moved(number) for number in value] if isinstance(value, list) else moved(value)
-        if now != value:
-            changes[key] = now
-    return changes
+    def moved(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Dotted key -> new value of what a config says in old ids: `eos_token_id` and its kin, lists of ids too. Where
+        the token is gone, the tokenizer's own of that name; an id that no token has stays."""
+        tokens = {number: token for token, number in self.old.items()}
+
+        def moved(key: str, number: Any) -> Any:
+            token = tokens.get(number) if isinstance(number, int) else None
+            return number if token is None else self.new.get(token, self.special.get(key.rpartition(".")[2], number))
+
+        changes = {}
+        for key, value in id_entries(config or {}):
+            many = isinstance(value, list)
+            now = list(dict.fromkeys(moved(key, number) for number in value)) if many else moved(key, value)
+            if now != value:
+                changes[key] = now
+        return changes
+
+    def generation_config(self, folder: Path) -> dict[str, bytes]:
+        """generation_config.json of a folder with moved ids; nothing where none moves."""
+        path = folder / NAME
+        if not path.is_file():
+            return {}
+        table = read_json_object(path, MAX_CONFIG)
+        changes = self.moved(table)
+        return {NAME: json_bytes(with_changes(table, changes))} if changes else {}
 
 
 def id_entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -35,12 +57,3 @@ def id_entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from id_entries(value, f"{prefix}{key}.")
         elif isinstance(key, str) and key.endswith(("_token_id", "_token_ids")) and "." not in key:
             yield f"{prefix}{key}", value
-
-
-def rewrite_ids(path: Path, old: Vocab, new: Vocab) -> None:
-    """The same in a JSON file, where it is there and an id moves."""
-    if not path.is_file():
-        return
-    table = read_json_object(path, MAX_CONFIG)
-    if changes := moved_ids(table, old, new):
-        path.write_text(json.dumps(with_changes(table, changes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -48,26 +48,33 @@ class RowPlan:
         return np.array_equal(self.shares[0].index, np.arange(rows))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """The models: what they are called, their tokens, how many rows they have."""
+
+    labels: Sequence[str]
+    tokens: Sequence[Vocab]
+    sizes: Sequence[int]
+
+    def held(self, tokens: Vocab) -> ndarray:
+        """Rows of the tokens in each model, int64 [T, V]; -1 where it has no such token or the row is not there."""
+        import numpy as np
+
+        rows = [np.fromiter((vocab.get(t, -1) for t in tokens), np.int64, len(tokens)) for vocab in self.tokens]
+        return np.stack([np.where(row < size, row, -1) for row, size in zip(rows, self.sizes, strict=True)])
+
+
 def plan_rows(
-    tokens: Vocab,
-    models: Sequence[Vocab],
-    sizes: Sequence[int],
-    labels: Sequence[str],
-    base: int | None,
-    rules: Mapping[str, tuple[TokenRule, int | None]],
+    tokens: Vocab, models: Known, base: int | None, rules: Mapping[str, tuple[TokenRule, int | None]]
 ) -> list[RowPlan]:
     """The rows of each model.
 
     tokens  of the merged model, in the order of their ids
-    models  tokens of each model; sizes: rows that it has (a token behind them counts as absent)
     rules   token -> rule, number of the model that it names
     Raises  InputError: a rule's token is unknown to its source, or the rule names none and one is needed"""
     import numpy as np
 
-    held = np.stack(
-        [np.fromiter((vocab.get(t, -1) for t in tokens), np.int64, len(tokens)) for vocab in models]
-    )  # [T, V]
-    held[held >= np.array(sizes)[:, None]] = -1
+    held = models.held(tokens)
     has = held >= 0
     count = has.sum(0)
     donor = np.where(count == 1, has.argmax(0), -1)  # whose row models get that lack it
@@ -80,58 +87,49 @@ def plan_rows(
     for token, (rule, source) in rules.items():
         place = tokens[token]
         forced[place], mean[place] = rule.force, False
-        needed = rule.force or count[place] < len(models)
         try:
-            donor[place], row[place] = ruled(token, rule, source, held[:, place], models, sizes, labels, needed)
+            donor[place], row[place] = ruled(token, rule, source, held[:, place], models)
         except InputError as error:
             problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
-    return [rows_of(k, held, has & ~forced, has, donor, row, mean) for k in range(len(models))]
+    return [rows_of(k, held, has[k] & ~forced, donor, row, mean) for k in range(len(held))]
 
 
-def ruled(
-    token: str,
-    rule: TokenRule,
-    source: int | None,
-    held: ndarray,
-    models: Sequence[Vocab],
-    sizes: Sequence[int],
-    labels: Sequence[str],
-    needed: bool,
-) -> tuple[int, int]:
-    """Model and row that a rule means; (-1, -1) for zeros, or where no model needs it."""
+def ruled(token: str, rule: TokenRule, source: int | None, held: ndarray, models: Known) -> tuple[int, int]:
+    """Model and row that a rule means; (-1, -1) for zeros, or where no model needs it. held: the token's rows [T]."""
     where = f"tokenizer: tokens: {safe_name(token)}"
-    if rule.kind == "zero" or not needed:
+    if rule.kind == "zero" or not (rule.force or (held < 0).any()):
         return -1, -1
     if source is None:
-        lacking = name_list([label for label, row in zip(labels, held, strict=True) if row < 0])
+        lacking = name_list([label for label, row in zip(models.labels, held, strict=True) if row < 0])
         raise InputError(f"{where}: has no source, and {lacking} lack it: give a model, {{kind: zero}} or model_token")
     if rule.kind == "own":
         found, what = int(held[source]), safe_name(token)
     elif isinstance(rule.token, str):
-        found, what = models[source].get(rule.token, -1), safe_name(rule.token)
+        found, what = models.tokens[source].get(rule.token, -1), safe_name(rule.token)
     else:
         found, what = int(rule.token or 0), f"token {rule.token}"
-    if not 0 <= found < sizes[source]:
-        raise InputError(f"{where}: {what} is unknown to its source {labels[source]}, which has {sizes[source]} rows")
+    label, size = models.labels[source], models.sizes[source]
+    if not 0 <= found < size:
+        raise InputError(f"{where}: {what} is unknown to its source {label}, which has {size} rows")
     return source, found
 
 
-def rows_of(k: int, held: ndarray, own: ndarray, has: ndarray, donor: ndarray, row: ndarray, mean: ndarray) -> RowPlan:
-    """The rows of model k. held: row of each token in each model [T, V]; own: where it is used in the model itself."""
+def rows_of(k: int, held: ndarray, own: ndarray, donor: ndarray, row: ndarray, mean: ndarray) -> RowPlan:
+    """The rows of model k. held: row of each token in each model [T, V]; own: where it uses that of its own [V]."""
     import numpy as np
 
-    lacks = ~own[k]
+    lacks = ~own
     shares, given = [], {}
     for j in range(len(held)):
-        from_donor, in_mean = lacks & (donor == j), lacks & mean & has[j]
-        used = from_donor | in_mean | (own[k] if j == k else False)
+        from_donor, in_mean = lacks & (donor == j), lacks & mean & (held[j] >= 0)
+        used = from_donor | in_mean | (own if j == k else False)
         places = np.flatnonzero(used)
         if len(places):
             shares.append(Share(j, places, np.where(from_donor, row, held[j])[places]))
         if from_donor.any():
             given[j] = int(from_donor.sum())
     zero = int((lacks & (donor < 0) & ~mean).sum())
-    counts = {"own": int(own[k].sum()), "from": given, "mean": int((lacks & mean).sum()), "zero": zero}
+    counts = {"own": int(own.sum()), "from": given, "mean": int((lacks & mean).sum()), "zero": zero}
     return RowPlan(tokens=held.shape[1], shares=tuple(shares), counts=counts)

@@ -1,16 +1,18 @@
-"""Tokenizers of model folders: loaded without their code, joined, written. transformers is imported here, on use."""
+"""Tokenizers of model folders: loaded without their code, joined, saved. transformers is imported here, on use."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import safe_name
+from pymerge.checkpoint.index import read_json_object
 from pymerge.checkpoint.read import MAX_CONFIG
 from pymerge.checkpoint.sidefiles import TOKENIZER
 from pymerge.errors import CorruptFile, InputError
@@ -108,24 +110,37 @@ def check_without_holes(vocab: Vocab, label: str) -> None:
         )
 
 
-def write_tokenizer(tokenizer: Any, template: str | None, folder: Path) -> list[str]:
-    """The tokenizer's files, with a chat template where one is given; their names."""
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """`eos_token_id` and so on, of those that it has."""
+    names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
+    return {name: number for name in names if (number := getattr(tokenizer, name, None)) is not None}
+
+
+def saved(tokenizer: Any, template: str | None, label: str) -> dict[str, bytes]:
+    """The tokenizer's files by their names, with a chat template where one is given."""
     if template is not None:
         tokenizer.chat_template = template
-    before = set(os.listdir(folder))  # how it was loaded is no part of it
-    tokenizer.init_kwargs = {
-        k: v for k, v in tokenizer.init_kwargs.items() if k not in ("local_files_only", "is_local")
-    }
-    tokenizer.save_pretrained(folder)
-    return sorted(set(os.listdir(folder)) - before)
+    loading = ("local_files_only", "is_local")  # how it was loaded is no part of it
+    tokenizer.init_kwargs = {key: value for key, value in tokenizer.init_kwargs.items() if key not in loading}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(f"{label}: its tokenizer cannot be saved: {safe_name(str(error), 300)}") from None
+        found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def write_template(folder: Path, template: str) -> list[str]:
-    """A chat template beside a tokenizer that stays as it is."""
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    if config.exists():
-        table = json.loads(config.read_text(encoding="utf-8"))
+def with_template_files(folder: Path | None, template: str) -> dict[str, bytes]:
+    """The files of a tokenizer that become other ones where it gets this chat template and stays as it is."""
+    files = {"chat_template.jinja": template.encode("utf-8", "surrogatepass")}
+    path = folder / "tokenizer_config.json" if folder is not None else None
+    if path is not None and path.is_file():
+        table = read_json_object(path, MAX_CONFIG)
         if table.pop("chat_template", None) is not None:
-            config.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return ["chat_template.jinja"]
+            files[path.name] = json_bytes(table)
+    return files
+
+
+def json_bytes(table: Mapping[str, Any]) -> bytes:
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

@@ -147,3 +147,10 @@ def test_models_in_memory():
     state = {"lm_head.weight": torch.zeros(4, 2)}
     with pytest.raises(InputError, match="no folder with a tokenizer"):
         pymerge.merge(None, [state, dict(state)], method="linear", tokenizer_source="base")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_what_is_rewritten_is_read_before_the_merge(models, name):
+    (models[0] / name).write_text("{")
+    with pytest.raises(CorruptFile, match=name):
+        planned(**({"tokenizer_source": None, "chat_template": "chatml"} if name.startswith("tok") else {}))

@@ -125,6 +125,17 @@ def test_plan_and_summary_name_sizes_and_sources(tmp_path, capsys):
     assert f"rows of a: {len(a)} of its own, {of_a['base']} from base, {alone['b']} from b, 1 zero" in plan.notes
 
 
+def test_order_of_a_union(tmp_path):
+    """The base's ids stay; then plain tokens by model and id, then those that models have as added ones."""
+    merge_to_disk(recipe("a", "b", tokenizer_source="union"), tmp_path / "out")
+    ids = {name: sorted(vocab, key=lambda token: vocab[token]) for name in "ab" for vocab in [vocabulary(Path(name))]}
+    expected = sorted(base := vocabulary(Path("base")), key=lambda token: base[token])
+    for name in "ab":
+        expected += [token for token in ids[name] if token not in expected and token not in ("<tool>", "<pad>")]
+    found = vocabulary(tmp_path / "out")
+    assert sorted(found, key=lambda token: found[token]) == [*expected, "<tool>", "<pad>"]
+
+
 def test_tied_and_untied(tmp_path):
     """Rows of the head that others lack are those of the tied embedding."""
     merge_to_disk(recipe("b", "tied", base=None, method="linear", tokenizer_source="union"), tmp_path / "out")
@@ -142,6 +153,12 @@ def test_special_tokens_keep_their_meaning(tmp_path):
     for file in ("config.json", "generation_config.json"):
         table = json.loads((tmp_path / "out" / file).read_text())
         assert (table["bos_token_id"], table["eos_token_id"]) == (ids["<s>"], ids["</s>"]) == (1, 0)
+    other = byte_level("other", 290, special=("<pad>", "<start>", "<stop>"))
+    other.bos_token, other.eos_token = "<start>", "<stop>"  # <s> and </s> are gone
+    llama(tmp_path / "c", other, 3)
+    summary = merge_to_disk(recipe(str(tmp_path / "c"), tokenizer_source=str(tmp_path / "c")), tmp_path / "own")
+    said = 'config.json: token ids as in the new vocabulary: {"bos_token_id": 1, "eos_token_id": 2}'
+    assert said in summary["notes"] and config_of(tmp_path / "own")["eos_token_id"] == 2
     merge_to_disk(recipe("b", tokenizer_source="union"), tmp_path / "union")
     before = (Path("base") / "generation_config.json").read_bytes()
     assert (tmp_path / "union" / "generation_config.json").read_bytes() == before

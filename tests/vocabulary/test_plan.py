@@ -6,7 +6,7 @@ import pytest
 from pymerge.errors import InputError
 from pymerge.recipe.models import ModelRef
 from pymerge.recipe.tokenizer import TokenRule
-from pymerge.vocabulary.plan import plan_rows
+from pymerge.vocabulary.plan import Known, plan_rows
 
 REF = ModelRef(path="a", value="a")
 MODELS = [{"x": 0, "y": 1, "z": 2}, {"y": 0, "z": 1, "u": 2}, {"x": 0, "u": 1, "v": 2, "far": 9}]
@@ -15,7 +15,7 @@ LABELS = ("a", "b", "c")
 
 
 def planned(rules=None, base=None):
-    return plan_rows(TOKENS, MODELS, [3, 3, 5], LABELS, base, rules or {})
+    return plan_rows(TOKENS, Known(labels=LABELS, tokens=MODELS, sizes=[3, 3, 5]), base, rules or {})
 
 
 def sources(plan):
@@ -76,6 +76,6 @@ def test_rules_that_cannot_be_kept(rule, source, message):
 
 
 def test_a_rule_without_effect_needs_no_source():
-    everywhere = [{"x": 0}, {"x": 1, "y": 0}]
-    a, b = plan_rows({"x": 0}, everywhere, [1, 2], LABELS, None, {"x": (TokenRule(), None)})
+    everywhere = Known(labels=("a", "b"), tokens=[{"x": 0}, {"x": 1, "y": 0}], sizes=[1, 2])
+    a, b = plan_rows({"x": 0}, everywhere, None, {"x": (TokenRule(), None)})
     assert a.keeps(0, 1) and not b.keeps(1, 2)
