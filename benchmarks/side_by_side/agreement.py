@@ -66,9 +66,27 @@ def cuts(method: str, count: int) -> Iterator[int]:
         yield lowest + kept
 
 
+def near_threshold(base: np.ndarray, model: np.ndarray, share: float) -> np.ndarray:
+    """Entries whose score in Arcee Fusion is within `share` of the threshold."""
+    exponents = [np.exp(x - x.max(axis=-1, keepdims=True)) for x in (model.astype(np.float64), base.astype(np.float64))]
+    p, q = (x / x.sum(axis=-1, keepdims=True) + 1e-8 for x in exponents)
+    scores = np.abs(model - base) * (p * np.log(p / q)).sum(axis=-1, keepdims=True)
+    places = [int(x * (scores.size - 1)) for x in (0.25, 0.5, 0.75)]
+    q1, median, q3 = np.partition(scores, places, axis=None)[places]
+    threshold = median + 1.5 * (q3 - q1)
+    return np.abs(scores - threshold) <= share * threshold
+
+
 def at_threshold(method: str, base: np.ndarray, models: list[np.ndarray]) -> np.ndarray:
     """Entries that a cut through equal magnitudes leaves to the order of a sort."""
+    if method == "arcee_fusion":  # mergekit takes the quartiles of a million entries that it draws
+        return near_threshold(base, models[0], 0.01)
     excepted = np.zeros(base.shape, dtype=bool)
+    if method == "sce":
+        spread = np.var([model - base for model in models], axis=0)
+        count = int(tools.METHODS[method]["select_topk"] * np.count_nonzero(spread))
+        threshold = np.partition(spread, spread.size - count, axis=None)[spread.size - count]
+        return np.abs(spread - threshold) <= 1e-6 * threshold
     for model in models:
         magnitude = np.abs(model - base)
         for cut in cuts(method, base.size):
