@@ -36,7 +36,7 @@ METHODS: dict[str, dict] = {
     "model_stock": {},
     "della_linear": {"weight": 0.4, "density": 0.5, "epsilon": 0.2},
     "della": {"weight": 0.4, "density": 0.5, "epsilon": 0.2},
-    "sce": {"select_topk": 0.5},
+    "sce": {"select_topk": 1.0},
     "nearswap": {"t": 0.001},
     "arcee_fusion": {},
     "ram": {"epsilon": 1e-5},

@@ -30,17 +30,23 @@ class Ram(Combine):
 
     def _combine(self, group: TaskGroup) -> Tensor:
         total = self.changes(group, 0)
-        users = (total != 0).float()
+        users = changed(total)
         for t in range(1, len(group.tuned)):
             delta = self.changes(group, t)
-            users += delta != 0
+            users += changed(delta)
             total += delta
         return total.div_(users.clamp_(min=1.0))
 
     def changes(self, group: TaskGroup, task: int) -> Tensor:
         """a_t D_t: not 0 where the task changed an entry."""
-        delta = group.delta(task)
-        return delta.masked_fill_(delta.abs() <= self.epsilon, 0.0)
+        from torch.nn.functional import hardshrink
+
+        return hardshrink(group.delta(task), self.epsilon)
 
     def workspace(self, info: TensorInfo) -> int:
-        return 20 * min(BLOCK, info.numel)
+        return 24 * min(BLOCK, info.numel)
+
+
+def changed(delta: Tensor) -> Tensor:
+    """a_t, in float32: faster than booleans that are added."""
+    return delta.sign().abs_()

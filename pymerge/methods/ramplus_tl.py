@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.methods.base import TaskGroup, TensorInfo, param, register
 from pymerge.methods.blocks import BLOCK, blocks, in_blocks
-from pymerge.methods.ram import Ram
+from pymerge.methods.ram import Ram, changed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +34,12 @@ class RamPlusTl(Ram):
         shared, own = [0] * tasks, [0] * tasks
         for block in blocks(group):
             changes, users = self.used(block)
-            for t in range(tasks):
-                shared[t] += int((users[changes[t] != 0] > 1).sum())
-                own[t] += int((users[changes[t] != 0] == 1).sum())
+            several = (users > 1).float()
+            for t, delta in enumerate(changes):
+                mine = changed(delta)
+                among_others = int(mine.dot(several))  # a block has fewer entries than float32 counts exactly
+                shared[t] += among_others
+                own[t] += int(mine.sum()) - among_others
         factors = [1.0 + self.r * self._share(s, u) for s, u in zip(shared, own, strict=True)]
         return in_blocks(group, partial(self._scaled, factors=factors))
 
@@ -57,10 +60,10 @@ class RamPlusTl(Ram):
     def used(self, group: TaskGroup) -> tuple[list[Tensor], Tensor]:
         """(a_t D_t of each task, number of tasks that changed each entry)"""
         changes = [self.changes(group, t) for t in range(len(group.tuned))]
-        users = (changes[0] != 0).float()
+        users = changed(changes[0])
         for delta in changes[1:]:
-            users += delta != 0
+            users += changed(delta)
         return changes, users
 
     def workspace(self, info: TensorInfo) -> int:
-        return (4 * info.tasks + 32) * min(BLOCK, info.numel)
+        return (4 * info.tasks + 40) * min(BLOCK, info.numel)

@@ -89,11 +89,13 @@ def chosen(block: TaskGroup, selected: Selection) -> list[Tensor]:
 
 def weights_of(group: TaskGroup, selected: Selection) -> list[float]:
     """w_t"""
+    import torch
+
     tasks = len(group.tuned)
     squares: list[list[float]] = [[] for _ in range(tasks)]
     for block in blocks(group):
         for t, delta in enumerate(chosen(block, selected)):
-            squares[t].append(float(delta.double().square_().sum()))
+            squares[t].append(float(delta.square_().sum(dtype=torch.float64)))
     means = [math.fsum(sums) / max(1, group.tuned[0].numel()) for sums in squares]
     total = math.fsum(means)
     return [1 / tasks] * tasks if total < _EQUAL_BELOW else [mean / total for mean in means]
@@ -104,11 +106,10 @@ def merged(block: TaskGroup, selected: Selection, weights: list[float]) -> Tenso
     total = deltas[0].clone()
     for delta in deltas[1:]:
         total += delta
-    positive = total >= 0
+    elected = (total >= 0).float().mul_(2).sub_(1)
     out, divisor = total.zero_(), total.new_zeros(total.shape)
     for delta, weight in zip(deltas, weights, strict=True):
-        elected = (delta > 0) == positive
-        share = elected.logical_and_(delta != 0).float().mul_(weight)
+        share = delta.sign().mul_(elected).clamp_(min=0).mul_(weight)  # w_t e_t
         out.addcmul_(delta, share)
         divisor += share
     return out.div_(divisor.clamp_(min=_DIVISOR_FLOOR))
