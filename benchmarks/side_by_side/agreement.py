@@ -31,7 +31,7 @@ PARALLEL = 0.9995  # |cosine| above which slerp is a straight line
 
 
 class Weights:
-    """Tensors of one folder as float32, read when asked."""
+    """Tensors of one folder as float32 (float64 rounded), read when asked."""
 
     def __init__(self, folder: Path) -> None:
         self.entries: dict[str, tuple[Path, int, dict]] = {}
@@ -51,6 +51,8 @@ class Weights:
                 return from_bf16(raw.view(np.uint16))
             case "F32":
                 return raw.view(np.float32)
+            case "F16":
+                return raw.view(np.float16).astype(np.float32)
             case "F64":
                 return raw.view(np.float64).astype(np.float32)
             case other:

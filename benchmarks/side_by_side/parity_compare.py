@@ -1,0 +1,196 @@
+"""What two programs made of one YAML: tensors, config.json, tokenizer files, index.
+
+Tensors: the largest difference of two entries, relative to the largest entry of the tensor, is at most ROUNDING of the
+stored type. Random methods: share of changed entries and L1 norm of the change (agreement.py). Where a selection cuts
+through a run of equal magnitudes, the entries of the run are excepted and counted: mergekit's sort is not stable.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from agreement import Weights, compare_random
+
+# In float32: 16 units in the last place, sums in another order. Else: two roundings to the stored type, and mergekit's
+# arithmetic in it where `dtype` says so.
+ROUNDING = {"F64": 2e-6, "F32": 2e-6, "F16": 2.0**-10, "BF16": 2.0**-7}
+COARSE = 2e-5  # float32: mergekit's scalar products of whole tensors
+BY_SCALAR_PRODUCTS = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+CUTS = {"ties": 1, "breadcrumbs": 2, "breadcrumbs_ties": 2}  # of each task's magnitudes in a tensor
+UNLIKE = ("transformers_version", "_name_or_path", "name_or_path")  # of the program that wrote the file
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
+INDEX = "model.safetensors.index.json"
+EXPERT = ".block_sparse_moe."
+
+
+@dataclass
+class Outcome:
+    """One row of the table.
+
+    difference  largest, relative to the largest entry of its tensor, of the tensors that are not compared as random
+    excepted    entries at a cut
+    problems    column -> what differs, "" where nothing does
+    """
+
+    name: str
+    tensors: int = 0
+    difference: float = 0.0
+    random: bool = False
+    excepted: int = 0
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def compare(recipe: dict[str, Any], name: str, models: Path, ours: Path, theirs: Path) -> Outcome:
+    """ours, theirs: the outputs; NAME.error beside one says why it is not there, or not whole."""
+    result = Outcome(name)
+    refused = [folder.with_name(f"{name}.error").is_file() for folder in (ours, theirs)]
+    if any(refused):
+        sides = dict(zip(("pymerge", "mergekit"), refused, strict=True))
+        words = ", ".join(f"{program} refuses" for program, no in sides.items() if no)
+        result.problems["tensors"] = "" if all(refused) else words
+        return result
+    first, second = Weights(ours), Weights(theirs)
+    if any(EXPERT in name for name in first.entries) and not any(EXPERT in name for name in second.entries):
+        first = Fused(first)
+        result.problems["layout"] = "experts one by one, mergekit writes them fused"
+    result.tensors = len(second.entries)
+    result.problems["tensors"] = compare_tensors(recipe, models, first, second, result)
+    result.problems["config.json"] = compare_json(ours / "config.json", theirs / "config.json")
+    result.problems["tokenizer"] = compare_files(ours, theirs)
+    result.problems["index"] = compare_index(ours, theirs)
+    return result
+
+
+class Fused(Weights):
+    """Mixtral's weights with the experts of a layer in one tensor, as transformers 5 has them in memory."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self.entries = weights, dict(weights.entries)
+        self.parts: dict[str, list[list[str]]] = {}  # name -> of each expert, what is stacked above each other
+        for name in weights.entries:
+            block, found, rest = name.partition(EXPERT)
+            if not found:
+                continue
+            path, start, entry = self.entries.pop(name)
+            if rest == "gate.weight":
+                new, parts = f"{block}.mlp.gate.weight", [[name]]
+            elif rest.startswith("experts.0.") and "w3" not in rest:
+                up = "w1" in rest
+                new = f"{block}.mlp.experts.{'gate_up_proj' if up else 'down_proj'}"
+                experts = sum(key.startswith(f"{block}{EXPERT}experts.") and ".w2." in key for key in weights.entries)
+                own = [name.replace("experts.0.", f"experts.{e}.") for e in range(experts)]
+                parts = [[one, one.replace(".w1.", ".w3.")] if up else [one] for one in own]
+                rows, columns = entry["shape"]
+                entry = entry | {"shape": [experts, rows * (2 if up else 1), columns]}
+            else:
+                continue
+            self.entries[new], self.parts[new] = (path, start, entry), parts
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.parts:
+            return self.weights[name]
+        return np.concatenate([self.weights[part] for expert in self.parts[name] for part in expert])
+
+
+def compare_tensors(recipe: dict[str, Any], models: Path, ours: Weights, theirs: Weights, result: Outcome) -> str:
+    if apart := sorted(ours.entries.keys() ^ theirs.entries.keys()):
+        return f"{len(apart)} tensors in one output alone: {', '.join(apart[:3])}"
+    wrong = []
+    for name, (_, _, entry) in theirs.entries.items():
+        mine = ours.entries[name][2]
+        if (mine["dtype"], mine["shape"]) != (entry["dtype"], entry["shape"]):
+            wrong.append(f"{name} {mine['dtype']} {mine['shape']} for {entry['dtype']} {entry['shape']}")
+            continue
+        a, b = ours[name].astype(np.float64), theirs[name].astype(np.float64)
+        if not is_same(recipe, models, name, a, b, entry["dtype"], result):
+            wrong.append(f"{name} by {np.abs(a - b).max():.1e} of {np.abs(b).max():.1e}")
+    return f"{len(wrong)} differ: {', '.join(wrong[:3])}" if wrong else ""
+
+
+def is_same(recipe: dict[str, Any], models: Path, name: str, a: Any, b: Any, dtype: str, result: Outcome) -> bool:
+    """Whether two tensors agree; counts what is excepted and notes the largest difference of the others."""
+    method = recipe["merge_method"]
+    if method in RANDOM and np.any(a != b):
+        result.random = True
+        base = source(models, recipe["base_model"], name)
+        return compare_random(base, a, b)["of_bound"] <= 1
+    size = float(np.abs(b).max()) or 1.0
+    apart = np.abs(a - b) / size
+    bound = max(ROUNDING[dtype], COARSE if method in BY_SCALAR_PRODUCTS else 0)
+    outside = apart > bound
+    if outside.any() and method in CUTS and "models" in recipe:
+        excepted = outside & at_cut(recipe, models, name, outside)
+        result.excepted += int(excepted.sum())
+        apart = apart[~excepted]
+    result.difference = max(result.difference, float(apart.max(initial=0.0)))
+    return bool((apart <= bound).all())
+
+
+def source(models: Path, reference: str, name: str) -> Any:
+    return Weights(models / reference)[name]
+
+
+def at_cut(recipe: dict[str, Any], models: Path, name: str, outside: Any) -> Any:
+    """Entries that a cut through equal magnitudes leaves to the order of a sort: of each task the values of one run (of
+    two, where two cuts are made) that occur more than once, those first that explain most of what is `outside`."""
+    base = source(models, recipe["base_model"], name)
+    tuned = [source(models, one["model"], name) for one in recipe["models"] if one["model"] != recipe["base_model"]]
+    magnitudes = [np.abs(one - base).reshape(outside.shape) for one in tuned]
+    cuts = [CUTS[recipe["merge_method"]]] * len(tuned)
+    found = np.zeros(outside.shape, dtype=bool)
+    while True:
+        runs = []
+        for task, magnitude in enumerate(magnitudes):
+            for value, count in zip(*np.unique(magnitude[outside & ~found], return_counts=True), strict=True):
+                if cuts[task] and np.count_nonzero(magnitude == value) > 1:
+                    runs.append((count, task, value))
+        if not runs:
+            return found
+        _, task, value = max(runs)
+        cuts[task] -= 1
+        found |= magnitudes[task] == value
+
+
+def compare_json(ours: Path, theirs: Path) -> str:
+    """Keys in which two JSON files differ, and how."""
+    found = [json.loads(path.read_text()) if path.is_file() else None for path in (ours, theirs)]
+    if None in found:
+        return "" if found == [None, None] else f"{ours.name} in one output alone"
+    mine, other = found
+    keys = [key for key in sorted({*mine, *other} - {*UNLIKE}) if mine.get(key) != other.get(key)]
+    return ", ".join(f"{key}: {short(mine.get(key))} for {short(other.get(key))}" for key in keys)
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 30 else text[:27] + "..."
+
+
+def compare_files(ours: Path, theirs: Path) -> str:
+    """Tokenizer files: the same ones, with the same content (of JSON files: the same values)."""
+    names = sorted({path.name for folder in (ours, theirs) for p in TOKENIZER for path in folder.glob(p)})
+    problems = []
+    for name in names:
+        if name.endswith(".json"):
+            problem = compare_json(ours / name, theirs / name)
+        else:
+            texts = [(folder / name).read_text() if (folder / name).is_file() else None for folder in (ours, theirs)]
+            problem = "" if texts[0] == texts[1] else "in one output alone" if None in texts else "other text"
+        if problem:
+            problems.append(f"{name}: {problem}")
+    return "; ".join(problems)
+
+
+def compare_index(ours: Path, theirs: Path) -> str:
+    """The index, or its absence, and that it names the tensors that there are."""
+    found = [
+        json.loads((folder / INDEX).read_text()) if (folder / INDEX).is_file() else None for folder in (ours, theirs)
+    ]
+    if None in found:
+        return "" if found == [None, None] else "in one output alone"
+    return "" if found[0]["weight_map"].keys() == found[1]["weight_map"].keys() else "other names"
