@@ -97,7 +97,7 @@ def make_family(root: Path, name: str) -> None:
             p.data = start[key] if one == "base" else change(start[key], g)
         shards = {"max_shard_size": SHARD} if one in sharded else {}
         model.save_pretrained(root / name / one, **shards)
-        tokenizer([], CHAT if one == "chat" else None).save_pretrained(root / name / one)
+        tokenizer([], CHAT if one == "chat" else None).save_pretrained(str(root / name / one))
     if name == "llama":
         make_relatives(root, model, start, g)
 
