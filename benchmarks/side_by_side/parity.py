@@ -114,7 +114,7 @@ def write(report: dict[str, Any], path: Path) -> None:
         "# mergekit YAMLs through pymerge and mergekit 0.1.5",
         "",
         "Made by `python benchmarks/side_by_side/parity.py` from the YAMLs in benchmarks/side_by_side/parity/.",
-        "Differences are relative to the largest entry of a tensor; random: compared by share and norm of what changed.",
+        "Differences are relative to a tensor's largest entry; random: compared by share and norm of what changed.",
         "`at a cut`: entries that a selection through equal magnitudes leaves to the order of a sort.",
         "",
         table(report),

@@ -158,12 +158,16 @@ def at_cut(recipe: dict[str, Any], models: Path, name: str, outside: Any) -> Any
 
 def compare_json(ours: Path, theirs: Path) -> str:
     """Keys in which two JSON files differ, and how."""
-    found = [json.loads(path.read_text()) if path.is_file() else None for path in (ours, theirs)]
-    if None in found:
-        return "" if found == [None, None] else f"{ours.name} in one output alone"
-    mine, other = found
+    mine, other = read_json(ours), read_json(theirs)
+    if mine is None or other is None:
+        return "" if mine is other else "in one output alone"
     keys = [key for key in sorted({*mine, *other} - {*UNLIKE}) if mine.get(key) != other.get(key)]
     return ", ".join(f"{key}: {short(mine.get(key))} for {short(other.get(key))}" for key in keys)
+
+
+def read_json(path: Path) -> Any:
+    """None: there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def short(value: Any) -> str:
@@ -188,9 +192,7 @@ def compare_files(ours: Path, theirs: Path) -> str:
 
 def compare_index(ours: Path, theirs: Path) -> str:
     """The index, or its absence, and that it names the tensors that there are."""
-    found = [
-        json.loads((folder / INDEX).read_text()) if (folder / INDEX).is_file() else None for folder in (ours, theirs)
-    ]
-    if None in found:
-        return "" if found == [None, None] else "in one output alone"
-    return "" if found[0]["weight_map"].keys() == found[1]["weight_map"].keys() else "other names"
+    mine, other = read_json(ours / INDEX), read_json(theirs / INDEX)
+    if mine is None or other is None:
+        return "" if mine is other else "in one output alone"
+    return "" if mine["weight_map"].keys() == other["weight_map"].keys() else "other names"
