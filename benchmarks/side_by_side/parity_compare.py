@@ -22,7 +22,14 @@ COARSE = 2e-5  # float32: mergekit's scalar products of whole tensors
 BY_SCALAR_PRODUCTS = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 CUTS = {"ties": 1, "breadcrumbs": 2, "breadcrumbs_ties": 2}  # of each task's magnitudes in a tensor
-UNLIKE = ("transformers_version", "_name_or_path", "name_or_path")  # of the program that wrote the file
+# Of the program that wrote the file, and of how it had loaded the tokenizer.
+UNLIKE = ("transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only")
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Why?"},
+]
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
 INDEX = "model.safetensors.index.json"
 EXPERT = ".block_sparse_moe."
@@ -185,18 +192,29 @@ def short(value: Any) -> str:
 
 
 def compare_files(ours: Path, theirs: Path) -> str:
-    """Tokenizer files: the same ones, with the same content (of JSON files: the same values)."""
+    """Tokenizer files: the same ones, with the same content (JSON: the same values; templates: the same prompts)."""
     names = sorted({path.name for folder in (ours, theirs) for p in TOKENIZER for path in folder.glob(p)})
     problems = []
     for name in names:
-        if name.endswith(".json"):
+        if not ((ours / name).is_file() and (theirs / name).is_file()):
+            problem = "in one output alone"
+        elif name.endswith(".json"):
             problem = compare_json(ours / name, theirs / name)
         else:
-            texts = [(folder / name).read_text() if (folder / name).is_file() else None for folder in (ours, theirs)]
-            problem = "" if texts[0] == texts[1] else "in one output alone" if None in texts else "other text"
+            read = prompts if name.endswith(".jinja") else str
+            problem = "" if len({read((folder / name).read_text()) for folder in (ours, theirs)}) == 1 else "other text"
         if problem:
             problems.append(f"{name}: {problem}")
     return "; ".join(problems)
+
+
+def prompts(template: str) -> tuple[str, str]:
+    """What a chat template makes of TALK, without and with the start of an answer."""
+    from jinja2.sandbox import SandboxedEnvironment
+
+    made = SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    short, whole = (made.render(messages=TALK, add_generation_prompt=asked) for asked in (False, True))
+    return short, whole
 
 
 def compare_index(ours: Path, theirs: Path) -> str:
