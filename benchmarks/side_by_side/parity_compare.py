@@ -2,7 +2,8 @@
 
 Tensors: the largest difference of two entries, relative to the largest entry of the tensor, is at most ROUNDING of the
 stored type. Random methods: share of changed entries and L1 norm of the change (agreement.py). Where a selection cuts
-through a run of equal magnitudes, the entries of the run are excepted and counted: mergekit's sort is not stable.
+through a run of equal magnitudes, the entries of the run are excepted and counted: mergekit's sort is not stable. The order in which a
+union of vocabularies appends tokens is that of a set in mergekit, another one in each run: rows are compared by token.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ TALK = [
 ]
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
 INDEX = "model.safetensors.index.json"
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # of the family that has other vocabularies
 EXPERT = ".block_sparse_moe."
 
 
@@ -41,6 +43,7 @@ class Outcome:
 
     difference  largest, relative to the largest entry of its tensor, of the tensors that are not compared as random
     excepted    entries at a cut
+    rows        of the vocabulary's tensors: those of our output in the order of mergekit's; None: they are in it
     problems    column -> what differs, "" where nothing does
     """
 
@@ -49,6 +52,7 @@ class Outcome:
     difference: float = 0.0
     random: bool = False
     excepted: int = 0
+    rows: list[int] | None = field(default=None, repr=False)
     problems: dict[str, str] = field(default_factory=dict)
 
 
@@ -66,11 +70,25 @@ def compare(recipe: dict[str, Any], name: str, models: Path, ours: Path, theirs:
         first = Fused(first)
         result.problems["layout"] = "experts one by one, mergekit writes them fused"
     result.tensors = len(second.entries)
+    result.rows = rows_by_token(ours, theirs)
     result.problems["tensors"] = compare_tensors(recipe, models, first, second, result)
     result.problems["config.json"] = compare_json(ours / "config.json", theirs / "config.json")
-    result.problems["tokenizer"] = compare_files(ours, theirs)
+    result.problems["tokenizer"] = compare_files(ours, theirs, result.rows is not None)
     result.problems["index"] = compare_index(ours, theirs)
     return result
+
+
+def rows_by_token(ours: Path, theirs: Path) -> list[int] | None:
+    """Our id of each token in the order of mergekit's ids; None where no id differs, or the tokens do."""
+    mine, other = (ids(folder / "tokenizer.json") for folder in (ours, theirs))
+    if mine == other or mine.keys() != other.keys():
+        return None
+    return [mine[token] for token in sorted(other, key=lambda token: other[token])]
+
+
+def ids(path: Path) -> dict[str, int]:
+    content = read_json(path) or {"model": {"vocab": {}}, "added_tokens": []}
+    return content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
 
 
 class Fused(Weights):
@@ -113,7 +131,9 @@ def compare_tensors(recipe: dict[str, Any], models: Path, ours: Weights, theirs:
         if (mine["dtype"], mine["shape"]) != (entry["dtype"], entry["shape"]):
             wrong.append(f"{name} {mine['dtype']} {mine['shape']} for {entry['dtype']} {entry['shape']}")
             continue
-        a, b = ours[name].astype(np.float64), theirs[name].astype(np.float64)
+        a, b = (x.reshape(entry["shape"]).astype(np.float64) for x in (ours[name], theirs[name]))
+        if result.rows and name in VOCABULARY:
+            a[: len(result.rows)] = a[result.rows]
         if not is_same(recipe, models, name, a, b, entry["dtype"], result):
             wrong.append(f"{name} by {np.abs(a - b).max():.1e} of {np.abs(b).max():.1e}")
     return f"{len(wrong)} differ: {', '.join(wrong[:3])}" if wrong else ""
@@ -124,7 +144,7 @@ def is_same(recipe: dict[str, Any], models: Path, name: str, a: Any, b: Any, dty
     method = recipe["merge_method"]
     if method in RANDOM and np.any(a != b):
         result.random = True
-        base = source(models, recipe["base_model"], name)
+        base = source(models, recipe["base_model"], name).reshape(a.shape)
         return compare_random(base, a, b)["of_bound"] <= 1
     size = float(np.abs(b).max()) or 1.0
     apart = np.abs(a - b) / size
@@ -172,11 +192,15 @@ def at_cut(recipe: dict[str, Any], models: Path, name: str, outside: Any) -> Any
         found |= magnitudes[task] == value
 
 
-def compare_json(ours: Path, theirs: Path) -> str:
-    """Keys in which two JSON files differ, and how."""
+def compare_json(ours: Path, theirs: Path, *, by_token: bool = False) -> str:
+    """Keys in which two JSON files differ, and how. by_token: the ids of added tokens do not count."""
     mine, other = read_json(ours), read_json(theirs)
     if mine is None or other is None:
         return "" if mine is other else "in one output alone"
+    if by_token and "added_tokens" in mine and "added_tokens" in other:
+        for one in (mine, other):
+            tokens = sorted(one["added_tokens"], key=lambda token: token["content"])
+            one["added_tokens"] = [{key: value for key, value in token.items() if key != "id"} for token in tokens]
     keys = [key for key in sorted({*mine, *other} - {*UNLIKE}) if mine.get(key) != other.get(key)]
     return ", ".join(f"{key}: {short(mine.get(key))} for {short(other.get(key))}" for key in keys)
 
@@ -191,7 +215,7 @@ def short(value: Any) -> str:
     return text if len(text) < 30 else text[:27] + "..."
 
 
-def compare_files(ours: Path, theirs: Path) -> str:
+def compare_files(ours: Path, theirs: Path, reordered: bool) -> str:
     """Tokenizer files: the same ones, with the same content (JSON: the same values; templates: the same prompts)."""
     names = sorted({path.name for folder in (ours, theirs) for p in TOKENIZER for path in folder.glob(p)})
     problems = []
@@ -199,7 +223,7 @@ def compare_files(ours: Path, theirs: Path) -> str:
         if not ((ours / name).is_file() and (theirs / name).is_file()):
             problem = "in one output alone"
         elif name.endswith(".json"):
-            problem = compare_json(ours / name, theirs / name)
+            problem = compare_json(ours / name, theirs / name, by_token=reordered)
         else:
             read = prompts if name.endswith(".jinja") else str
             problem = "" if len({read((folder / name).read_text()) for folder in (ours, theirs)}) == 1 else "other text"
