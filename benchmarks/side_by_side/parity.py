@@ -50,12 +50,8 @@ def recipes(names: list[str]) -> list[Path]:
 def run(interpreter: Path, script: str, *rest: str | Path) -> None:
     """In a process of its own, offline; its output is shown only where it fails."""
     command = [str(interpreter), str(HERE / script), *map(str, rest)]
-    # mergekit takes the tokenizer, where there is no base, of the model that comes first in a set.
-    environment = (
-        tools.environment(1)
-        | {"PYTHONHASHSEED": "0"}
-        | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    )
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = tools.environment(1) | {"PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command[:3])}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

@@ -2,8 +2,8 @@
 
 Tensors: the largest difference of two entries, relative to the largest entry of the tensor, is at most ROUNDING of the
 stored type. Random methods: share of changed entries and L1 norm of the change (agreement.py). Where a selection cuts
-through a run of equal magnitudes, the entries of the run are excepted and counted: mergekit's sort is not stable. The order in which a
-union of vocabularies appends tokens is that of a set in mergekit, another one in each run: rows are compared by token.
+through a run of equal magnitudes, the entries of the run are excepted and counted: mergekit's sort is not stable. Rows
+of a union of vocabularies are compared by token: mergekit appends tokens in the order of a set, another in each run.
 """
 
 from __future__ import annotations
