@@ -44,7 +44,7 @@ class ArceeFusion(Combine):
 
     def workspace(self, info: TensorInfo) -> int:
         row = info.shape[-1] if info.shape else 1
-        return 9 * info.numel + 48 * max(row, min(BLOCK, info.numel))
+        return 7 * info.numel + 32 * max(row, min(BLOCK, info.numel))
 
 
 def importance(base: Tensor, tuned: Tensor) -> Tensor:

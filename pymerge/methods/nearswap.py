@@ -39,4 +39,4 @@ class NearSwap(Combine):
         return base.lerp(other, weight)
 
     def workspace(self, info: TensorInfo) -> int:
-        return 20 * min(BLOCK, info.numel)
+        return 24 * min(BLOCK, info.numel)

@@ -66,4 +66,4 @@ class RamPlusTl(Ram):
         return changes, users
 
     def workspace(self, info: TensorInfo) -> int:
-        return (4 * info.tasks + 40) * min(BLOCK, info.numel)
+        return (4 * info.tasks + 48) * min(BLOCK, info.numel)
