@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from pymerge import methods
+from pymerge.methods.base import Combine, TaskGroup, TensorInfo
 
 api = pytest.importorskip("mergekit.merge_methods.api")
-
-from pymerge.methods.base import Combine, TaskGroup, TensorInfo  # noqa: E402
 
 SHAPES = [(64, 48), (50,), (1, 30), (24, 1), (8, 5, 3, 3)]
 CASES: list[tuple[str, int, dict[str, Any]]] = [
