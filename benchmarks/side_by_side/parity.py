@@ -6,7 +6,7 @@
 Tiny models in real layouts (parity_models.py); `pymerge merge` and mergekit 0.1.5's command line; tensors, config.json,
 tokenizer files and index compared (parity_compare.py). Prints a table and writes it to benchmarks/results/parity.json
 and .md. Exit status 1 where a row neither agrees nor is a stated exception: parity/exceptions.json says per YAML and
-column ("*": every YAML) why it differs. A stated exception that does not occur is an error too.
+column why it differs. A stated exception that does not occur is an error too.
 """
 
 from __future__ import annotations
@@ -58,15 +58,13 @@ def run(interpreter: Path, script: str, *rest: str | Path) -> None:
 
 
 def judge(row: dict[str, Any], stated: dict[str, dict[str, str]]) -> str:
-    """agrees, excepted or DIFFERS; a column that differs with a stated reason is marked so in `problems`."""
-    reasons = stated.get("*", {}) | stated.get(row["name"], {})
+    """agrees, excepted or DIFFERS; adds the stated reasons of what differs, and what is stated but does not occur."""
+    reasons = stated.get(row["name"], {})
     columns = {column: problem for column, problem in row["problems"].items() if problem}
     row["reasons"] = {column: reasons[column] for column in columns if column in reasons}
-    idle = [column for column in stated.get(row["name"], {}) if column not in columns]
-    if idle:
-        row["problems"][idle[0]] = "a stated exception that does not occur"
-        return "DIFFERS"
-    if any(column not in reasons for column in columns):
+    idle = dict.fromkeys(reasons.keys() - columns.keys(), "a stated exception that does not occur")
+    row["problems"] |= idle
+    if idle or columns.keys() - reasons.keys():
         return "DIFFERS"
     return "excepted" if columns else "agrees"
 

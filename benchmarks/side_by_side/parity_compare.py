@@ -43,7 +43,6 @@ class Outcome:
 
     difference  largest, relative to the largest entry of its tensor, of the tensors that are not compared as random
     excepted    entries at a cut
-    rows        of the vocabulary's tensors: those of our output in the order of mergekit's; None: they are in it
     problems    column -> what differs, "" where nothing does
     """
 
@@ -52,7 +51,6 @@ class Outcome:
     difference: float = 0.0
     random: bool = False
     excepted: int = 0
-    rows: list[int] | None = field(default=None, repr=False)
     problems: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,10 +68,10 @@ def compare(recipe: dict[str, Any], name: str, models: Path, ours: Path, theirs:
         first = Fused(first)
         result.problems["layout"] = "experts one by one, mergekit writes them fused"
     result.tensors = len(second.entries)
-    result.rows = rows_by_token(ours, theirs)
-    result.problems["tensors"] = compare_tensors(recipe, models, first, second, result)
+    rows = rows_by_token(ours, theirs)
+    result.problems["tensors"] = compare_tensors(recipe, models, first, second, rows, result)
     result.problems["config.json"] = compare_json(ours / "config.json", theirs / "config.json")
-    result.problems["tokenizer"] = compare_files(ours, theirs, result.rows is not None)
+    result.problems["tokenizer"] = compare_files(ours, theirs, rows is not None)
     result.problems["index"] = compare_index(ours, theirs)
     return result
 
@@ -122,7 +120,10 @@ class Fused(Weights):
         return np.concatenate([self.weights[part] for expert in self.parts[name] for part in expert])
 
 
-def compare_tensors(recipe: dict[str, Any], models: Path, ours: Weights, theirs: Weights, result: Outcome) -> str:
+def compare_tensors(
+    recipe: dict[str, Any], models: Path, ours: Weights, theirs: Weights, rows: list[int] | None, result: Outcome
+) -> str:
+    """rows: of the vocabulary's tensors, those of our output in the order of mergekit's; None: they are in it."""
     if apart := sorted(ours.entries.keys() ^ theirs.entries.keys()):
         return f"{len(apart)} tensors in one output alone: {', '.join(apart[:3])}"
     wrong = []
@@ -132,8 +133,8 @@ def compare_tensors(recipe: dict[str, Any], models: Path, ours: Weights, theirs:
             wrong.append(f"{name} {mine['dtype']} {mine['shape']} for {entry['dtype']} {entry['shape']}")
             continue
         a, b = (x.reshape(entry["shape"]).astype(np.float64) for x in (ours[name], theirs[name]))
-        if result.rows and name in VOCABULARY:
-            a[: len(result.rows)] = a[result.rows]
+        if rows and name in VOCABULARY:
+            a[: len(rows)] = a[rows]
         if not is_same(recipe, models, name, a, b, entry["dtype"], result):
             wrong.append(f"{name} by {np.abs(a - b).max():.1e} of {np.abs(b).max():.1e}")
     return f"{len(wrong)} differ: {', '.join(wrong[:3])}" if wrong else ""

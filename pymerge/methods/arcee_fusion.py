@@ -23,8 +23,8 @@ class ArceeFusion(Combine):
 
     s  |W_1 - W_0| times the divergence of the entry's row: sum p log(p / q), with p and q the softmax of the row of W_1
        and of W_0, plus 1e-8 each. Rows run along the last dimension; a vector is one row. In float64, at least 0.
-    Quartiles are order statistics, Q(x) at place int(x (n - 1)) of the ascending order, of all n entries. A threshold
-    of 0 (at least half of the entries do not count, three quarters if Q1 does) takes over all entries.
+    Q1, Q3 and the median are order statistics, x at place int(x (n - 1)) of the ascending order of all n entries. Where
+    three quarters of the scores are 0, so is the threshold: all entries are taken over.
     """
 
     paper = "https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration"

@@ -66,6 +66,14 @@ def test_rows_without_a_change_stay_and_outliers_go_over() -> None:
     assert torch.equal(merged[3], base[3]) and torch.equal(merged[7, :5], tuned[7, :5])
 
 
+@pytest.mark.parametrize(("unchanged", "over"), [(30, True), (29, False)])
+def test_three_quarters_of_unchanged_rows_take_over_the_others(unchanged: int, over: bool) -> None:
+    base, tuned = pair(40, 30)
+    tuned[:unchanged] = base[:unchanged]
+    merged = ArceeFusion().combine(group_of(base, tuned))
+    assert torch.equal(merged, tuned) == over
+
+
 def test_models_that_agree() -> None:
     base, _ = pair(20, 30)
     assert torch.equal(ArceeFusion().combine(group_of(base, base.clone())), base)
