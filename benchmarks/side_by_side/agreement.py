@@ -195,7 +195,9 @@ def compare_method(root: Path, method: str, ours: Path, theirs: Path) -> dict:
         elif method in FORMULAS:
             rows.append(compare_formula(method, w, [model[name] for model in sources], a, b))
         else:
-            rows.append(compare_exact(method, w, [model[name] for model in sources], a, b))
+            shape = first.entries[name][2]["shape"]
+            w, a, b, *tuned = (x.reshape(shape) for x in (w, a, b, *(model[name] for model in sources)))
+            rows.append(compare_exact(method, w, tuned, a, b))
     worst = max(row["of_bound"] for row in rows)
     entries = sum(int(np.prod(entry["shape"])) for _, _, entry in first.entries.values())
     result = {"agrees": worst <= 1.0, "worst_of_bound": worst, "tensors": len(rows), "entries": entries}
