@@ -18,8 +18,9 @@ from pathlib import Path
 TORCH = "torch==2.13.0"
 MERGEKIT = "mergekit==0.1.5"
 FUSION_BENCH = "fusion_bench==0.2.33"
-# Every input folder is beside the recipes; three fine-tuned models and a base (slerp: the base and one of them;
+# Every input folder is beside the recipes; three fine-tuned models and a base (PAIRS: the base and one of them;
 # nuslerp: the base and two; linear and karcher: no base).
+PAIRS = ("slerp", "nearswap", "arcee_fusion")
 TASKS = ("m1", "m2", "m3")
 METHODS: dict[str, dict] = {
     "linear": {"weight": 1.0},
@@ -35,6 +36,11 @@ METHODS: dict[str, dict] = {
     "model_stock": {},
     "della_linear": {"weight": 0.4, "density": 0.5, "epsilon": 0.2},
     "della": {"weight": 0.4, "density": 0.5, "epsilon": 0.2},
+    "sce": {"select_topk": 1.0},
+    "nearswap": {"t": 0.001},
+    "arcee_fusion": {},
+    "ram": {"epsilon": 1e-5},
+    "ramplus_tl": {"epsilon": 1e-5},
 }
 RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
 
@@ -50,24 +56,25 @@ class Cost:
 
 def recipe_models(method: str) -> tuple[str, ...]:
     """The folders that a recipe reads."""
-    few = {"linear": TASKS, "karcher": TASKS, "slerp": ("base", "m1"), "nuslerp": ("base", "m1", "m2")}
+    few = dict.fromkeys(PAIRS, ("base", "m1")) | {"linear": TASKS, "karcher": TASKS, "nuslerp": ("base", "m1", "m2")}
     return few.get(method, ("base", *TASKS))
 
 
 def write_recipe(root: Path, method: str, dtype: str) -> Path:
     """The YAML that both programs run, unchanged."""
+    values = "{" + ", ".join(f"{k}: {v}" for k, v in METHODS[method].items()) + "}"
+    weighted = "weight" in METHODS[method]  # then each model has its values
     lines = [f"merge_method: {method}", f"dtype: {dtype}", "models:"]
     for model in recipe_models(method):
         if model == "base" and method != "slerp":
             continue
         lines.append(f"  - model: {root / model}")
-        values = {k: v for k, v in METHODS[method].items() if k != "t"}
-        if values:
-            lines.append("    parameters: {" + ", ".join(f"{k}: {v}" for k, v in values.items()) + "}")
+        if weighted:
+            lines.append(f"    parameters: {values}")
     if "base" in recipe_models(method):
         lines.append(f"base_model: {root / 'base'}")
-    if method == "slerp":
-        lines.append(f"parameters: {{t: {METHODS[method]['t']}}}")
+    if not weighted:
+        lines.append(f"parameters: {values}")
     path = root / f"{method}.{dtype}.yaml"
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -19,7 +19,7 @@ import pymerge
 # The head is what differs in shape between the tasks: it stays out of the merge, each task keeps its own.
 HEADS = ["classifier.*"]
 # Where a method has no default, or one that is meant for another number of models than four.
-SETTINGS: dict[str, dict[str, Any]] = {"slerp": {"t": 0.5}, "breadcrumbs_ties": {"scale": 0.3}}
+SETTINGS: dict[str, dict[str, Any]] = {"slerp": {"t": 0.5}, "nearswap": {"t": 0.02}, "breadcrumbs_ties": {"scale": 0.3}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""Methods that stream and are no rule (LiNeS, consensus, PCB, Fisher): one result however it is run, the formula's."""
+"""Methods that stream and are no rule (LiNeS, consensus, PCB, Fisher, those of mergekit): one result however it is run,
+the formula's."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pymerge
+from pymerge import methods
 from pymerge.engine.plan import SLACK, Options
 from pymerge.errors import MissingTensor, NonFinite, RecipeError, ShapeMismatch
 from pymerge.recipe import Recipe
@@ -38,6 +40,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pcb": {"method": "pcb"},
     "pcb tensor by tensor": {"method": "pcb", "scope": "tensor"},
     "trim, then pcb": {"method": "pcb", "purify": "trim"},
+    "sce": {"method": "sce", "select_topk": 0.4},
+    "nearswap": {"method": "nearswap", "t": 0.02},
+    "arcee_fusion": {"method": "arcee_fusion"},
+    "ram": {"method": "ram", "epsilon": 0.01},
+    "ramplus_tl": {"method": "ramplus_tl", "epsilon": 0.01},
     "fisher": {"method": "fisher"},
     "fisher as given": {"method": "fisher", "normalize": False, "weight": [1.0, 0.5, 2.0]},
     "sum, then lines": {"method": "task_arithmetic", "scale": 1.0, "calibrate": "lines"},
@@ -71,6 +78,8 @@ def inputs(
 ) -> tuple[Any, list[Path], dict]:
     """Base, models, and the setting with its Fisher files."""
     base, models = family(folder, 3, SHAPES, dtype)
+    if setting["method"] in ("nearswap", "arcee_fusion"):
+        models = models[:1]
     if setting["method"] == "fisher":
         return None, models, {**setting, "fisher": importances(models)}
     return base, models, dict(setting)
@@ -81,7 +90,8 @@ def inputs(
 def test_one_result_however_it_is_run(tmp_path: Path, setting: dict[str, Any], dtype: torch.dtype) -> None:
     base, models, setting = inputs(setting, tmp_path, dtype)
     results = []
-    tight = WHOLE if "purify" in setting or setting.get("scope") == "tensor" else TIGHT
+    whole = "purify" in setting or setting.get("scope") == "tensor" or methods.get(setting["method"]).unit == "tensor"
+    tight = WHOLE if whole else TIGHT
     for i, options in enumerate([Options(threads=1), Options(memory=tight, threads=3)]):
         pymerge.merge(base, models, out=tmp_path / f"out{i}", options=options, **setting)
         results.append(read_model(tmp_path / f"out{i}"))

@@ -31,14 +31,19 @@ SETTINGS: dict[str, dict[str, Any]] = {"wudi": {"steps": 5}}
 
 def test_methods_without_a_scale_are_merged_anew() -> None:
     assert set(methods.list("combine")) - set(HAVE_SCALE) == {
+        "arcee_fusion",
         "emr",
         "fisher",
         "karcher",
         "linear",
         "model_stock",
         "multislerp",
+        "nearswap",
         "nuslerp",
         "passthrough",
+        "ram",
+        "ramplus_tl",
+        "sce",
         "slerp",
     }
 

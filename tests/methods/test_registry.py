@@ -16,6 +16,7 @@ from pymerge.methods.ties import Ties
 
 COMBINE = (
     "ace",
+    "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
     "cart",
@@ -36,11 +37,15 @@ COMBINE = (
     "linear",
     "model_stock",
     "multislerp",
+    "nearswap",
     "nuslerp",
     "passthrough",
     "pcb",
+    "ram",
+    "ramplus_tl",
     "regmean",
     "regmean_plusplus",
+    "sce",
     "slerp",
     "star",
     "task_arithmetic",
