@@ -41,7 +41,7 @@ def select(
 ) -> Tensor:
     """mergekit's `sparsify`: the tensor with the entries set to zero that are not selected."""
     n = tensor.numel()
-    if not 0 < density < 1 or n == 0:
+    if not 0 < density < 1 or n == 0 or tensor.requires_grad:  # the operators have no gradients
         return sparsify(tensor, density, method, gamma, epsilon, rescale_norm)
     if method == SparsificationMethod.magnitude:
         return window(tensor, 0, max(1, int(density * n)), rescale_norm)

@@ -85,8 +85,8 @@ def merge_one(
     Raises      MergeError, before anything is computed for what is wrong with the parameters"""
     given = {key: value for key, value in parameters.items() if not is_empty(value)}
     beside = {key: given.pop(key) for key in BESIDE if key in given}
+    check_beside(method, given, [model.label for model in models], beside)
     recipe = described(method, base is not None, len(models), frozen(given), frozenset(beside))
-    check_beside(recipe, [model.label for model in models], beside)
     check_scope(recipe, recipe.steps_for(name, 0.0))
     tensors = [*([base] if base is not None and recipe.combine_class.base_role == "first" else []), *models]
     refs = []
@@ -129,10 +129,7 @@ def described(
         else:
             options[key] = value
     for kind in ("purify", "calibrate"):
-        named = [name.strip() for name in options.get(kind, "").split(",") if name.strip()]
-        for name in named:
-            check_step(name, kind)
-        options[kind] = [{"method": name, **steps.pop(name, {})} for name in named]
+        options[kind] = [{"method": name, **steps.pop(name, {})} for name in steps_named(options, kind)]
     if steps:
         unused = next(iter(steps))
         raise RecipeError(f"{unused}.{next(iter(steps[unused]))}: say {get(unused).step}: {unused} too")
@@ -145,19 +142,25 @@ def described(
     return Recipe.from_kwargs({} if has_base else None, [{} for _ in range(count)], method, **options)
 
 
-def check_step(name: str, kind: str) -> None:
-    """Whether a step of this name can be asked for."""
-    cls = REGISTRY.get(name)
-    if cls is not None and cls.step == kind and (reason := why_not(cls)) is not None:
-        raise RecipeError(f"{kind}: {name} {reason}")
-    if cls is None or cls.step != kind:
-        raise RecipeError(f"{kind}: unknown method {name!r}: {nearest(name, steps_of(kind))}")
+def steps_named(given: Mapping[str, Any], kind: str) -> list[str]:
+    """The steps of one kind that are asked for. Raises RecipeError where there is none of that name."""
+    names = [name.strip() for name in given.get(kind, "").split(",") if name.strip()]
+    for name in names:
+        cls = REGISTRY.get(name)
+        if cls is None or cls.step != kind:
+            raise RecipeError(f"{kind}: unknown method {name!r}: {nearest(name, steps_of(kind))}")
+        if (reason := why_not(cls)) is not None:
+            raise RecipeError(f"{kind}: {name} {reason}")
+    return names
 
 
-def check_beside(recipe: Recipe, labels: Sequence[str], beside: Mapping[str, Sequence[str | None]]) -> None:
+def check_beside(
+    method: str, given: Mapping[str, Any], labels: Sequence[str], beside: Mapping[str, Sequence[str | None]]
+) -> None:
     """Files are given for all models where a step needs them."""
+    names = [method, *steps_named(given, "purify"), *steps_named(given, "calibrate")]
     for key, (need, what) in BESIDE.items():
-        users = [template.cls.name for template in recipe.templates if need in template.cls.needs]
+        users = [name for name in names if need in get(name).needs]
         for label, path in zip(labels, beside.get(key, [None] * len(labels)), strict=True):
             if users and path is None:
                 raise RecipeError(f"{users[0]} needs `{key}: FILE` among the parameters of {label}: {what}")
@@ -165,9 +168,9 @@ def check_beside(recipe: Recipe, labels: Sequence[str], beside: Mapping[str, Seq
 
 def check_scope(recipe: Recipe, steps: Steps) -> None:
     """Steps that look at all tensors before they merge any are refused: here they would see one."""
-    purify = asking_purify(steps)
-    asks = purify if purify is not None else asks_model(steps)
-    if asks is None and survey_scope(steps) == "model":
+    asks: Method | None = asking_purify(steps)
+    combine = asks_model(steps)
+    if (combine is not None and combine.rounds) or survey_scope(steps) == "model":
         asks = steps.combine
     if asks is not None:
         say = ONE_TENSOR.get(asks.name, "scope: tensor")
@@ -206,8 +209,8 @@ def checkpoint_at(folder: str, mtime: int) -> Checkpoint:
 
 
 def check_origin(found: Statistics, model: Input, name: str) -> None:
-    """Modules are known by the names of the model's own tensors: where it is another layer's tensor that is merged under
-    this name (slices), its statistics would be of the wrong layer."""
+    """Statistics must be of the model's files. They know layers by the names of the model's own tensors: where another
+    layer's tensor is merged under this name (slices), they would be of the wrong layer."""
     import torch
 
     from pymerge.engine.generic import DTYPES
