@@ -55,6 +55,7 @@ def register(accelerate_stock: bool = False) -> tuple[str, ...]:
     Raises   ValueError where another program has registered a method of such a name"""
     names = []
     for cls in steps_of("combine").values():
+        assert issubclass(cls, Combine)
         method = PymergeMethod(cls)
         names.append(method.spec.name)
         if not any(isinstance(one, PymergeMethod) and one.combine is cls for one in registry.registered_methods()):
