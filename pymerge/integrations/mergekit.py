@@ -14,28 +14,32 @@ import os
 from typing import Annotated, Any
 
 import torch
-from mergekit.merge_methods import registry
-from mergekit.merge_methods.base import (
-    MISSING,
-    BasePolicy,
-    GroupMergeMethod,
-    InputContract,
-    MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
-    PerInputValues,
-    TensorEntry,
-    TensorGroup,
-)
 from pydantic import BeforeValidator
 from torch import Tensor
 
 from pymerge.errors import RecipeError
-from pymerge.integrations.one_tensor import Input, hyperparameters, merge_one, steps_of, why_not
+from pymerge.integrations.one_tensor import BESIDE, Input, hyperparameters, merge_one, steps_of, why_not
 from pymerge.methods import REGISTRY
 from pymerge.methods.base import Combine
 from pymerge.methods.matrices import RESTS
 from pymerge.methods.param import REQUIRED, STYLES, Param
+
+try:
+    from mergekit.merge_methods import registry
+    from mergekit.merge_methods.base import (
+        MISSING,
+        BasePolicy,
+        GroupMergeMethod,
+        InputContract,
+        MergeMethodSpec,
+        ParameterScope,
+        ParameterSpec,
+        PerInputValues,
+        TensorEntry,
+        TensorGroup,
+    )
+except ImportError as error:  # absent, or 0.1.4 and older, whose registry and parameters (no text) are others
+    raise ImportError(f'mergekit 0.1.5 is needed ({error}): pip install "pymerge[mergekit]"') from error
 
 PREFIX = "pymerge_"
 ROLES = {
@@ -137,8 +141,8 @@ def parameters_of(combine: type[Combine]) -> tuple[ParameterSpec, ...]:
         )
     for name, param in OF_THE_RECIPE.items():
         specs.append(ParameterSpec(name, checked(f"{name_of}: {name}", param), ParameterScope.SHARED, None, param.doc))
-    for name in ("stats", "fisher"):
-        specs.append(ParameterSpec(name, checked(f"{name_of}: {name}", text("a file")), per_model, None))
+    for name, (_, doc) in BESIDE.items():
+        specs.append(ParameterSpec(name, checked(f"{name_of}: {name}", text(doc)), per_model, None, doc))
     return tuple(specs)
 
 

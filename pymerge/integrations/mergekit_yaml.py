@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 from pymerge.errors import MergeError, RecipeError
@@ -17,15 +16,15 @@ ACCELERATE = "Rank magnitudes in mergekit's ties, breadcrumbs and della by pymer
 
 def main() -> None:
     """mergekit-yaml's arguments, and --accelerate-stock."""
-    if find_spec("mergekit") is None:
-        sys.exit('pymerge-mergekit-yaml: mergekit is not installed: pip install "pymerge[mergekit]"')
+    try:
+        from pymerge.integrations.mergekit import register
+    except ImportError as error:
+        sys.exit(f"pymerge-mergekit-yaml: {error}")
     import click
     import yaml
     from mergekit.scripts.run_yaml import main as theirs
 
     def run(accelerate_stock: bool, config_file: str, **options: Any) -> None:
-        from pymerge.integrations.mergekit import register
-
         register(accelerate_stock)
         with open(config_file, encoding="utf-8") as file:
             check_config(yaml.safe_load(file), config_file)
@@ -61,20 +60,23 @@ def check_config(config: Any, source: str) -> None:
         )
     assert isinstance(method, PymergeMethod)
     names = [parameter.name for parameter in method.spec.parameters]
+    of_models = [parameter.name for parameter in method.spec.input_parameters]
     problems = Problems(source)
-    for parameters in parameters_in(config):
+    for parameters, of_model in parameters_in(config):
         for key, value in parameters.items():
             if key not in names and key not in method.combine.ignored:
                 problems.unknown("parameters", key, names, "parameter")
+            elif key in names and of_model and key not in of_models:
+                problems.add(key, "has one value for all models: move it to the parameters of the merge")
             if key in ("purify", "calibrate") and isinstance(value, list) and all(isinstance(v, str) for v in value):
                 problems.add(key, f"a list chooses by depth; several steps are one text: {', '.join(value)}")
     problems.raise_if_any()
 
 
-def parameters_in(config: Any) -> Iterator[dict[str, Any]]:
-    """The mappings called `parameters`, wherever they are."""
+def parameters_in(config: Any) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The mappings called `parameters`, wherever they are, and whether each is of one model."""
     for key, value in config.items() if isinstance(config, dict) else enumerate(config):
         if key == "parameters" and isinstance(value, dict):
-            yield value
+            yield value, "model" in config
         elif isinstance(value, dict | list):
             yield from parameters_in(value)

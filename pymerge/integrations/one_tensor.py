@@ -97,7 +97,8 @@ def merge_one(
         if "fisher" in beside:
             extra["fisher"] = ModelRef(path=beside["fisher"][i], value=beside["fisher"][i])
         refs.append(replace(ref, path=model.label, value={name: model.tensor}, **extra))
-    if all(ref.statistics is not None for ref in refs) and not any(covers(ref.statistics, name) for ref in refs):
+    found = [ref.statistics.value for ref in refs if ref.statistics is not None]
+    if found and InputFinder(found, [], []).module_of(name) is None:
         refs = [replace(ref, statistics=None) for ref in refs]  # as a matrix without statistics among others
     root = replace(recipe.base, path=base.label, value={name: base.tensor}) if base and recipe.base else None
     first = (base or models[0]).tensor
@@ -180,48 +181,45 @@ def check_scope(recipe: Recipe, steps: Steps) -> None:
         )
 
 
-def covers(reference: ModelRef | None, name: str) -> bool:
-    return reference is not None and InputFinder([reference.value], [""], []).module_of(name) is not None
-
-
 def statistics_of(path: str, name: str, model: Input) -> ModelRef:
     """The opened statistics. Raises InputError where they are of other files than the model's."""
     real = os.path.realpath(path)
     if not os.path.isfile(real):
         raise InputError(f"stats: {path}: no such file (paths start from {os.getcwd()})")
-    stat = os.stat(real)
-    found = opened(real, stat.st_mtime_ns, stat.st_size)
+    state = (real, os.stat(real).st_mtime_ns)
+    found = opened(*state)
     if model.folder is not None:
-        check_origin(found, model, name)
+        checkpoint = observed_model(*state, model.label, model.folder, os.stat(model.folder).st_mtime_ns)
+        check_name(found, checkpoint, name, model)
     return ModelRef(path=path, value=found)
 
 
 @lru_cache(maxsize=64)
-def opened(path: str, mtime: int, size: int) -> Statistics:
+def opened(path: str, changed: int) -> Statistics:
     from pymerge.statistics import open_statistics
 
     return open_statistics(path)
 
 
 @lru_cache(maxsize=64)
-def checkpoint_at(folder: str, mtime: int) -> Checkpoint:
-    return open_checkpoint(folder)
+def observed_model(path: str, changed: int, label: str, folder: str, folder_changed: int) -> Checkpoint:
+    """The model, which must be the one that was observed."""
+    checkpoint = open_checkpoint(folder)
+    finder = InputFinder([opened(path, changed)], [label], [checkpoint])
+    finder.check_origin(0)
+    for kind, message in finder.problems:
+        raise kind(message)
+    return checkpoint
 
 
-def check_origin(found: Statistics, model: Input, name: str) -> None:
-    """Statistics must be of the model's files. They know layers by the names of the model's own tensors: where another
-    layer's tensor is merged under this name (slices), they would be of the wrong layer."""
+def check_name(found: Statistics, checkpoint: Checkpoint, name: str, model: Input) -> None:
+    """Statistics know layers by the names of the model's own tensors: where another layer's tensor is merged under this
+    name (slices), they would be of the wrong layer."""
     import torch
 
     from pymerge.engine.generic import DTYPES
 
-    assert model.folder is not None
-    checkpoint = checkpoint_at(model.folder, os.stat(model.folder).st_mtime_ns)
-    finder = InputFinder([found], [model.label], [checkpoint])
-    finder.check_origin(0)
-    for kind, message in finder.problems:
-        raise kind(message)
-    if finder.module_of(name) is None:
+    if InputFinder([found], [model.label], []).module_of(name) is None:
         return
     stored = checkpoint[name] if name in checkpoint else None
     if stored is not None and stored.dtype in DTYPES:

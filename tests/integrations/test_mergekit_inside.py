@@ -297,10 +297,12 @@ def test_command(models, tmp_path, monkeypatch, capsys):
         ({"merge_method": "pymerge_tis"}, "unknown method 'pymerge_tis': did you mean pymerge_ties"),
         ({"parameters": {"purify": ["trim", "dare"]}}, "purify: a list chooses by depth.*: trim, dare"),
         ({"models": [{"model": "a", "parameters": {"wieght": 1}}]}, "unknown parameter 'wieght': did you mean weight"),
+        ({"models": [{"model": "a", "parameters": {"scale": 1}}]}, "scale: has one value for all models: move it"),
     ],
 )
 def test_what_mergekit_passes_over(change, message):
     good = {"merge_method": "pymerge_ties", "parameters": {"purify": "trim, dare", "int8_mask": True}}
+    good |= {"models": [{"model": "a", "parameters": {"weight": 0.5, "trim.density": 0.5}}]}
     check_config(good, "config.yaml")
     check_config({"merge_method": "ties", "parameters": {"anything": 1}}, "config.yaml")
     with pytest.raises(RecipeError, match=message):
