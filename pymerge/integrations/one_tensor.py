@@ -15,7 +15,7 @@ from pymerge.checkpoint import ITEMSIZE, Checkpoint, open_checkpoint, safe_name
 from pymerge.engine.asking import asking_purify, asks_model, survey_scope
 from pymerge.engine.inputs import InputFinder
 from pymerge.engine.memory import merge_in_memory
-from pymerge.engine.plan import Options
+from pymerge.engine.plan import Options, available_memory
 from pymerge.errors import InputError, RecipeError
 from pymerge.methods import REGISTRY, get
 from pymerge.methods.base import Combine, Method
@@ -102,7 +102,8 @@ def merge_one(
         refs = [replace(ref, statistics=None) for ref in refs]  # as a matrix without statistics among others
     root = replace(recipe.base, path=base.label, value={name: base.tensor}) if base and recipe.base else None
     first = (base or models[0]).tensor
-    options = Options(threads=threads, device=str(first.device), progress=False)
+    memory = available_memory()  # one tensor has no use for a budget, and the caller's program no word for it
+    options = Options(memory=memory, threads=threads, device=str(first.device), progress=False)
     merged = merge_in_memory(replace(recipe, base=root, models=tuple(refs)), options)
     return merged[name].to(first.device)
 
