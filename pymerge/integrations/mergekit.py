@@ -17,9 +17,9 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor
 
+from pymerge import methods
 from pymerge.errors import RecipeError
 from pymerge.integrations.one_tensor import BESIDE, Input, hyperparameters, merge_one, steps_of, why_not
-from pymerge.methods import REGISTRY
 from pymerge.methods.base import Combine
 from pymerge.methods.matrices import RESTS
 from pymerge.methods.param import REQUIRED, STYLES, Param
@@ -73,7 +73,7 @@ def register(accelerate_stock: bool = False) -> tuple[str, ...]:
 
 def not_registered() -> dict[str, str]:
     """The methods that mergekit cannot run, each with the reason."""
-    return {name: reason for name, cls in REGISTRY.items() if (reason := why_not(cls)) is not None}
+    return {name: reason for name in methods.list() if (reason := why_not(methods.get(name))) is not None}
 
 
 class PymergeMethod(GroupMergeMethod):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from pymerge import methods
 from pymerge.checkpoint import ITEMSIZE, Checkpoint, open_checkpoint, safe_name
 from pymerge.engine.asking import asking_purify, asks_model, survey_scope
 from pymerge.engine.inputs import InputFinder
@@ -62,7 +63,7 @@ def why_not(cls: type[Method]) -> str | None:
 
 def steps_of(kind: str) -> dict[str, type[Method]]:
     """The methods of one step that can merge one tensor at a time."""
-    return {name: cls for name, cls in REGISTRY.items() if cls.step == kind and why_not(cls) is None}
+    return {name: get(name) for name in methods.list(kind) if why_not(get(name)) is None}
 
 
 def hyperparameters(cls: type[Method]) -> dict[str, Param]:
