@@ -174,11 +174,9 @@ def test_every_method_merges_state_dicts(three, method):
     """With what the message asks for where a default looks at the whole model."""
     name = method.removeprefix("pymerge_")
     info = pymerge.methods.describe(name)
-    models = (
-        three if info.base == "required" else {k: three[k] for k in (["base", "a"] if info.base == "first" else "ab")}
-    )
-    base = "base" if "base" in models else None
-    parameters = {"t": 0.3} if name == "slerp" else {}
+    base = "base" if info.base in ("required", "first") else None
+    models = {label: three[label] for label in [*([base] if base else []), *"ab"[: info.models[1]]]}
+    parameters = {p.name: 0.3 for p in info.parameters if p.default is None}
     arguments = {"base": base, "parameters": parameters}
     try:
         got = merge_state_dicts(models, method, **arguments)
