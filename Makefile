@@ -26,7 +26,8 @@ FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix cs
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit fusion-bench-configs lint format cuda-check bench-merge clean
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit fusion-bench-configs lint format \
+	cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output

@@ -2,6 +2,8 @@
 
 `make test-mergekit` runs them in an environment with mergekit."""
 
+import sys
+
 import pytest
 import torch
 
@@ -283,6 +285,13 @@ def test_command(models, tmp_path, monkeypatch, capsys):
         assert generalized_task_arithmetic.sparsify is stock.select
     finally:
         stock.restore()
+
+
+def test_command_without_mergekit(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mergekit.merge_methods", None)
+    monkeypatch.delitem(sys.modules, "pymerge.integrations.mergekit")
+    with pytest.raises(SystemExit, match=r'mergekit 0.1.5 is needed .*: pip install "pymerge\[mergekit\]"$'):
+        pymerge_mergekit_yaml()
 
 
 @pytest.mark.parametrize(
