@@ -58,6 +58,7 @@ test-mergekit: $(VENV)/.installed
 	$(VENV)-mergekit/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
 		"$(MERGEKIT)" scipy threadpoolctl rich typer pytest
 	$(VENV)-mergekit/bin/python -m pytest tests/integrations/test_mergekit*.py $(PYTEST_ARGS)
+	$(if $(wildcard benchmarks/side_by_side/parity.py),$(BIN)/python benchmarks/side_by_side/parity.py)
 
 fusion-bench-configs: $(VENV)/.installed
 	$(BIN)/python tests/integrations/fusion_bench_configs.py
