@@ -96,6 +96,7 @@ def merge_one(
         if "stats" in beside:
             extra["statistics"] = statistics_of(beside["stats"][i], name, model)
         if "fisher" in beside:
+            check_name(name, model)
             extra["fisher"] = ModelRef(path=beside["fisher"][i], value=beside["fisher"][i])
         refs.append(replace(ref, path=model.label, value={name: model.tensor}, **extra))
     found = [ref.statistics.value for ref in refs if ref.statistics is not None]
@@ -191,8 +192,9 @@ def statistics_of(path: str, name: str, model: Input) -> ModelRef:
     state = (real, os.stat(real).st_mtime_ns)
     found = opened(*state)
     if model.folder is not None:
-        checkpoint = observed_model(*state, model.label, model.folder, os.stat(model.folder).st_mtime_ns)
-        check_name(found, checkpoint, name, model)
+        check_origin(*state, model.label, model.folder)
+    if InputFinder([found], [], []).module_of(name) is not None:
+        check_name(name, model)
     return ModelRef(path=path, value=found)
 
 
@@ -204,25 +206,29 @@ def opened(path: str, changed: int) -> Statistics:
 
 
 @lru_cache(maxsize=64)
-def observed_model(path: str, changed: int, label: str, folder: str, folder_changed: int) -> Checkpoint:
-    """The model, which must be the one that was observed."""
-    checkpoint = open_checkpoint(folder)
-    finder = InputFinder([opened(path, changed)], [label], [checkpoint])
+def check_origin(path: str, changed: int, label: str, folder: str) -> None:
+    """The model must be the one that was observed."""
+    finder = InputFinder([opened(path, changed)], [label], [model_at(folder, os.stat(folder).st_mtime_ns)])
     finder.check_origin(0)
     for kind, message in finder.problems:
         raise kind(message)
-    return checkpoint
 
 
-def check_name(found: Statistics, checkpoint: Checkpoint, name: str, model: Input) -> None:
-    """Statistics know layers by the names of the model's own tensors: where another layer's tensor is merged under this
-    name (slices), they would be of the wrong layer."""
+@lru_cache(maxsize=64)
+def model_at(folder: str, changed: int) -> Checkpoint:
+    return open_checkpoint(folder)
+
+
+def check_name(name: str, model: Input) -> None:
+    """What lies beside a model knows layers by the names of the model's own tensors: where another layer's tensor is
+    merged under this name (slices), it would be of the wrong layer."""
     import torch
 
     from pymerge.engine.generic import DTYPES
 
-    if InputFinder([found], [model.label], []).module_of(name) is None:
+    if model.folder is None:
         return
+    checkpoint = model_at(model.folder, os.stat(model.folder).st_mtime_ns)
     stored = checkpoint[name] if name in checkpoint else None
     if stored is not None and stored.dtype in DTYPES:
         count = min(COMPARED, model.tensor.numel(), math.prod(stored.shape))
@@ -232,6 +238,6 @@ def check_name(found: Statistics, checkpoint: Checkpoint, name: str, model: Inpu
         if torch.equal(start, model.tensor.reshape(-1)[:count].cpu()):
             return
     raise InputError(
-        f"{safe_name(name)}: what is merged is not the tensor of this name in {model.label}: statistics know layers by "
-        "their names in the model, merge without `slices`"
+        f"{safe_name(name)}: what is merged is not the tensor of this name in {model.label}: stats and fisher know "
+        "layers by their names in the model, merge without `slices`"
     )

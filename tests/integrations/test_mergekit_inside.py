@@ -242,19 +242,26 @@ def test_statistics_of_another_model(models, tmp_path):
         run(models, tmp_path, "regmean", {}, [{"stats": "nowhere.safetensors"}, {"stats": paths[0]}])
     other = LlamaForCausalLM.from_pretrained(models / "a")
     other.save_pretrained(tmp_path / "other", max_shard_size="20KB")
-    pymerge.observe(tmp_path / "other", [tokens]).save(tmp_path / "other.stats.safetensors")
+    stats = str(tmp_path / "other.stats.safetensors")
+    pymerge.observe(tmp_path / "other", [tokens]).save(stats)
     with pytest.raises(InputError, match="whose weight files are not those of"):
-        run(
-            models, tmp_path, "regmean", {}, [{"stats": str(tmp_path / "other.stats.safetensors")}, {"stats": paths[0]}]
-        )
+        run(models, tmp_path, "regmean", {}, [{"stats": stats}, {"stats": paths[0]}])
 
 
-def test_statistics_of_renamed_layers(models, tmp_path):
-    """A slice that puts layers 1 and 2 in the places of 0 and 1 must not use the statistics of those."""
-    sources = [{"model": str(models / name), "layer_range": [1, 3]} for name in ("base", "a", "b")]
-    for source, path in zip(sources[1:], beside(models, "stats"), strict=True):
-        source["parameters"] = {"stats": path}
-    config = {"merge_method": "pymerge_regmean", "base_model": str(models / "base"), "slices": [{"sources": sources}]}
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_files_of_renamed_layers(models, tmp_path, method):
+    """A slice that puts layers 1 and 2 in the places of 0 and 1 must not use what lies beside the models for those."""
+    key = "fisher" if method == "fisher" else "stats"
+    base = {} if method == "fisher" else {"base_model": str(models / "base")}
+    sources = [
+        {"model": str(models / name), "layer_range": [1, 3], "parameters": {key: path}}
+        for name, path in zip("ab", beside(models, key), strict=True)
+    ]
+    if base:
+        sources.append({"model": base["base_model"], "layer_range": [1, 3]})
+    config = {"merge_method": f"pymerge_{method}", "slices": [{"sources": sources}]} | base
+    if method == "fisher":
+        config["parameters"] = {"normalize": False}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     arguments = [str(tmp_path / "config.yaml"), str(tmp_path / "merged")]
     with pytest.raises(InputError, match=r"layers\.0\..*not the tensor of this name .* without `slices`"):
