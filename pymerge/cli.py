@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -169,11 +168,11 @@ def methods(
     """List the merge methods, or describe one: its parameters, defaults, ranges, paper."""
     with reported_errors(debug):
         from pymerge import methods as known
-        from pymerge.engine.describe import show_method, show_methods
+        from pymerge.engine.describe import plain_method, show_method, show_methods
 
         if as_json:
             found = [known.describe(n) for n in ([name] if name else known.list())]
-            print(json.dumps([asdict(method) for method in found], indent=1))
+            print(json.dumps([plain_method(method) for method in found], indent=1))
         elif name:
             show_method(known.describe(name))
         else:

@@ -19,7 +19,7 @@ from pymerge.engine.local import Inputs, open_inputs, planned, stopped_by_signal
 from pymerge.engine.plan import Options, Plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.scaled import updates
-from pymerge.engine.summary import FORMAT
+from pymerge.engine.summary import FORMAT, packages_of
 from pymerge.errors import OutputError, RecipeError
 from pymerge.recipe import Recipe
 from pymerge.version import __version__
@@ -142,6 +142,7 @@ def summary_of(
         "format": FORMAT,
         "pymerge": __version__,
         "recipe": recipe.to_dict(),
+        **({"methods_from": packages} if (packages := packages_of(plan)) else {}),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
         "matrices": len(sink.low),
         "whole": sorted(sink.whole.keys() - left_out.keys()),

@@ -25,7 +25,7 @@ from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
-from pymerge.engine.summary import summary_of
+from pymerge.engine.summary import packages_of, summary_of
 from pymerge.errors import Interrupted, MergeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.models import split_adapter
@@ -206,6 +206,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "shard_bytes": options.shard_bytes,
         "device": options.device,
         "item_threads": plan.item_threads,
+        "methods_from": packages_of(plan),
     } | ({"observing_threads": plan.observing_threads} if plan.observed else {})
 
 
