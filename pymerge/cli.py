@@ -182,7 +182,7 @@ def methods(
 @app.command()
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` wrote.")],
-    load: Annotated[bool, typer.Option("--load", help="Load it with transformers too.")] = False,
+    load: Annotated[bool, typer.Option("--load", help="Load it with its library too.")] = False,
     debug: Debug = False,
 ) -> None:
     """Read a merged model again: checksums of every tensor, headers, finite values."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def _of_modules(path: Path) -> dict[str, str]:
     return found
 
 
-def present(folder: Path) -> dict[str, Path]:
+def component_folders(folder: Path) -> dict[str, Path]:
     """Component -> its folder, of those that are listed and have files, with the folders inside them.
 
     Raises   InputError for one that is not there."""
@@ -74,7 +73,7 @@ def present(folder: Path) -> dict[str, Path]:
 
 def stems_of(folder: Path) -> dict[str, str]:
     """Component with weights -> stem of its files' names. Empty for a plain model, whose file is model.safetensors."""
-    found = {name: stem for name, at in present(folder).items() if (stem := _stem(sorted(os.listdir(at))))}
+    found = {name: stem for name, at in component_folders(folder).items() if (stem := _stem(sorted(os.listdir(at))))}
     if not found and _stem(sorted(os.listdir(folder))) == "diffusion_pytorch_model":
         return {"": "diffusion_pytorch_model"}  # one component of a pipeline, alone
     return {} if found == {"": "model"} else found
@@ -87,10 +86,13 @@ def sources(path: Path, *, allow_pickle: bool, prefer: Prefer | None) -> list[tu
     stems = stems_of(path) if path.is_dir() else {}
     if not stems:
         return [("", resolve(path, allow_pickle=allow_pickle, prefer=prefer))]
-    for name, at in present(path).items():
+    for name, at in component_folders(path).items():
         other = [file for file in sorted(os.listdir(at)) if file.endswith(OTHERS)]
         if name not in stems and other:
-            raise InputError(f"{at}: weights that pymerge does not read: {name_list(other)}. It reads safetensors")
+            raise InputError(
+                f"{at}: weights under names that pymerge does not read: {name_list(other)}. It reads "
+                f"{' and '.join(f'{stem}.safetensors' for stem in STEMS)}, whole or in shards with an index"
+            )
     files = {name: path / name / _weight_file(path / name, stem, prefer) for name, stem in stems.items()}
     return [(name, resolve(file, allow_pickle=allow_pickle, prefer=prefer)) for name, file in files.items()]
 
@@ -125,8 +127,3 @@ def _weight_file(folder: Path, stem: str, prefer: Prefer | None) -> str:
             "or 'sharded'"
         )
     return next((file for file in files if file.endswith(".json") == (prefer == "sharded")), files[0])
-
-
-def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """Components of both whose classes differ, in words."""
-    return [f"{name} is {one[name]} and {other[name]}" for name in one if name in other and one[name] != other[name]]

@@ -19,7 +19,6 @@ from pymerge.checkpoint.adapted import AdaptedTensor
 from pymerge.checkpoint.components import sources, stems_of
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_header, safe_name
 from pymerge.checkpoint.index import Prefer, check_index, read_json_object
-from pymerge.checkpoint.layout import component_of
 from pymerge.checkpoint.made import MadeTensor
 from pymerge.checkpoint.moved import MovedTensor
 from pymerge.errors import ChangedInput, InputError, UnsupportedDtype
@@ -239,10 +238,10 @@ class Checkpoint(Mapping[str, AnyTensor]):
             return {"memory": self._token}
         return {
             "path": os.path.realpath(self.path),
-            "files": [[self._name_of(f.path), f.size, f.mtime_ns, f.digest] for f in self._files],
+            "files": [[self.name_of(f.path), f.size, f.mtime_ns, f.digest] for f in self._files],
         }
 
-    def _name_of(self, file: Path) -> str:
+    def name_of(self, file: Path) -> str:
         """A weight file's path below the model's folder."""
         folder = self.folder
         return file.relative_to(folder).as_posix() if folder is not None and folder in file.parents else file.name
@@ -251,12 +250,7 @@ class Checkpoint(Mapping[str, AnyTensor]):
     def components(self) -> dict[str, str]:
         """Component -> stem of the names of its weight files, "" for those in the folder itself; empty for a plain
         model."""
-        if self.folder is None:
-            return {}
-        stems = stems_of(self.folder)
-        held = {component_of(name, stems) for name in self}
-        found = {component: stem for component, stem in stems.items() if component in held}
-        return {} if found == {"": "model"} else found
+        return stems_of(self.folder) if self.folder is not None else {}
 
     def check_unchanged(self) -> None:
         """Raises ChangedInput if a weight file is not what it was when it was opened."""
@@ -312,6 +306,8 @@ def open_checkpoint(
                     tensors[name] = LazyTensor(name, entry, file)
             check_index(found, held)
         folder = path if path.is_dir() else parts[0][1].folder
+        if folder is not None and folder != path and stems_of(folder):
+            folder = None  # a file of one component is not the folder's model
         pickled = any(found.pickled for _, found in parts)
         checkpoint = Checkpoint(path, folder, tensors, files, pickled=pickled)
         on_error.pop_all()

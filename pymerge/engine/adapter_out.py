@@ -51,6 +51,8 @@ def merge_to_adapter(
     check_recipe(recipe, rank)
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
+        if several := [name for name in inputs.reference.components if name]:
+            raise RecipeError(f"an adapter is of one model: merge the folder of one component ({', '.join(several)})")
         target = check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan = planned(recipe, inputs, options, updates)
         matrices = {item.entry.name for item in plan.items if recipe.matrices.has(item.entry.name, item.entry.shape)}

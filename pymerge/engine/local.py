@@ -21,6 +21,7 @@ from pymerge.checkpoint.sidefiles import copy_side_files, plan_side_files
 from pymerge.engine.alignment import Alignment, with_found, with_given
 from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
+from pymerge.engine.components import check_components
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.plan import Options, Plan, make_plan
@@ -130,6 +131,7 @@ def planned(
     change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
+    check_components(recipe, inputs.base, *models)
     plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change))
     if inputs.alignment is None:
         return plan
