@@ -86,14 +86,18 @@ def sources(path: Path, *, allow_pickle: bool, prefer: Prefer | None) -> list[tu
     stems = stems_of(path) if path.is_dir() else {}
     if not stems:
         return [("", resolve(path, allow_pickle=allow_pickle, prefer=prefer))]
-    for name, at in component_folders(path).items():
-        other = [file for file in sorted(os.listdir(at)) if file.endswith(OTHERS)]
-        if name not in stems and other:
+    folders = component_folders(path)
+    for component in declared(path):
+        inside = [name for name in folders if name == component or (component and name.startswith(f"{component}/"))]
+        other = [
+            f"{name}/{file}" for name in inside for file in sorted(os.listdir(path / name)) if file.endswith(OTHERS)
+        ]
+        if other and not any(name in stems for name in inside):
             raise InputError(
-                f"{at}: weights under names that pymerge does not read: {name_list(other)}. It reads "
+                f"{path}: weights under names that pymerge does not read: {name_list(other)}. It reads "
                 f"{' and '.join(f'{stem}.safetensors' for stem in STEMS)}, whole or in shards with an index"
             )
-    files = {name: path / name / _weight_file(path / name, stem, prefer) for name, stem in stems.items()}
+    files = {name: path / name / _weight_file(path / name, prefer) for name in stems}
     return [(name, resolve(file, allow_pickle=allow_pickle, prefer=prefer)) for name, file in files.items()]
 
 
@@ -104,7 +108,9 @@ def variant_of(file: str) -> str:
 
 
 def _stem(files: list[str]) -> str | None:
-    return next((stem for stem in reversed(STEMS) if _choices(files, stem)), None)
+    """Pickled files count where there are no others."""
+    safe = [file for file in files if ".safetensors" in file]
+    return next((stem for kind in (safe, files) for stem in STEMS if _choices(kind, stem)), None)
 
 
 def _choices(files: list[str], stem: str) -> list[str]:
@@ -113,9 +119,10 @@ def _choices(files: list[str], stem: str) -> list[str]:
     return [file for file in files if re.fullmatch(rf"{pattern}|{PICKLED_STEMS[stem]}\.bin(\.index\.json)?", file)]
 
 
-def _weight_file(folder: Path, stem: str, prefer: Prefer | None) -> str:
+def _weight_file(folder: Path, prefer: Prefer | None) -> str:
     """The one to read: safetensors, without a variant where there is such a file, or of the only variant."""
-    choices = _choices(sorted(os.listdir(folder)), stem)
+    here = sorted(os.listdir(folder))
+    choices = [file for stem in STEMS for file in _choices(here, stem)]
     safe = [file for file in choices if ".safetensors" in file]
     variants = sorted({variant_of(file) for file in safe})
     if len(variants) > 1 and variants[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -292,7 +293,7 @@ def test_tensors_that_differ_are_named_with_their_component(folders, models, tmp
         (
             lambda f: rename(f, f"unet/{DIFFUSERS}", "unet/model.onnx"),
             InputError,
-            "unet: weights under names .* model.onnx",
+            "weights under names .* unet/model.onnx",
         ),
         (
             lambda f: rename(f, f"unet/{DIFFUSERS}", "unet/diffusion_pytorch_model.bin"),
@@ -303,8 +304,13 @@ def test_tensors_that_differ_are_named_with_their_component(folders, models, tmp
         (lambda f: write_json(Path(f, "model_index.json"), INDEX | {"../x": ["a", "B"]}), UnsafePath, "'../x'"),
         (lambda f: Path(f, "model_index.json").write_text("[]"), CorruptFile, "expected a JSON object"),
         (lambda f: write_json(Path(f, f"unet/{DIFFUSERS}.index.json"), {"weight_map": {}}), AmbiguousModel, "stale"),
+        (
+            lambda f: shutil.copy(f"{f}/unet/{DIFFUSERS}", f"{f}/unet/model.safetensors"),
+            AmbiguousModel,
+            "holds model.saf",
+        ),
     ],
-    ids=["onnx", "pickle", "folder", "path", "list", "ambiguous"],
+    ids=["onnx", "pickle", "folder", "path", "list", "index", "two"],
 )
 def test_folders_that_are_refused(folders, tmp_path, change, error, says):
     change(folders[0])
@@ -332,3 +338,16 @@ def test_a_pickled_component_is_read_where_it_is_allowed(folders, models, tmp_pa
     options = pymerge.Options(allow_pickle=True)
     pymerge.merge(folders[0], folders[1:], **MERGE, out=tmp_path / "out", options=options)
     assert same_bits(written(tmp_path / "out"), in_memory(models))
+
+
+def test_exports_inside_a_component_are_left_out(tmp_path):
+    modules = [dict(MODULES[0], path="0_Transformer"), *MODULES[1:]]
+    base = {"0_Transformer" if not name else name: own for name, own in random_model(0, ENCODER).items()}
+    (tmp_path / "a/0_Transformer/onnx").mkdir(parents=True)
+    write_encoder(tmp_path / "a", base)
+    write_json(tmp_path / "a/modules.json", modules)
+    (tmp_path / "a/0_Transformer/onnx/model.onnx").write_bytes(b"x")
+    summary = pymerge.merge(None, [str(tmp_path / "a")], method="linear", out=tmp_path / "out")
+    assert same_bits(written(tmp_path / "out"), flat(base))
+    assert not (tmp_path / "out/0_Transformer/onnx").exists()
+    assert any("not copied from the base: " in n and "0_Transformer/onnx/model.onnx" in n for n in summary["notes"])
