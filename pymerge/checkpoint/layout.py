@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,13 @@ class Layout:
             if not shard.index:
                 continue
             table = found.setdefault(shard.index, {"metadata": {"total_size": 0}, "weight_map": {}})
-            folder, _, file = shard.file.rpartition("/")
+            folder, slash, file = shard.file.rpartition("/")
             table["metadata"]["total_size"] += slot.nbytes
-            table["weight_map"][name.removeprefix(f"{folder}/")] = file
+            table["weight_map"][name.removeprefix(folder + slash)] = file
         return found
 
 
-def component_of(name: str, components: Mapping[str, str]) -> str:
+def component_of(name: str, components: Iterable[str]) -> str:
     """The component that a tensor is of: the longest folder in front of its name."""
     return max((c for c in components if c and name.startswith(f"{c}/")), key=len, default="")
 

@@ -19,6 +19,7 @@ from pymerge.checkpoint.adapted import AdaptedTensor
 from pymerge.checkpoint.components import sources, stems_of
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_header, safe_name
 from pymerge.checkpoint.index import Prefer, check_index, read_json_object
+from pymerge.checkpoint.layout import component_of
 from pymerge.checkpoint.made import MadeTensor
 from pymerge.checkpoint.moved import MovedTensor
 from pymerge.errors import ChangedInput, InputError, UnsupportedDtype
@@ -293,6 +294,7 @@ def open_checkpoint(
     with contextlib.ExitStack() as on_error:
         files: list[WeightFile] = []
         tensors: dict[str, AnyTensor] = {}
+        names = [component for component, _ in parts]
         for component, found in parts:
             held: dict[Path, list[str]] = {}
             for at in found.files:
@@ -303,6 +305,8 @@ def open_checkpoint(
                 held[at] = list(here)
                 for own, entry in here.items():
                     name = f"{component}/{own}" if component else own
+                    if component_of(name, names) != component:
+                        raise InputError(f"{path}: {safe_name(name)} in {at.name} is named like another component's")
                     tensors[name] = LazyTensor(name, entry, file)
             check_index(found, held)
         folder = path if path.is_dir() else parts[0][1].folder

@@ -351,3 +351,23 @@ def test_exports_inside_a_component_are_left_out(tmp_path):
     assert same_bits(written(tmp_path / "out"), flat(base))
     assert not (tmp_path / "out/0_Transformer/onnx").exists()
     assert any("not copied from the base: " in n and "0_Transformer/onnx/model.onnx" in n for n in summary["notes"])
+
+
+def test_a_tensor_named_like_another_components_is_refused(tmp_path):
+    base = random_model(0, ENCODER)
+    base[""]["2_Dense/linear.weight"] = torch.zeros(1)
+    with pytest.raises(
+        InputError, match="2_Dense/linear.weight in model.safetensors is named like another component's"
+    ):
+        pymerge.open_checkpoint(write_encoder(tmp_path / "a", base))
+
+
+def test_tensors_of_plain_models_may_have_slashes(tmp_path):
+    tensors = {"/w": torch.ones(400), "unet/w": torch.ones(400)}
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a/model.safetensors")
+    pymerge.merge(
+        None, [str(tmp_path / "a")], method="linear", out=tmp_path / "out", options=pymerge.Options(shard_bytes=1700)
+    )
+    with pymerge.open_checkpoint(tmp_path / "out") as found:
+        assert set(found) == set(tensors) and len(found.files) == 2
