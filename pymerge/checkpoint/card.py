@@ -7,6 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+LIBRARIES = {  # by the file that says what to load
+    "model_index.json": "diffusers",
+    "modules.json": "sentence-transformers",
+    "config.json": "transformers",
+}
+
 
 class Described(Protocol):
     """What a card needs of a recipe."""
@@ -18,11 +24,11 @@ class Described(Protocol):
 
 def write_card(folder: Path, recipe: Described, summary: Mapping[str, Any]) -> None:
     """Write README.md into `folder`."""
-    has_config = (folder / "config.json").exists()
-    (folder / "README.md").write_text(model_card(recipe, summary, has_config=has_config), encoding="utf-8")
+    library = next((library for file, library in LIBRARIES.items() if (folder / file).exists()), None)
+    (folder / "README.md").write_text(model_card(recipe, summary, library), encoding="utf-8")
 
 
-def model_card(recipe: Described, summary: Mapping[str, Any], *, has_config: bool) -> str:
+def model_card(recipe: Described, summary: Mapping[str, Any], library: str | None) -> str:
     """Front matter for the Hub (base_model list, tags, library), then what was merged, how, and the recipe."""
     plain = recipe.to_dict()
     method = str(plain["merge_method"])
@@ -30,8 +36,8 @@ def model_card(recipe: Described, summary: Mapping[str, Any], *, has_config: boo
     models = list(dict.fromkeys(_models(plain)))
     parents = [*([str(base)] if base else []), *(m for m in models if m != base)]
     lines = ["---", "base_model:", *(f"- {_quoted(p)}" for p in parents)]
-    if has_config:
-        lines.append("library_name: transformers")
+    if library:
+        lines.append(f"library_name: {library}")
     lines += ["tags:", "- merge", "- pymerge", f"- {_quoted(method)}", "---", "", "# Merged model", ""]
     lines += [f"Merged with pymerge {summary.get('pymerge', '')} by the method `{method}`.", ""]
     lines += ["| role | model |", "|---|---|"]

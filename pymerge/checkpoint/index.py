@@ -52,7 +52,7 @@ def resolve(path: str | os.PathLike[str], *, allow_pickle: bool = False, prefer:
     if not where.exists():
         raise InputError(_absent(os.fspath(path)))
     _require_regular(where)
-    if where.name.endswith(".index.json"):
+    if re.search(r"\.index(\.\w+)?\.json$", where.name):
         return _from_index(where, where, allow_pickle)
     if where.suffix == ".safetensors":
         return Source(where, where.parent if where.name == SINGLE else None, (where,), None)
@@ -112,7 +112,7 @@ def _standard_or_only(names: list[str], standard: str, suffix: str) -> str | Non
 
 def _from_index(path: Path, index: Path, allow_pickle: bool) -> Source:
     weight_map = read_weight_map(index)
-    pickled = index.name == PICKLE_INDEX
+    pickled = ".bin." in index.name
     folder = index.parent
     shards = list(dict.fromkeys(weight_map.values()))
     for shard in shards:
@@ -169,10 +169,9 @@ def parse_json_file(path: Path, limit: int) -> Any:
 
 
 def write_index(folder: Path, layout: Layout) -> None:
-    """model.safetensors.index.json for the shards in `folder`; nothing where there is one shard."""
-    index = layout.index()
-    if index is not None:
-        (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """model.safetensors.index.json, or that of each component, for the shards in `folder`; nothing for one shard."""
+    for file, index in layout.indexes().items():
+        (folder / file).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_relative(name: str, where: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,18 @@ class Slot:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file. `header` is everything before the data, length bytes and padding included."""
+    """One output file. `header` is everything before the data, length bytes and padding included.
+
+    file   its path below the output's folder
+    names  of its tensors as they are in the file: without the component's
+    index  path of the index that lists it; "" where it is alone
+    """
 
     file: str
     header: bytes
     size: int
     names: tuple[str, ...]
+    index: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,27 +62,69 @@ class Layout:
         """Bytes of all shard files, headers included."""
         return sum(shard.size for shard in self.shards)
 
-    def index(self) -> dict[str, Any] | None:
-        """What model.safetensors.index.json must say; None where there is one shard and so no index."""
-        if len(self.shards) == 1:
-            return None
-        weight_map = {name: self.shards[slot.shard].file for name, slot in self.slots.items()}
-        return {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
+    def indexes(self) -> dict[str, dict[str, Any]]:
+        """Path -> what model.safetensors.index.json of several shards must say; none for a shard that is alone."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, slot in self.slots.items():
+            shard = self.shards[slot.shard]
+            if not shard.index:
+                continue
+            table = found.setdefault(shard.index, {"metadata": {"total_size": 0}, "weight_map": {}})
+            folder, slash, file = shard.file.rpartition("/")
+            table["metadata"]["total_size"] += slot.nbytes
+            table["weight_map"][name.removeprefix(folder + slash)] = file
+        return found
 
 
-def plan_layout(entries: Sequence[Entry], shard_bytes: int, metadata: Mapping[str, str] | None = None) -> Layout:
+def component_of(name: str, components: Iterable[str]) -> str:
+    """The component that a tensor is of: the longest folder in front of its name."""
+    return max((c for c in components if c and name.startswith(f"{c}/")), key=len, default="")
+
+
+def plan_layout(
+    entries: Sequence[Entry],
+    shard_bytes: int,
+    metadata: Mapping[str, str] | None = None,
+    components: Mapping[str, str] | None = None,
+) -> Layout:
     """Cut tensors into shards of at most `shard_bytes` of data (a larger tensor gets a shard of its own), order kept.
 
     entries   (name, dtype, shape) in the order in which they will lie in the files. Only where that order would leave a
               tensor at an address that is no multiple of its item size (which PyTorch cannot map), the shard is sorted
               by item size, stably.
     metadata  the headers' __metadata__; {"format": "pt"} if not given, which transformers asks for
+    components  folder -> stem of its files' names: tensors FOLDER/NAME are NAME in files of that folder; "" is the
+              output's own. Default: all in model.safetensors
     Raises    UnsupportedDtype; OutputError where a shard's header would be longer than any reader accepts."""
     if shard_bytes < 1:
         raise OutputError(f"shard size: expected at least 1 byte, found {shard_bytes}")
     sizes = {name: _nbytes(name, dtype, shape) for name, dtype, shape in entries}
     if len(sizes) != len(entries) or "__metadata__" in sizes:
         raise ValueError("tensor names must differ from each other and from __metadata__")
+    components = components or {"": "model"}
+    parts: dict[str, list[Entry]] = {component: [] for component in components}
+    for entry in entries:
+        parts[component_of(entry[0], components)].append(entry)
+    shards: list[Shard] = []
+    places: dict[str, Slot] = {}
+    for component, stem in components.items():
+        prefix = f"{component}/" if component else ""
+        groups = _groups(parts[component], sizes, shard_bytes)
+        for number, group in enumerate(groups):
+            file, index = f"{prefix}{stem}.safetensors", ""
+            if len(groups) > 1:
+                index = f"{file}.index.json"
+                file = f"{prefix}{stem}-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+            offsets, end = _place(group, sizes)
+            header = _header(file, group, offsets, sizes, metadata, prefix)
+            places |= {name: Slot(len(shards), len(header) + offsets[name], sizes[name]) for name in offsets}
+            names = tuple(name.removeprefix(prefix) for name in offsets)
+            shards.append(Shard(file, header, len(header) + end, names, index))
+    return Layout(tuple(shards), {name: places[name] for name in sizes})
+
+
+def _groups(entries: Sequence[Entry], sizes: Mapping[str, int], shard_bytes: int) -> list[list[Entry]]:
+    """Runs of entries that go into one file each."""
     groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -85,16 +133,7 @@ def plan_layout(entries: Sequence[Entry], shard_bytes: int, metadata: Mapping[st
             filled = 0
         groups[-1].append(entry)
         filled += sizes[entry[0]]
-    shards, places = [], {}
-    for number, group in enumerate(groups):
-        file = "model.safetensors"
-        if len(groups) > 1:
-            file = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        offsets, end = _place(group, sizes)
-        header = _header(file, group, offsets, sizes, metadata)
-        places |= {name: Slot(number, len(header) + offsets[name], sizes[name]) for name in offsets}
-        shards.append(Shard(file, header, len(header) + end, tuple(offsets)))
-    return Layout(tuple(shards), {name: places[name] for name in sizes})
+    return groups
 
 
 def _nbytes(name: str, dtype: str, shape: Sequence[int]) -> int:
@@ -122,12 +161,14 @@ def _header(
     offsets: Mapping[str, int],
     sizes: Mapping[str, int],
     metadata: Mapping[str, str] | None,
+    prefix: str,
 ) -> bytes:
     table: dict[str, Any] = {"__metadata__": dict(metadata) if metadata is not None else {"format": "pt"}}
     described = {name: (dtype, shape) for name, dtype, shape in group}
     for name, begin in offsets.items():
         dtype, shape = described[name]
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + sizes[name]]}
+        place = [begin, begin + sizes[name]]
+        table[name.removeprefix(prefix)] = {"dtype": dtype, "shape": list(shape), "data_offsets": place}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     length = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
     if length > MAX_HEADER:

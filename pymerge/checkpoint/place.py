@@ -12,7 +12,7 @@ from pymerge.checkpoint.header import safe_name
 from pymerge.checkpoint.read import Checkpoint
 from pymerge.errors import OutputError
 
-_MODEL_FILES = ("config.json", "merge.json", "model.safetensors", "model.safetensors.index.json")
+_MODEL_FILES = ("config.json", "merge.json", "model_index.json", "model.safetensors", "model.safetensors.index.json")
 
 
 def real_output(out: str | os.PathLike[str]) -> Path:
@@ -111,6 +111,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_folders(folder: Path) -> None:
+    """fsync every directory below and including `folder`."""
+    for parent, _, _ in os.walk(folder):
+        sync_folder(Path(parent))
 
 
 def sync_tree(folder: Path) -> None:

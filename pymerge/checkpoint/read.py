@@ -11,12 +11,15 @@ import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.adapted import AdaptedTensor
+from pymerge.checkpoint.components import sources, stems_of
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_header, safe_name
-from pymerge.checkpoint.index import Prefer, check_index, read_json_object, resolve
+from pymerge.checkpoint.index import Prefer, check_index, read_json_object
+from pymerge.checkpoint.layout import component_of
 from pymerge.checkpoint.made import MadeTensor
 from pymerge.checkpoint.moved import MovedTensor
 from pymerge.checkpoint.rows import RowsTensor
@@ -237,8 +240,19 @@ class Checkpoint(Mapping[str, AnyTensor]):
             return {"memory": self._token}
         return {
             "path": os.path.realpath(self.path),
-            "files": [[f.path.name, f.size, f.mtime_ns, f.digest] for f in self._files],
+            "files": [[self.name_of(f.path), f.size, f.mtime_ns, f.digest] for f in self._files],
         }
+
+    def name_of(self, file: Path) -> str:
+        """A weight file's path below the model's folder."""
+        folder = self.folder
+        return file.relative_to(folder).as_posix() if folder is not None and folder in file.parents else file.name
+
+    @cached_property
+    def components(self) -> dict[str, str]:
+        """Component -> stem of the names of its weight files, "" for those in the folder itself; empty for a plain
+        model."""
+        return stems_of(self.folder) if self.folder is not None else {}
 
     def check_unchanged(self) -> None:
         """Raises ChangedInput if a weight file is not what it was when it was opened."""
@@ -276,34 +290,45 @@ def open_checkpoint(
 
     if is_adapter(source):
         return open_adapter(source, allow_pickle=allow_pickle)
-    found = resolve(source, allow_pickle=allow_pickle, prefer=prefer)
+    path = Path(source)
+    parts = sources(path, allow_pickle=allow_pickle, prefer=prefer)
     with contextlib.ExitStack() as on_error:
         files: list[WeightFile] = []
-        held: dict[Path, list[str]] = {}
         tensors: dict[str, AnyTensor] = {}
-        for path in found.files:
-            file = WeightFile(path)
-            on_error.callback(file.close)
-            files.append(file)
-            here = _pickled_tensors(file) if found.pickled else _tensors(file)
-            held[path] = list(here)
-            tensors.update(here)
-        check_index(found, held)
-        checkpoint = Checkpoint(found.path, found.folder, tensors, files, pickled=found.pickled)
+        names = [component for component, _ in parts]
+        for component, found in parts:
+            held: dict[Path, list[str]] = {}
+            for at in found.files:
+                file = WeightFile(at)
+                on_error.callback(file.close)
+                files.append(file)
+                here = _pickled_entries(file) if found.pickled else _entries(file)
+                held[at] = list(here)
+                for own, entry in here.items():
+                    name = f"{component}/{own}" if component else own
+                    if component_of(name, names) != component:
+                        raise InputError(f"{path}: {safe_name(name)} in {at.name} is named like another component's")
+                    tensors[name] = LazyTensor(name, entry, file)
+            check_index(found, held)
+        folder = path if path.is_dir() else parts[0][1].folder
+        if folder is not None and folder != path and stems_of(folder):
+            folder = None  # a file of one component is not the folder's model
+        pickled = any(found.pickled for _, found in parts)
+        checkpoint = Checkpoint(path, folder, tensors, files, pickled=pickled)
         on_error.pop_all()
     return checkpoint
 
 
-def _tensors(file: WeightFile) -> dict[str, AnyTensor]:
+def _entries(file: WeightFile) -> Mapping[str, TensorEntry]:
     header = read_header(file.fd, file.path)
     file.digest = header.digest
-    return {name: LazyTensor(name, entry, file) for name, entry in header.tensors.items()}
+    return header.tensors
 
 
-def _pickled_tensors(file: WeightFile) -> dict[str, AnyTensor]:
+def _pickled_entries(file: WeightFile) -> Mapping[str, TensorEntry]:
     from pymerge.checkpoint.pickle_file import read_pickled  # imports torch
 
-    return {name: LazyTensor(name, entry, file) for name, entry in read_pickled(file).items()}
+    return read_pickled(file)
 
 
 def _from_mapping(source: Mapping[str, Any]) -> Checkpoint:

@@ -25,6 +25,7 @@ class ShardFile:
         if not create:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
             return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             _allocate(self._fd, shard.size)

@@ -1,8 +1,8 @@
 """Everything beside the weights: what a loader needs to use the merged model as it used the base.
 
 Copied by name from the base's folder: configs (dtype fields follow the output), tokenizer, chat template, processors,
-the modules of a sentence-transformers folder, licence. Never copied: code, old weights and indices, optimizer states,
-READMEs; what is left is listed.
+licence; likewise of each component of a pipeline or a sentence-transformers model. Never copied: code, old weights and
+indices, optimizer states, READMEs; what is left is listed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pymerge.checkpoint.components import component_folders
 from pymerge.checkpoint.header import TORCH_NAME, name_list, safe_name
-from pymerge.checkpoint.index import PICKLED, check_relative, parse_json_file, read_json_object
+from pymerge.checkpoint.index import read_json_object
 from pymerge.checkpoint.read import MAX_CONFIG, Checkpoint
-from pymerge.errors import CorruptFile, InputError, UnsafeFile
 
 TOKENIZER = """
     tokenizer.json tokenizer_config.json tokenizer.model tokenizer.model.v* tekken.json added_tokens.json
@@ -31,14 +31,14 @@ COPIED = (
     """
     generation_config.json chat_template.json
     *preprocessor_config.json *processor_config.json
-    modules.json sentence_bert_config.json config_sentence_transformers.json
+    modules.json sentence_bert_config.json config_sentence_transformers.json model_index.json
     LICENSE* LICENCE* NOTICE* USE_POLICY*
 """.split()
     + TOKENIZER
 )
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _FLOATS = frozenset(name for name in TORCH_NAME.values() if "float" in name)
-_MODULE_FILES = ("*.json", "*.txt", "*.safetensors", "*.model", "*.spm", "*.jinja")
+_OF_COMPONENTS = (*COPIED, "*.json", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,13 @@ def plan_side_files(base: Checkpoint) -> SideFiles:
     files = [n for n in present if any(fnmatch.fnmatchcase(n, p) for p in COPIED) and (folder / n).is_file()]
     files += _below(folder, "additional_chat_templates", ("*.jinja",))
     notes = [*_remote_code_notes(base, folder, present)]
-    modules = _module_folders(folder)
-    for module in modules:
-        files += _module_files(folder, module, base.pickled, notes)
-    weights = {f.path.name for f in base.files}
-    used = {name.split("/")[0] for name in files} | weights | {"config.json", *(m.split("/")[0] for m in modules)}
-    left = [n for n in present if n not in used]
+    components = {name: at for name, at in component_folders(folder).items() if name}
+    for name, at in components.items():
+        files += [f"{name}/{file}" for file in _component_files(at)]
+    here = [*present, *(f"{name}/{n}" for name, at in components.items() for n in sorted(os.listdir(at)))]
+    used = {*files, *(name.split("/")[0] for name in files), "config.json", *components}
+    used |= {os.path.dirname(name) for name in components} | {base.name_of(f.path) for f in base.files}
+    left = [n for n in here if n not in used]
     if left:
         notes.append(f"not copied from the base: {name_list(left, 40)}")
     if base.config is not None:
@@ -98,12 +99,14 @@ def copy_side_files(
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "config.json" and base.config is not None and (out_dtype is not None or config_changes):
             config = with_changes(base.config, config_changes or {})
-            config = with_dtype(config, TORCH_NAME[out_dtype]) if out_dtype is not None else config
-            target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        elif plan.folder is not None:
-            shutil.copyfile(
-                plan.folder / name, target
-            )  # content only: a link becomes a file, permissions follow the umask
+            _write_json(target, with_dtype(config, TORCH_NAME[out_dtype]) if out_dtype is not None else config)
+        elif plan.folder is None:
+            continue
+        elif name.endswith("/config.json") and os.path.dirname(name) in base.components and out_dtype is not None:
+            config = read_json_object(plan.folder / name, MAX_CONFIG)
+            _write_json(target, _replace_dtype(config, TORCH_NAME[out_dtype]))
+        else:  # content only: a link becomes a file, permissions follow the umask
+            shutil.copyfile(plan.folder / name, target)
     return {"copied": files, "notes": list(plan.notes)}
 
 
@@ -119,13 +122,17 @@ def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str
     return changed
 
 
+def _write_json(path: Path, table: dict[str, Any]) -> None:
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The config with every dtype field set to `dtype` ("bfloat16"), those of the text, vision, ... configs inside it
     too.
 
     A config without any gets `torch_dtype`, the field that all versions of transformers read."""
     changed = _replace_dtype(config, dtype)
-    if not any(key in changed for key in _DTYPE_KEYS):
+    if not any(key in changed for key in (*_DTYPE_KEYS, "_class_name")):  # diffusers keeps no dtype
         changed["torch_dtype"] = dtype
     return changed
 
@@ -170,44 +177,10 @@ def _auto_map(value: Any) -> str:
     return safe_name(str(value))
 
 
-def _module_folders(folder: Path) -> list[str]:
-    """Folders that the modules.json of a sentence-transformers model names."""
-    path = folder / "modules.json"
-    if not path.exists():
-        return []
-    modules = parse_json_file(path, MAX_CONFIG)
-    if not isinstance(modules, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("path", ""), str) for m in modules
-    ):
-        raise CorruptFile(f"{path}: expected a list of modules with paths")
-    found = []
-    for module in modules:
-        name = module.get("path", "").rstrip("/")
-        if name in ("", "."):
-            continue  # the transformer itself, in the folder
-        check_relative(name, str(path))
-        if not (folder / name).is_dir() and module.get("type", "").rsplit(".", 1)[-1] != "Normalize":
-            raise InputError(
-                f"{path}: names the module {safe_name(name)}, which is not in the folder. Download it again"
-            )
-        found.append(name)
-    return found
-
-
-def _module_files(folder: Path, module: str, pickled: bool, notes: list[str]) -> list[str]:
-    kinds = _MODULE_FILES + (tuple(f"*{end}" for end in PICKLED) if pickled else ())
-    files = _below(folder, module, kinds)
-    refused = [n for n in _below(folder, module, tuple(f"*{end}" for end in PICKLED)) if n not in files]
-    if refused and not any(n.endswith(".safetensors") for n in files):
-        raise UnsafeFile(
-            f"{folder}: module {safe_name(module)} has pickled weights only ({name_list(refused)}), which can run code "
-            "when loaded. "
-            "Convert them to safetensors, or allow pickles for this merge"
-        )
-    weights = [n for n in files if n.endswith((".safetensors", *PICKLED))]
-    if weights:
-        notes.append(f"weights of sentence-transformers modules are the base's, not merged: {name_list(weights)}")
-    return files
+def _component_files(folder: Path) -> list[str]:
+    """What is copied of a component's folder: all configs, tokenizer files and the like, no weights."""
+    names = [n for n in sorted(os.listdir(folder)) if any(fnmatch.fnmatchcase(n, p) for p in _OF_COMPONENTS)]
+    return [n for n in names if (folder / n).is_file() and ".index." not in n]
 
 
 def _below(folder: Path, name: str, patterns: tuple[str, ...]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from pymerge.checkpoint.header import name_list, safe_name
 from pymerge.checkpoint.journal import JOURNAL, Journal, Segment, differences, read_journal, rewrite_journal
 from pymerge.checkpoint.layout import Layout, Shard
-from pymerge.checkpoint.place import sync_folder
+from pymerge.checkpoint.place import sync_folder, sync_folders
 from pymerge.checkpoint.shard_file import ShardFile
 from pymerge.errors import OutputError
 
@@ -70,7 +70,7 @@ def resume_staging(
             intact.append(whole)
         verified = [s for s in segments if _is_right(s, layout, shards, intact)]
         rewrite_journal(staging / JOURNAL, identity, verified)
-        sync_folder(staging)
+        sync_folders(staging)
         return shards, Journal(staging / JOURNAL), verified
     except BaseException:
         for file in shards:
@@ -95,7 +95,7 @@ def start_staging(staging: Path, layout: Layout, identity: dict[str, Any]) -> tu
         for file in shards:
             file.close()
         raise
-    sync_folder(staging)
+    sync_folders(staging)
     sync_folder(staging.parent)
     return shards, journal
 
@@ -173,15 +173,19 @@ def _is_same(fd: int, path: Path) -> bool:
     return (now.st_dev, now.st_ino) == (held.st_dev, held.st_ino)
 
 
-def _clear(staging: Path, keep: set[str]) -> None:
-    with os.scandir(staging) as entries:
+def _clear(folder: Path, keep: set[str], below: str = "") -> None:
+    """Delete all but the files `keep`, paths below the staging folder."""
+    with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name in keep:
+            path = below + entry.name
+            if path in keep:
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
+            if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
+            elif any(kept.startswith(f"{path}/") for kept in keep):
+                _clear(Path(entry.path), keep, f"{path}/")
+            else:
+                shutil.rmtree(entry.path)
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -19,7 +19,7 @@ from pymerge.engine.local import Inputs, open_inputs, planned, stopped_by_signal
 from pymerge.engine.plan import Options, Plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.scaled import updates
-from pymerge.engine.summary import FORMAT
+from pymerge.engine.summary import FORMAT, packages_of
 from pymerge.errors import OutputError, RecipeError
 from pymerge.recipe import Recipe
 from pymerge.version import __version__
@@ -51,6 +51,8 @@ def merge_to_adapter(
     check_recipe(recipe, rank)
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
+        if several := [name for name in inputs.reference.components if name]:
+            raise RecipeError(f"an adapter is of one model: merge the folder of one component ({', '.join(several)})")
         target = check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan = planned(recipe, inputs, options, updates)
         matrices = {item.entry.name for item in plan.items if recipe.matrices.has(item.entry.name, item.entry.shape)}
@@ -148,6 +150,7 @@ def summary_of(
         "format": FORMAT,
         "pymerge": __version__,
         "recipe": recipe.to_dict(),
+        **({"methods_from": packages} if (packages := packages_of(plan)) else {}),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
         "matrices": len(sink.low),
         "whole": sorted(sink.whole.keys() - left_out.keys()),

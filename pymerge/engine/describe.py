@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Column, Table
 from pymerge.checkpoint import safe_name
 from pymerge.engine.observing import observing_bytes
 from pymerge.engine.plan import Item, Options, Plan, resident_memory
-from pymerge.methods import MethodInfo
+from pymerge.methods import Auto, MethodInfo
 from pymerge.version import __version__
 
 # Rates of the 2-core machine that benchmarks/ are run on; a plan's time is an estimate, not a promise.
@@ -160,14 +161,25 @@ CELLS = {"moved": "{}", "before": "{:.3f}", "after": "{:.3f}"}
 def show_methods(methods: list[MethodInfo]) -> None:
     table = Table("step", "method", "what it does", "data", "paper", box=None, padding=(0, 2, 0, 0))
     for method in methods:
-        table.add_row(method.step, method.name, method.summary, ", ".join(method.needs) or "none", method.paper)
+        data, source = ", ".join(method.needs) or "none", method.paper or method.package
+        table.add_row(method.step, method.name, method.summary, data, source)
     Console(highlight=False).print(table)
+
+
+def plain_method(method: MethodInfo) -> dict[str, Any]:
+    """For machines. Defaults that a method works out are in words."""
+    plain = asdict(method)
+    for p, row in zip(method.parameters, plain["parameters"], strict=True):
+        row |= {key: str(value) for key, value in vars(p).items() if isinstance(value, Auto)}
+    return plain
 
 
 def show_method(method: MethodInfo) -> None:
     console = Console(highlight=False)
     console.print(f"{method.name} ({method.step}): {method.summary}", markup=False)
     console.print(f"paper: {method.paper or 'none'}; data: {', '.join(method.needs) or 'none'}; base: {method.base}")
+    if method.package:
+        console.print(f"from the package {method.package}", markup=False)
     table = Table("parameter", "default", "in YAML", "range", "meaning", box=None, padding=(0, 2, 0, 0))
     for p in method.parameters:
         defaults = ["required" if d is None else str(d) for d in (p.default, p.mergekit_default)]

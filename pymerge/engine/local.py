@@ -21,12 +21,13 @@ from pymerge.checkpoint.sidefiles import TOKENIZER, copy_side_files, plan_side_f
 from pymerge.engine.alignment import Alignment, with_found, with_given
 from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
+from pymerge.engine.components import check_components
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.parts import Parts, with_parts
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.progress import make_progress
-from pymerge.engine.summary import summary_of
+from pymerge.engine.summary import packages_of, summary_of
 from pymerge.engine.vocabulary import with_vocabulary
 from pymerge.errors import Interrupted, MergeError, RecipeError
 from pymerge.recipe import ModelRef, Recipe
@@ -172,6 +173,7 @@ def planned(
     change: Callable[[Sequence[Entry]], Sequence[Entry]] | None = None,
 ) -> Plan:
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
+    check_components(recipe, inputs.base, *models)
     plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change, inputs.parts))
     if inputs.vocabulary is not None:
         vocabulary = inputs.vocabulary
@@ -251,6 +253,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "shard_bytes": options.shard_bytes,
         "device": options.device,
         "item_threads": plan.item_threads,
+        "methods_from": packages_of(plan),
     } | ({"observing_threads": plan.observing_threads} if plan.observed else {})
 
 

@@ -369,9 +369,8 @@ def make_plan(
     live: Any = tuple(found for found in statistics if found.live)
     planner = Planner(recipe, options, sum(observing_bytes(live).values()))
     items = planner.items(entries)
-    layout = plan_layout(
-        [(entry.name, entry.dtype, entry.shape) for entry in entries], options.shard_bytes, {"format": "pt"}
-    )
+    components = (base if base is not None else models[0]).components
+    layout = plan_layout([(e.name, e.dtype, e.shape) for e in entries], options.shard_bytes, None, components)
     surveyed = [i for i in items if i.rule is not None and i.entry.steps and survey_scope(i.entry.steps) == "model"]
     groups = by_steps(surveyed)
     numbers = {key: number for number, key in enumerate(groups)}

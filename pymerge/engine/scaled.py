@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint import Checkpoint, open_checkpoint
+from pymerge.checkpoint import Checkpoint, open_checkpoint, plan_layout
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor
 from pymerge.engine.local import (
@@ -63,6 +63,9 @@ def merge_update(recipe: Recipe, folder: str | Path, options: Options | None = N
         plan = planned(recipe, inputs, options, updates)
         # Where memory is short, wider outputs would leave other numbers of threads to a matrix, and other bits.
         plan = replace(plan, item_threads=planned(recipe, inputs, options).item_threads)
+        # Components too lie in one folder: nothing but this module reads it.
+        held = {item.entry.name: (item.entry.name, item.entry.dtype, item.entry.shape) for item in plan.items}
+        plan = replace(plan, layout=plan_layout([held[name] for name in plan.layout.slots], options.shard_bytes))
 
         def side_files(into: Path, executor: Executor, summary: dict[str, Any]) -> None:
             write_summary(into, summary)

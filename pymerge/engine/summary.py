@@ -15,6 +15,12 @@ from pymerge.version import __version__
 FORMAT = 1  # of merge.json
 
 
+def packages_of(plan: Plan) -> dict[str, str]:
+    """Method -> name and version of the package that brings it, of the methods that are not pymerge's own."""
+    steps = {id(item.entry.steps): item.entry.steps for item in plan.items if item.entry.steps is not None}
+    return {step.name: step.package for found in steps.values() for step in found.all if step.package}
+
+
 def summary_of(
     plan: Plan,
     inputs: Sequence[Checkpoint],
@@ -33,6 +39,7 @@ def summary_of(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": plan.recipe.to_dict(),
         **({"resolved": plan.recipe.resolved} if plan.recipe.resolved else {}),
+        **({"methods_from": packages} if (packages := packages_of(plan)) else {}),
         **({"align": plan.alignment} if plan.alignment is not None else {}),
         **({"vocabulary": plan.vocabulary} if plan.vocabulary is not None else {}),
         "inputs": [checkpoint.fingerprint() for checkpoint in inputs],

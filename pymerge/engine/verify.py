@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from pymerge.engine.check import FLOATS
 from pymerge.errors import CorruptFile, InputError
 
 CHUNK = 8 << 20  # bytes read at a time
+LOADERS = {  # by the file that says what to load
+    "model_index.json": ("diffusers", "DiffusionPipeline"),
+    "modules.json": ("sentence_transformers", "SentenceTransformer"),
+    "config.json": ("transformers", "AutoModel"),
+}
 
 
 def verify(folder: str | Path, *, load: bool = False) -> dict[str, Any]:
     """Reads every tensor of a merged model, and what the method left beside them, again and compares with merge.json.
 
-    load     also load the model with transformers (AutoModel), on the CPU
+    load     also load the model, on the CPU, with transformers (AutoModel), diffusers or sentence-transformers
     Returns  {"tensors", "bytes"}
     Raises   CorruptFile naming every tensor that is not what was written, or holds NaN or Inf."""
     folder = Path(folder)
@@ -49,7 +55,7 @@ def verify(folder: str | Path, *, load: bool = False) -> dict[str, Any]:
         what = "tensor(s) or file(s) are not what was written"
         raise CorruptFile(f"{folder}: {len(problems)} {what}:\n" + "\n".join(problems[:20]))
     if load:
-        load_with_transformers(folder)
+        load_with_its_library(folder)
     return {"tensors": count, "bytes": total}
 
 
@@ -76,12 +82,16 @@ def scan_file(path: Path, wanted: str, view: memoryview, address: int) -> tuple[
     return total, "" if f"{crc:08x}" == wanted else f"checksum {crc:08x}, written was {wanted}"
 
 
-def load_with_transformers(folder: Path) -> None:
+def load_with_its_library(folder: Path) -> None:
+    library, name = next(found for file, found in LOADERS.items() if (folder / file).exists() or file == "config.json")
     try:
-        from transformers import AutoModel
+        cls = getattr(import_module(library), name)
     except ImportError as error:
-        raise InputError("loading needs transformers: pip install 'pymerge[hf]'") from error
+        raise InputError(f"loading needs {library}: pip install {library.replace('_', '-')}") from error
     try:
-        AutoModel.from_pretrained(folder, local_files_only=True)
+        if name == "SentenceTransformer":
+            cls(str(folder), device="cpu", local_files_only=True)
+        else:
+            cls.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CorruptFile(f"{folder}: transformers does not load it: {error}") from error
+        raise CorruptFile(f"{folder}: {library} does not load it: {error}") from error

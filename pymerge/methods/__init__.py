@@ -1,4 +1,9 @@
-"""Merge methods: one file each. `list` names them, `describe` explains one, `get` returns its class. No torch."""
+"""Merge methods: one file each. `list` names them, `describe` explains one, `get` returns its class. No torch.
+
+What a method of one's own is written with is here too: a base class (`ElementWiseCombine`, `MatrixCombine`, `Combine`,
+`Purify`, `ElementWisePurify`, `Calibrate`), `param` for its hyperparameters, `DeltaRule` and `TensorInfo`, `TaskGroup`.
+docs/own_method explains it with an example; `pymerge.testing.check_method` checks it.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +55,64 @@ from pymerge.methods import (
     tsv_m,
     wudi,
 )
-from pymerge.methods.base import REGISTRY, Combine, Method, register
+from pymerge.methods.base import (
+    REGISTRY,
+    REQUIRED,
+    STYLES,
+    UNUSED,
+    Auto,
+    Calibrate,
+    Combine,
+    ElementWiseCombine,
+    ElementWisePurify,
+    LayerInput,
+    MatrixCombine,
+    Method,
+    Notes,
+    Param,
+    PerModel,
+    Purify,
+    Style,
+    TaskGroup,
+    TensorInfo,
+    param,
+    per_task,
+    register,
+)
 from pymerge.methods.names import nearest
 from pymerge.methods.param import params_of
+from pymerge.ops.delta_rule import DeltaRule
 
-__all__ = ["REGISTRY", "MethodInfo", "ParamInfo", "describe", "get", "list", "register"]
+__all__ = [
+    "REGISTRY",
+    "REQUIRED",
+    "STYLES",
+    "UNUSED",
+    "Auto",
+    "Calibrate",
+    "Combine",
+    "DeltaRule",
+    "ElementWiseCombine",
+    "ElementWisePurify",
+    "LayerInput",
+    "MatrixCombine",
+    "Method",
+    "MethodInfo",
+    "Notes",
+    "Param",
+    "ParamInfo",
+    "PerModel",
+    "Purify",
+    "Style",
+    "TaskGroup",
+    "TensorInfo",
+    "describe",
+    "get",
+    "list",
+    "param",
+    "per_task",
+    "register",
+]
 
 _BUILT_IN = (
     linear,
@@ -127,10 +185,11 @@ class MethodInfo:
     models: tuple[int, int | None]
     parameters: tuple[ParamInfo, ...]
     ignored: tuple[str, ...]
+    package: str  # name and version of the package that brings it; "": pymerge itself
 
 
 def get(name: str) -> type[Method]:
-    """The class of a method; RecipeError with the nearest names where there is none."""
+    """The class of a method; RecipeError with the nearest names where there is none, or where its package is broken."""
     try:
         return REGISTRY[name]
     except KeyError:
@@ -161,10 +220,11 @@ def describe(name: str) -> MethodInfo:
             for field, p in params_of(cls).items()
         ),
         ignored=tuple(cls.ignored),
+        package=cls.package,
     )
 
 
 def list(step: str | None = None) -> tuple[str, ...]:
     """Names of the methods of one step (purify, combine or calibrate), or of all, in the order of the steps."""
     steps = (step,) if step else ("purify", "combine", "calibrate")
-    return tuple(name for s in steps for name, cls in sorted(REGISTRY.items()) if cls.step == s)
+    return tuple(name for s in steps for name in sorted(REGISTRY.of_step(s)))

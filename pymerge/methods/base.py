@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol
 
 from pymerge.errors import RecipeError
 from pymerge.methods.param import REQUIRED, STYLES, UNUSED, Auto, Param, Style, complete, param, params_of
+from pymerge.methods.registry import REGISTRY, register
 from pymerge.ops.delta_rule import DeltaRule
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ __all__ = [
     "register",
 ]
 
-M = TypeVar("M", bound="type[Method]")
 PerModel = float | tuple[float, ...]  # one value for all tasks, or one a task
-REGISTRY: dict[str, type[Method]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +144,6 @@ class TaskGroup:
         return tuned.float() - self.base.float() if self.base is not None else tuned.float().clone()
 
 
-def register(name: str) -> Callable[[M], M]:
-    """Class decorator: makes a method known by `name` to recipes and to `pymerge.methods`."""
-
-    def add(cls: M) -> M:
-        if name in REGISTRY:
-            raise ValueError(f"a method called {name!r} is registered already: {REGISTRY[name].__module__}")
-        cls.name = name
-        REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
 class Method:
     """Common ground of all steps. `name` is the registered name, `step` one of purify | combine | calibrate.
 
@@ -167,6 +153,7 @@ class Method:
 
     name: ClassVar[str] = ""
     step: ClassVar[str] = ""
+    package: ClassVar[str] = ""  # name and version of the package that brings it; "": pymerge itself
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()  # statistics that must exist before the merge starts, e.g. ("covariance",)
     # The inputs of a layer are those behind the layers merged before it: models are observed while they are merged.

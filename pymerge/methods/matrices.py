@@ -17,7 +17,7 @@ RESTS: Final = ("mean", "sum", "base")
 # decompose them by choice, and their row count would dominate the cost.
 _TABLES = re.compile(
     r"embed|position|relative_attention_bias|text_projection|lm_head|logits?_|(^|[._])(cls|class)_token"
-    r"|(^|\.)(wte|wpe|shared|head|heads|score|classifier|predictions)(\.|$)",
+    r"|(^|[./])(wte|wpe|shared|head|heads|score|classifier|predictions)(\.|$)",
     re.IGNORECASE,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pymerge.errors import RecipeError
 from pymerge.methods import REGISTRY
 from pymerge.methods.base import Method
 from pymerge.methods.param import params_of
@@ -12,12 +13,16 @@ from pymerge.recipe.settings import Setting, parse_setting
 
 
 def method_names(step: str) -> list[str]:
-    return [name for name, cls in REGISTRY.items() if cls.step == step]
+    return REGISTRY.of_step(step)
 
 
 def find_method(name: Any, step: str, where: str, problems: Problems) -> type[Method] | None:
     """A method of one step by name; what is wrong with the name is a problem."""
-    cls = REGISTRY.get(name) if isinstance(name, str) else None
+    try:
+        cls = REGISTRY.get(name) if isinstance(name, str) else None
+    except RecipeError as e:  # a package declares it and cannot give it
+        problems.add(where, str(e))
+        return None
     if cls is not None and cls.step == step:
         return cls
     if cls is not None:

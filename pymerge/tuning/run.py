@@ -18,6 +18,7 @@ from pymerge.engine.alignment import with_given
 from pymerge.engine.local import Extras, merge_to_disk, open_inputs, planned
 from pymerge.engine.plan import Options
 from pymerge.engine.scaled import merge_scaled, merge_update, why_merged_anew
+from pymerge.engine.summary import packages_of
 from pymerge.errors import EvaluationError, Interrupted, NumericError, OutputError, RecipeError
 from pymerge.recipe import Recipe
 from pymerge.tuning.evaluate import Evaluation
@@ -317,8 +318,9 @@ def _inputs(recipe: Recipe, work: Path, out: Path | None, options: Options) -> d
             if own_name(work, out):
                 raise OutputError(f"{out}: the search deletes what has such a name in {work}: choose another")
         plan_side_files(inputs.reference)
-        planned(recipe, inputs, options)
+        plan = planned(recipe, inputs, options)
         return {
+            "methods_from": packages_of(plan),
             "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
             "statistics": [found.fingerprint() for found in inputs.statistics],
             "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,

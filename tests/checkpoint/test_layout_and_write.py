@@ -68,12 +68,12 @@ def test_layout_keeps_order_aligns_data_and_names_shards() -> None:
     assert layout.shards[0].file == "model-00001-of-00004.safetensors"
     assert all(len(s.header) % 4096 == 0 and s.size == len(s.header) + 200 * len(s.names) for s in layout.shards)
     assert layout.slots["t3"].shard == 1 and layout.slots["t3"].offset == 4096 + 200
-    index = layout.index()
-    assert index is not None and index["metadata"] == {"total_size": 1400}
+    (index,) = layout.indexes().values()
+    assert list(layout.indexes()) == ["model.safetensors.index.json"] and index["metadata"] == {"total_size": 1400}
     assert list(index["weight_map"]) == [f"t{i}" for i in range(7)]
     assert index["weight_map"]["t6"] == "model-00004-of-00004.safetensors"
     single = plan_layout(entries, 10**9, {"format": "pt", "x": "y"})
-    assert single.index() is None and single.shards[0].file == "model.safetensors"
+    assert not single.indexes() and single.shards[0].file == "model.safetensors"
     assert json.loads(single.shards[0].header[8:])["__metadata__"] == {"format": "pt", "x": "y"}
 
 

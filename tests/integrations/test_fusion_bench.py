@@ -26,6 +26,7 @@ from pymerge.integrations import fusion_bench as adapter
 from pymerge.integrations.fusion_bench import PymergeAlgorithm
 from tests.integrations.fusion_bench_configs import FOLDER, packaged
 from tests.integrations.fusion_bench_pool import Images, Texts, Vectors, net
+from tests.methods.plugin_packages import install
 
 ROOT = Path(__file__).parents[2]
 HERE = "tests.integrations.fusion_bench_pool"
@@ -337,6 +338,35 @@ def test_command_line(tmp_path):
         method="tsv_m",
         scale=0.5,
         exclude=["*.bias"],
+        out=tmp_path / "expected",
+    )
+    assert_same(load_file(tmp_path / "merged/model.safetensors"), load_file(tmp_path / "expected/model.safetensors"))
+
+
+def test_command_line_finds_methods_of_other_packages(tmp_path):
+    names = clip(tmp_path)
+    install(tmp_path / "installed", "half-merge", {"half": "half_merge:Half"})
+    command = [
+        Path(sys.executable).with_name("fusion_bench"),
+        "method=pymerge/half",
+        "method.weight=[1,2]",
+        "method.purify={method: trim, density: 0.5}",
+        "modelpool=CLIPVisionModelPool/_template",
+        f"modelpool.models={{{', '.join(f'{name}: {path}' for name, path in names.items())}}}",
+        "fabric.accelerator=cpu",
+        "merged_model_save_path=merged",
+    ]
+    path = f"{tmp_path / 'installed'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    pymerge.merge(
+        names["_pretrained_"],
+        [names["a"], names["b"]],
+        method="task_arithmetic",
+        scale=0.5,
+        weight=[1, 2],
+        purify={"method": "trim", "density": 0.5},
         out=tmp_path / "expected",
     )
     assert_same(load_file(tmp_path / "merged/model.safetensors"), load_file(tmp_path / "expected/model.safetensors"))
