@@ -11,6 +11,7 @@ import fnmatch
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,24 +71,44 @@ def plan_side_files(base: Checkpoint) -> SideFiles:
     return SideFiles(folder, tuple(files), tuple(notes))
 
 
-def copy_side_files(base: Checkpoint, staging: Path, *, out_dtype: str | None = None) -> dict[str, list[str]]:
+def copy_side_files(
+    base: Checkpoint, staging: Path, *, out_dtype: str | None = None, config_changes: Mapping[str, Any] | None = None
+) -> dict[str, list[str]]:
     """Copy the side files of `base` into `staging`.
 
-    out_dtype   safetensors code of the output's dtype, for the dtype fields of config.json; None: as the base
-    Returns     {"copied": names, "notes": lines for the summary}
-    Raises      as plan_side_files; OSError where writing fails."""
+    out_dtype       safetensors code of the output's dtype, for the dtype fields of config.json; None: as the base
+    config_changes  what config.json says otherwise, on top of what `base` knows of itself: dotted key -> value, None
+                    removes it
+    Returns         {"copied": names, "notes": lines for the summary}
+    Raises          as plan_side_files; OSError where writing fails."""
     plan = plan_side_files(base)
+    changes = {**base.config_changes, **(config_changes or {})}
     for name in plan.files:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json" and base.config is not None and out_dtype is not None:
-            config = with_dtype(base.config, TORCH_NAME[out_dtype])
+        if name == "config.json" and base.config is not None and (changes or out_dtype is not None):
+            config = with_changes(base.config, changes)
+            config = with_dtype(config, TORCH_NAME[out_dtype]) if out_dtype is not None else config
             target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         elif plan.folder is not None:
             shutil.copyfile(
                 plan.folder / name, target
             )  # content only: a link becomes a file, permissions follow the umask
     return {"copied": list(plan.files), "notes": list(plan.notes)}
+
+
+def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with other values: dotted key -> value, None removes it."""
+    changed = dict(config)
+    for key, value in changes.items():
+        first, _, rest = key.partition(".")
+        if rest:
+            changed[first] = with_changes(changed.get(first) or {}, {rest: value})
+        elif value is None:
+            changed.pop(first, None)
+        else:
+            changed[first] = value
+    return changed
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
