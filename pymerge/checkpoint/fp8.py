@@ -123,7 +123,7 @@ class Reader:
                 f"{self.where}: fp8 weights of quant_method {method!r}, whose scales pymerge does not know (it knows "
                 f"{', '.join(METHODS)}): dequantise the model with its own tools first"
             )
-        made = {name: self.scaled(name, scale) for name, scale in pairs.items()}
+        made = {n: tensor for n, scale in pairs.items() if (tensor := self.scaled(n, scale)) is not None}
         if self.problems:
             kinds = {kind for kind, _ in self.problems}
             kind = kinds.pop() if len(kinds) == 1 else InputError
@@ -170,10 +170,10 @@ class Reader:
             weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if groups else []
             sizes = [w["block_structure"] for w in weights if isinstance(w, dict) and w.get("block_structure")]
             found = sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None
-        fits = isinstance(found, list | tuple) and len(found) == 2
-        if not fits or not all(isinstance(size, int) and size > 0 for size in found):
+        if not isinstance(found, list | tuple) or len(found) != 2:
             return None
-        return found[0], found[1]
+        rows, columns = found
+        return (rows, columns) if all(isinstance(size, int) and size > 0 for size in (rows, columns)) else None
 
     def expected(self, weight: AnyTensor) -> str:
         *lead, m, n = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)

@@ -130,11 +130,12 @@ class TurnedTensor(View):
 
         width, (rows, columns) = ITEMSIZE[self.dtype], self.shape[-2:]
         whole = SPARSE * count >= rows  # a read costs as much as some entries
-        raw = np.empty((columns, rows if whole else count), f"u{width}")
-        start = matrix * rows * columns * width
+        taken, start = rows if whole else count, matrix * rows * columns * width
+        raw = np.empty(columns * taken * width, np.uint8)
         if whole:
-            self._source.read_into(memoryview(raw).cast("B"), start)
-            return raw[:, first : first + count].T
-        for i in range(columns):
-            self._source.read_into(memoryview(raw[i]).cast("B"), start + (i * rows + first) * width)
-        return raw.T
+            self._source.read_into(raw.data, start)
+        else:
+            for i, row in enumerate(raw.reshape(columns, -1)):
+                self._source.read_into(row.data, start + (i * rows + first) * width)
+        found = raw.view(f"u{width}").reshape(columns, taken)
+        return (found[:, first : first + count] if whole else found).T
