@@ -51,7 +51,7 @@ class Mapper:
     reference: Checkpoint
     model: Checkpoint
     label: str
-    problems: list[tuple[type[MergeError], str]] = field(default_factory=list)
+    problems: dict[str, tuple[type[MergeError], str]] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)  # names of the reference that are made of others
     used: set[str] = field(default_factory=set)  # names of the model that others are made of
 
@@ -108,13 +108,14 @@ class Mapper:
         names = [f"{prefix}.{i}.{part}.weight" for i in range(count) for part in FUSED[what]]
         absent = [known for known in names if known not in self.own]
         if absent:
-            self.refuse(MissingTensor, name, f"lacks {name_list(absent)} of {count} experts")
+            self.refuse(MissingTensor, name, f"lacks {name_list(absent)} of {count} experts. Download it again")
             return None
         parts = [self.model[self.own[known]] for known in names]
         self.used.update(self.own[known] for known in names)
         dtypes, shapes = sorted({part.dtype for part in parts}), sorted({tuple(part.shape) for part in parts})
         if len(dtypes) > 1 or len(shapes) > 1 or len(shapes[0]) != 2:
-            self.refuse(ShapeMismatch, name, f"has experts of {dtypes} {shapes}: expected one dtype and shape")
+            text = f"has experts of {dtypes} {[list(shape) for shape in shapes]}. One dtype and one shape are needed"
+            self.refuse(ShapeMismatch, name, text)
             return None
         m, n = shapes[0]
         stacked = StackedTensor(name, parts, (count, m * len(FUSED[what]), n))
@@ -129,22 +130,23 @@ class Mapper:
         source, shape = self.model[held], self.reference[name].shape
         self.used.add(held)
         if (bias := f"{held}_bias") in self.model:
-            self.refuse(InputError, name, f"has its experts interleaved and biased ({safe_name(bias)}), as gpt-oss")
+            text = "which interleaves gate and up as gpt-oss does and has no layout for each expert"
+            self.refuse(InputError, held, f"has {safe_name(bias)}, {text}. Merge models of one layout")
             return None
         if is_turned(self.model, self.own, prefix):
             source = TurnedTensor(source)
         parts = FUSED[whole]
         experts = self.counts[1][prefix]
         if len(shape) != 2 or source.shape != (experts, len(parts) * shape[0], shape[1]):
-            text = f"has {safe_name(held)} {list(self.model[held].shape)} for {experts} experts of {list(shape)}"
-            self.refuse(ShapeMismatch, name, text)
+            text = f"has {list(self.model[held].shape)}, the base {experts} experts with {what} {list(shape)}"
+            self.refuse(ShapeMismatch, held, f"{text}. Merge models fine-tuned from one base")
             return None
         first = (number * len(parts) + parts.index(what)) * shape[0] * shape[1]
         return PartTensor(name, source, first, shape)
 
     def refuse(self, kind: type[MergeError], name: str, text: str) -> None:
-        hint = "Save both with the same version of transformers, or merge models of one layout"
-        self.problems.append((kind, f"{safe_name(name)}: {self.label} {text}. {hint}."))
+        """Notes one problem a tensor."""
+        self.problems.setdefault(name, (kind, f"{safe_name(name)}: {self.label} {text}."))
 
 
 def is_turned(model: Checkpoint, names: Mapping[str, str], prefix: str) -> bool:

@@ -50,7 +50,7 @@ def quantised(models: Mapping[str, Checkpoint], selects: Callable[[str], bool]) 
         found = [(name, kind) for name in model if selects(name) and (kind := kind_of(model, name)) is not None]
         for name, (what, todo) in found[:1]:
             lines.append(
-                f"{safe_name(name)}: {model[name].dtype} in {label}: {what}, as are {len(found)} tensor(s) of it. "
+                f"{safe_name(name)}: {model[name].dtype} in {label}: {what}, {len(found)} tensor(s) of the model. "
                 f"Quantised weights are never averaged: {todo}."
             )
     return lines

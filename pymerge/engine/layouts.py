@@ -28,7 +28,7 @@ def with_layouts(inputs: Inputs) -> Inputs:
         if id(model) not in views:
             mapper = Mapper(reference, model, label)
             views[id(model)] = mapper.run()
-            problems.extend(mapper.problems)
+            problems.extend(mapper.problems.values())
         return views[id(model)]
 
     models = tuple(viewed(*found) for found in zip(inputs.models, inputs.labels, strict=True))

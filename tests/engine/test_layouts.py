@@ -1,0 +1,374 @@
+"""Merges of models that store experts or values otherwise: same results, and transformers loads them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pymerge
+from pymerge.checkpoint import open_checkpoint
+from pymerge.checkpoint.expert_layouts import Mapper
+from pymerge.errors import MergeError, NonFinite, ShapeMismatch, UnsupportedDtype
+from tests.mixtures import CONFIGS, ONE_LAYOUT, made, save_both
+
+transformers = pytest.importorskip("transformers")
+
+PATHS = ("base", "one", "two")
+EXPERTS = "model.layers.1.mlp.experts"
+
+
+def values_of(folder):
+    with open_checkpoint(folder) as model:
+        return {name: model[name].load().clone() for name in model}
+
+
+def loaded(folder):
+    """As transformers has it; nothing missing, nothing left over."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model
+
+
+def logits(model):
+    tokens = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=tokens).logits.float()
+
+
+def equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """Architecture -> {base, one, two} -> {each, fused} -> folder, made when asked for."""
+    known = {}
+
+    def family(name):
+        if name not in known:
+            folder = tmp_path_factory.mktemp(name)
+            known[name] = {path: save_both(made(name, seed), folder / path) for seed, path in enumerate(PATHS)}
+        return known[name]
+
+    return family
+
+
+def merged(places, layouts, out, **options):
+    base, *models = (places[path][layout] for path, layout in zip(PATHS, layouts, strict=True))
+    return pymerge.merge(base, models, out=out, **options)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_mixed_layouts_give_the_bytes_of_equal_ones(families, name, tmp_path):
+    places = families(name)
+    for layout, other in (("each", "fused"), ("fused", "each")):
+        plain, mixed = tmp_path / layout, tmp_path / f"{layout} mixed"
+        merged(places, [layout] * 3, plain, method="ties", density=0.4)
+        summary = merged(places, [layout, other, layout], mixed, method="ties", density=0.4)
+        assert equal(values_of(plain), values_of(mixed))
+        assert any("layout of experts" in note and "one" in note for note in summary["notes"])
+        assert torch.isfinite(logits(loaded(mixed))).all()
+
+
+def test_layouts_give_one_model(families, tmp_path):
+    """What does not look at whole tensors is the same in both layouts, whatever the base's is."""
+    places = families("MixtralConfig")
+    for layout in ("each", "fused"):
+        merged(places, [layout, "fused", "each"], tmp_path / layout, method="task_arithmetic", scale=0.4)
+    each, fused = loaded(tmp_path / "each"), loaded(tmp_path / "fused")
+    assert equal(each.state_dict(), fused.state_dict())
+    assert "model.layers.0.block_sparse_moe.gate.weight" in values_of(tmp_path / "each")
+    assert "model.layers.0.mlp.gate.weight" in values_of(tmp_path / "fused")
+
+
+SPECTRAL = {
+    "tsv_m": {"method": "tsv_m"},
+    "iso_c": {"method": "iso_c"},
+    "ace": {"method": "ace"},
+    "task arithmetic, svc": {"method": "task_arithmetic", "calibrate": "svc"},
+    "ties, svc": {"method": "ties", "density": 0.3, "calibrate": "svc"},
+    "dare, tsv_m": {"method": "tsv_m", "purify": {"method": "dare", "density": 0.5}},
+    "cart": {"method": "cart"},
+}
+
+
+@pytest.mark.parametrize("options", SPECTRAL.values(), ids=SPECTRAL)
+def test_each_expert_is_decomposed_by_itself(families, options, tmp_path):
+    """Bit for bit what a model with a tensor for each expert gives."""
+    places = families("Qwen3MoeConfig")
+    for layout in ("each", "fused"):
+        merged(places, [layout] * 3, tmp_path / layout, **options)
+    with open_checkpoint(tmp_path / "each") as each, open_checkpoint(tmp_path / "fused") as fused:
+        view = Mapper(each, fused, "fused").run()
+        assert all(torch.equal(view[name].load(), each[name].load()) for name in each)
+
+
+def test_what_is_said_of_each_expert(families, tmp_path):
+    places = families("Qwen3MoeConfig")
+    facts = {}
+    for layout in ("each", "fused"):
+        facts[layout] = merged(places, [layout] * 3, tmp_path / layout, method="tsv_m")["per_tensor"]
+    of_all = facts["fused"][f"{EXPERTS}.gate_up_proj"]
+    assert set(of_all) == {f"{i}.{what}" for i in range(12) for what in ("gate_proj", "up_proj")}
+    assert of_all["11.up_proj"] == facts["each"][f"{EXPERTS}.11.up_proj.weight"]
+
+
+def test_excluded_experts_get_the_mean(families, tmp_path):
+    places = families("Qwen3MoeConfig")
+    merged(places, ["fused"] * 3, tmp_path / "out", method="tsv_m", spectral={"exclude": ["*.experts.*"]})
+    base, *tasks = (values_of(places[path]["fused"]) for path in PATHS)
+    name = f"{EXPERTS}.down_proj"
+    expected = base[name].float() + sum(task[name].float() - base[name].float() for task in tasks) / 2
+    assert torch.equal(values_of(tmp_path / "out")[name], expected.to(torch.bfloat16))
+
+
+def test_an_interrupted_merge_of_experts_goes_on(families, tmp_path, monkeypatch):
+    """What is finished of a tensor of experts is not computed again."""
+    from pymerge.engine import generic
+
+    places = families("Qwen3MoeConfig")
+    names, fails_at, real = [], [0], generic.merge_group
+
+    def counted(steps, group, rule, adds):
+        names.append(group.info.name)
+        if len(names) == fails_at[0]:
+            raise KeyboardInterrupt
+        return real(steps, group, rule, adds)
+
+    def run(out):
+        names.clear()
+        return merged(places, ["fused"] * 3, out, method="tsv_m", options=pymerge.Options(threads=1))
+
+    monkeypatch.setattr(generic, "merge_group", counted)
+    whole = run(tmp_path / "whole")
+    every, fails_at[0] = list(names), 40
+    assert len(every) == len(set(every)) > 72
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out")
+    fails_at[0] = 0
+    again = run(tmp_path / "out")
+    assert 0 < len(names) <= len(every) - 30
+    assert again["checksums"] == whole["checksums"] and again["per_tensor"] == whole["per_tensor"]
+
+
+@pytest.mark.parametrize("name", ONE_LAYOUT)
+def test_experts_the_other_way_round(name, tmp_path):
+    """Llama 4: gate and up apart, in columns; gpt-oss: each expert's as one. Compared with the matrices themselves."""
+    for seed, path in enumerate(PATHS):
+        made(name, seed).save_pretrained(tmp_path / path)
+    pymerge.merge(tmp_path / "base", [tmp_path / "one", tmp_path / "two"], method="tsv_m", out=tmp_path / "out")
+    base, *tasks = (values_of(tmp_path / path) for path in PATHS)
+    found = values_of(tmp_path / "out")
+    checked = 0
+    for key in base:
+        if ".experts." not in key or base[key].dim() != 3:
+            continue
+        parts = [slice(0, 24), slice(24, 48)] if name.startswith("Llama4") and "gate_up" in key else [slice(None)]
+        for expert in range(4):
+            for columns in parts:
+                single = [{"a.weight": model[key][expert][:, columns].clone()} for model in (base, *tasks)]
+                expected = pymerge.merge(single[0], single[1:], method="tsv_m")["a.weight"]
+                assert torch.equal(found[key][expert][:, columns], expected), key
+                checked += 1
+    assert checked >= 8
+    assert torch.isfinite(logits(loaded(tmp_path / "out"))).all()
+
+
+def test_in_memory_experts_are_decomposed_too():
+    base, *models = (made("Qwen3MoeConfig", seed) for seed in range(3))
+    found = pymerge.merge(base, models, method="tsv_m").state_dict()[f"{EXPERTS}.gate_up_proj"]
+    single = [{"a.weight": m.state_dict()[f"{EXPERTS}.gate_up_proj"][7, 24:].clone()} for m in (base, *models)]
+    assert torch.equal(found[7, 24:], pymerge.merge(single[0], single[1:], method="tsv_m")["a.weight"])
+
+
+def test_another_number_of_experts_is_refused(families, tmp_path):
+    places = families("Qwen3MoeConfig")
+    folder = tmp_path / "fewer"
+    shutil.copytree(places["one"]["fused"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t[:9].clone() if ".experts." in n else t for n, t in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(ShapeMismatch, match=r"gate_up_proj: .*fewer has \[9, 48, 32\].*12 experts"):
+        pymerge.merge(places["base"]["each"], [folder], method="task_arithmetic", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# fp8
+
+BLOCK = 16
+
+
+def quantised(folder, out, *, how="block"):
+    """A copy with the matrices of all layers in fp8, and the float32 values that they stand for."""
+    shutil.copytree(folder, out)
+    tensors, exact = {}, {}
+    for name, tensor in values_of(folder).items():
+        exact[name] = tensor
+        tensors[name] = tensor
+        if ".layers." not in name or tensor.dim() != 2 or "norm" in name or name.endswith(".gate.weight"):
+            continue
+        m, n = tensor.shape
+        size = {"block": (BLOCK, BLOCK), "row": (1, n), "tensor": (m, n)}[how]
+        rows, columns = -(-m // size[0]), -(-n // size[1])
+        padded = torch.zeros(rows * size[0], columns * size[1])
+        padded[:m, :n] = tensor.float()
+        grid = padded.reshape(rows, size[0], columns, size[1])
+        scale = grid.abs().amax((1, 3)).clamp(min=1e-12) / 448
+        entries = (grid / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        value = (entries.float() * scale[:, None, :, None]).reshape(padded.shape)[:m, :n]
+        tensors[name] = entries.reshape(padded.shape)[:m, :n].contiguous()
+        exact[name] = value.contiguous()
+        if how == "block":
+            tensors[f"{name}_scale_inv"] = scale
+        else:
+            tensors[f"{name}_scale"] = scale if how == "row" else scale.reshape(())
+            tensors[name.replace(".weight", ".input_scale")] = torch.ones(1)
+    for file in out.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    method = {"block": "fp8", "row": "compressed-tensors", "tensor": "modelopt"}[how]
+    config["quantization_config"] = {"quant_method": method}
+    if how == "block":
+        config["quantization_config"] |= {"fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    (out / "config.json").write_text(json.dumps(config))
+    return exact
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llamas")
+    for seed, path in enumerate(PATHS):
+        config = transformers.LlamaConfig(
+            hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+        )
+        torch.manual_seed(seed)
+        transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / path)
+    return folder
+
+
+def task_arithmetic(base, models, scale):
+    """By the values themselves."""
+    return {
+        name: (base[name].float() + scale * sum(m[name].float() - base[name].float() for m in models)).bfloat16()
+        for name in base
+    }
+
+
+@pytest.mark.parametrize("how", ["block", "row", "tensor"])
+@pytest.mark.parametrize("which", ["all", "models", "base"])
+def test_fp8_models_are_merged_by_their_values(llamas, which, how, tmp_path):
+    exact = {path: values_of(llamas / path) for path in PATHS}
+    folders = {path: llamas / path for path in PATHS}
+    for path in {"all": PATHS, "models": PATHS[1:], "base": PATHS[:1]}[which]:
+        folders[path] = tmp_path / path
+        exact[path] = quantised(llamas / path, folders[path], how=how)
+    base, *models = folders.values()
+    summary = pymerge.merge(base, models, method="task_arithmetic", scale=0.5, out=tmp_path / "out")
+    found = values_of(tmp_path / "out")
+    expected = task_arithmetic(exact["base"], [exact["one"], exact["two"]], 0.5)
+    assert found.keys() == expected.keys()
+    for name in expected:  # the last bit may differ: sums of float32 in another order, then rounded
+        assert torch.allclose(found[name].float(), expected[name].float(), rtol=2**-7, atol=1e-8), name
+        assert (found[name] != expected[name]).float().mean() < 0.01
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert any("fp8 weights read with their scales: 14" in note for note in summary["notes"])
+    assert any("input_scale" in note for note in summary["notes"]) == (how != "block")
+    model = loaded(tmp_path / "out")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_fp8_is_read_as_transformers_reads_it(tmp_path):
+    """A model alone, and the one that transformers dequantises."""
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    quantised(tmp_path / "plain", tmp_path / "fp8")
+    theirs = loaded(tmp_path / "fp8").state_dict()  # without a GPU, transformers dequantises
+    pymerge.merge(None, [tmp_path / "fp8"], method="linear", out=tmp_path / "out")
+    assert equal(loaded(tmp_path / "out").state_dict(), {n: t.to(torch.bfloat16) for n, t in theirs.items()})
+
+
+def test_fp8_experts_of_each_into_a_fused_base(families, tmp_path):
+    """The two views on top of one another."""
+    places = families("DeepseekV3Config")
+    exact = quantised(places["one"]["each"], tmp_path / "fp8")
+    pymerge.merge(
+        places["base"]["fused"], [tmp_path / "fp8"], method="task_arithmetic", scale=1.0, out=tmp_path / "out"
+    )
+    found = values_of(tmp_path / "out")[f"{EXPERTS}.down_proj"]
+    base = values_of(places["base"]["fused"])[f"{EXPERTS}.down_proj"].float()
+    values = torch.stack([exact[f"{EXPERTS}.{i}.down_proj.weight"] for i in range(12)])
+    assert torch.equal(found, (base + (values - base)).bfloat16())
+    assert torch.isfinite(logits(loaded(tmp_path / "out"))).all()
+
+
+def changed(folder, out, change):
+    """A copy of a model of one file with other tensors."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_nan_in_fp8_names_the_model_and_the_tensor(llamas, tmp_path):
+    quantised(llamas / "one", tmp_path / "fp8")
+
+    def spoil(tensors):
+        tensors[QUERY].view(torch.uint8)[2, 3] = 0x7F
+
+    changed(tmp_path / "fp8", tmp_path / "nan", spoil)
+    with pytest.raises(NonFinite, match=rf"(?s){QUERY}.*nan"):
+        pymerge.merge(llamas / "base", [tmp_path / "nan"], method="task_arithmetic", out=tmp_path / "out")
+
+
+def test_fp8_without_scales(llamas, tmp_path):
+    quantised(llamas / "one", tmp_path / "fp8")
+
+    def spoil(tensors):
+        del tensors[f"{QUERY}_scale_inv"]
+
+    changed(tmp_path / "fp8", tmp_path / "bare", spoil)
+    with pytest.raises(UnsupportedDtype, match=rf"{QUERY}: F8_E4M3 in .*bare: fp8 without scales"):
+        pymerge.merge(llamas / "base", [tmp_path / "bare"], method="task_arithmetic", out=tmp_path / "out")
+
+
+W = "model.layers.0.mlp.down_proj"
+U8, I32 = torch.zeros(16, 16, dtype=torch.uint8), torch.zeros(16, 16, dtype=torch.int32)
+FORMATS: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
+    "GPTQ": ({f"{W}.qweight": I32, f"{W}.qzeros": I32, f"{W}.g_idx": I32[0], f"{W}.scales": U8}, "GPTQ", "made of"),
+    "AWQ": ({f"{W}.qweight": I32, f"{W}.qzeros": I32, f"{W}.scales": U8.half()}, "AWQ", "made of"),
+    "nf4": ({f"{W}.weight": U8, f"{W}.weight.absmax": U8[0].float()}, "bitsandbytes, 4 bits", "model.dequantize"),
+    "int8": ({f"{W}.weight": U8.char(), f"{W}.SCB": U8[0].float()}, "bitsandbytes, 8 bits", "model.dequantize"),
+    "MXFP4": ({"e.gate_up_proj_blocks": U8, "e.gate_up_proj_scales": U8}, "MXFP4", "Mxfp4Config.dequantize=True"),
+    "W8A8": ({f"{W}.weight": U8.char(), f"{W}.weight_scale": U8.float()}, "integers", "CompressedTensorsConfig"),
+    "W4A16": (
+        {f"{W}.weight_packed": I32, f"{W}.weight_scale": U8.half()},
+        "compressed-tensors, packed",
+        "CompressedTensorsConfig",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "what", "todo"), FORMATS.values(), ids=FORMATS)
+def test_other_formats_say_what_they_are_and_what_to_do(llamas, tensors, what, todo, tmp_path):
+    def quantise(held):
+        held.pop(f"{W}.weight")
+        held.update({name: tensor.clone() for name, tensor in tensors.items()})
+
+    folder = changed(llamas / "one", tmp_path / "quantised", quantise)
+    with pytest.raises(UnsupportedDtype, match=rf"quantised: {what}.*{todo}") as error:
+        pymerge.merge(llamas / "base", [folder, llamas / "two"], method="task_arithmetic", out=tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 1
+    assert isinstance(error.value, MergeError)
