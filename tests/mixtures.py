@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ ONE_LAYOUT = {
 }
 
 
-def made(name: str, seed: int = 0) -> torch.nn.Module:
+def made(name: str, seed: int = 0) -> Any:
     """A causal language model of random bfloat16 weights, 2 layers."""
     import transformers
 
@@ -71,7 +72,7 @@ def made(name: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def save_both(model: torch.nn.Module, folder: Path) -> dict[str, Path]:
+def save_both(model: Any, folder: Path) -> dict[str, Path]:
     """Folders of the same weights in both layouts."""
     places = {"each": folder / "each", "fused": folder / "fused"}
     model.save_pretrained(places["each"], max_shard_size="30KB")

@@ -120,7 +120,7 @@ def test_interleaved_experts_have_no_layout_per_expert():
     biased = layouts["turned"] | {"model.layers.0.mlp.experts.gate_up_proj_bias": random(3, 8)}
     problems = refused(layouts["each"], biased)
     assert InputError in {kind for kind, _ in problems}
-    assert any("gpt-oss" in text and "merge models of one layout" in text for _, text in problems)
+    assert any("gpt-oss" in text and "Merge models of one layout" in text for _, text in problems)
 
 
 def file_of(tmp_path, tensors):
