@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge import _C
-from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, name_list, safe_name
+from pymerge.checkpoint.header import ITEMSIZE, name_list, safe_name
 from pymerge.errors import InputError, MergeError, ShapeMismatch, UnsupportedDtype
 
 if TYPE_CHECKING:
@@ -74,10 +74,12 @@ class ScaledTensor:
 
     def _scales(self) -> memoryview:
         """Those of all matrices, float32."""
-        scale = self.scale.load().float().reshape(-1)
-        m, n = self.shape[-2:]
-        wanted = math.prod(self.shape[:-2]) * -(-m // self.block[0]) * -(-n // self.block[1])
-        return scale.expand(wanted).contiguous().numpy().data
+        import numpy as np
+
+        raw = bytearray(self.scale.nbytes)
+        self.scale.read_into(memoryview(raw))
+        wanted = math.prod(self.shape[:-2]) * math.prod(grid(self.shape[-2:], self.block))
+        return np.resize(widened(raw, self.scale.dtype), wanted).data  # one for all stands for each
 
     def load(self) -> Tensor:
         """The whole tensor, in memory of its own."""
@@ -94,9 +96,26 @@ class ScaledTensor:
 @cache
 def decoded(code: str) -> bytes:
     """The float32 values of the 256 bytes of an fp8 dtype; NaN and Inf are such."""
-    import torch
+    return widened(bytes(range(256)), code).tobytes()
 
-    return torch.arange(256).to(torch.uint8).view(getattr(torch, TORCH_NAME[code])).float().numpy().tobytes()
+
+def widened(raw: bytes | bytearray, code: str) -> Any:
+    """Entries of a dtype of eight or sixteen bits, or float32, as float32. (torch, which could do it, takes a second
+    and 200 MB to be there; a merge of other weights does without.)"""
+    import numpy as np
+
+    if code in ("F32", "F16"):
+        return np.frombuffer(raw, f"f{ITEMSIZE[code]}").astype("f4")
+    if code == "BF16":
+        return (np.frombuffer(raw, "u2").astype("u4") << 16).view("f4")
+    bits = np.frombuffer(raw, "u1").astype("u2")
+    if code == "F8_E5M2":  # the upper half of a float16
+        return (bits << 8).view("f2").astype("f4")
+    if code == "F8_E8M0":  # an exponent
+        return np.where(bits == 0xFF, np.nan, np.exp2(bits - 127.0)).astype("f4")
+    # E4M3: as in float16, three bits to the right, an exponent greater by 8; no Inf, one NaN
+    values = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view("f2").astype("f4") * 256
+    return np.where((bits & 0x7F) == 0x7F, np.float32(np.nan), values)
 
 
 @dataclass

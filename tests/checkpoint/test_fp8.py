@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from pymerge import _C
 from pymerge.checkpoint import fp8, open_checkpoint
 from pymerge.checkpoint.adapted import AdaptedTensor
+from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME
 from pymerge.errors import InputError, MergeError, ShapeMismatch, UnsupportedDtype
 
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [4, 8]}
@@ -46,6 +48,16 @@ def by_blocks(weight, scale, rows, columns):
             block = (..., slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
             out[block] = weight.float()[block] * scale[..., i : i + 1, j : j + 1].float()
     return out
+
+
+@pytest.mark.parametrize("code", [*fp8.FP8, *fp8.SCALES])
+def test_all_bits_of_each_dtype(code):
+    """As torch widens them, NaN and Inf included."""
+    width = ITEMSIZE[code]
+    raw = torch.arange(256 ** min(width, 2)).to(torch.int16 if width > 1 else torch.uint8)
+    raw = (raw.int() << 16).view(torch.uint8) if width == 4 else raw.view(torch.uint8)
+    expected = raw.view(getattr(torch, TORCH_NAME[code])).float().numpy()
+    np.testing.assert_array_equal(fp8.widened(raw.numpy().tobytes(), code), expected)
 
 
 SHAPES = {"even": (12, 24), "ragged": (13, 21), "small": (3, 5), "experts": (3, 6, 10), "rows": (9, 1)}
