@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.adapted import AdaptedTensor
-from pymerge.checkpoint.fp8 import ScaledTensor, dequantised
+from pymerge.checkpoint.fp8 import FP8, ScaledTensor, dequantised
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_header, safe_name
 from pymerge.checkpoint.index import Prefer, check_index, read_json_object, resolve
 from pymerge.checkpoint.made import MadeTensor
@@ -334,7 +334,8 @@ def open_checkpoint(
             tensors.update(here)
         check_index(found, held)
         checkpoint = Checkpoint(found.path, found.folder, tensors, files, pickled=found.pickled)
-        checkpoint = dequantised(checkpoint)
+        if any(tensor.dtype in FP8 for tensor in tensors.values()):
+            checkpoint = dequantised(checkpoint)
         on_error.pop_all()
     return checkpoint
 

@@ -310,6 +310,27 @@ def test_fp8_experts_of_each_into_a_fused_base(families, tmp_path):
     assert torch.isfinite(logits(loaded(tmp_path / "out"))).all()
 
 
+def test_fp8_models_are_observed_by_their_values(llamas, tmp_path):
+    """Streamed, and side by side in a merge, as the same weights in bfloat16 are."""
+    quantised(llamas / "one", tmp_path / "fp8")
+    pymerge.merge(None, [tmp_path / "fp8"], method="linear", out=tmp_path / "plain")
+    batch = {"input_ids": torch.randint(3, 96, (4, 9), generator=torch.Generator().manual_seed(0))}
+    found = [
+        pymerge.observe(tmp_path / name, [batch], stream_to=tmp_path / f"{name}.stats.safetensors")
+        for name in ("fp8", "plain")
+    ]
+    assert found[0].modules == found[1].modules
+    for module in found[0].modules:
+        assert torch.equal(found[0][module].second_moment(), found[1][module].second_moment())
+    for name in ("fp8", "plain"):
+        models = [tmp_path / name, llamas / "two"]
+        out = tmp_path / f"{name} merged"
+        pymerge.merge(llamas / "base", models, method="regmean", data=[batch] * 2, out=out)
+    ours, theirs = (values_of(tmp_path / f"{name} merged") for name in ("fp8", "plain"))
+    for name in theirs:  # the weights themselves are merged unrounded
+        assert torch.linalg.vector_norm(ours[name].float() - theirs[name].float()) <= 4e-3 * theirs[name].float().norm()
+
+
 def changed(folder, out, change):
     """A copy of a model of one file with other tensors."""
     shutil.copytree(folder, out)
