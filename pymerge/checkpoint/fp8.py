@@ -155,7 +155,8 @@ class Reader:
             for name in self.checkpoint.file_order()
             if name not in scales and name not in dropped
         }
-        notes = [f"fp8 weights read with their scales: {len(made)} tensor(s)"]
+        blocks = f", blocks of {list(declared)}" if (declared := self.declared_block()) is not None else ""
+        notes = [f"fp8 weights read with their scales: {len(made)} tensor(s){blocks}"]
         if dropped:
             notes.append(f"scales of activations, dropped: {len(dropped)} tensor(s): {name_list(dropped)}")
         return self.checkpoint.viewed(tensors, notes=notes, config_changes=self.changes)

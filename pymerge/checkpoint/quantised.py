@@ -39,6 +39,7 @@ BARE = (
     "fp8 without scales (weight_scale_inv or weight_scale beside it)",
     "give the checkpoint with its scales, or save it as bfloat16 where its values are the weights",
 )
+IN_MEMORY = ("fp8 with scales, in memory", "give the model's folder, whose config.json says how it is scaled")
 
 
 def quantised(models: Mapping[str, Checkpoint], selects: Callable[[str], bool]) -> list[str]:
@@ -60,7 +61,7 @@ def kind_of(model: Mapping[str, AnyTensor], name: str) -> tuple[str, str] | None
     """What a tensor's format is and what to do about it; None where it is not known to be quantised."""
     tensor = model[name]
     if tensor.dtype in FP8:
-        return BARE
+        return IN_MEMORY if any(f"{name}{end}" in model for end in ("_scale_inv", "_scale")) else BARE
     if tensor.dtype.startswith(("F", "BF")) or len(tensor.shape) < 2:
         return None
     for kind in KINDS:

@@ -275,14 +275,14 @@ class Checkpoint(Mapping[str, AnyTensor]):
         return view
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a resumed merge must find again: size, time and header hash of every file. For tensors in memory a token
-        of this very object, since only it can vouch for their values."""
+        """What a resumed merge must find again: size, time and header hash of every file, and how its tensors are read.
+        For tensors in memory a token of this very object, since only it can vouch for their values."""
         if self.path is None:
             return {"memory": self._token}
         return {
             "path": os.path.realpath(self.path),
             "files": [[f.path.name, f.size, f.mtime_ns, f.digest] for f in self._files],
-        }
+        } | ({"notes": list(self.notes)} if self.notes else {})
 
     def check_unchanged(self) -> None:
         """Raises ChangedInput if a weight file is not what it was when it was opened."""

@@ -128,7 +128,8 @@ class Checker:
 
     def run(self) -> list[Entry]:
         """Output entries in the order of the reference model's files."""
-        labelled = {self.reference_label: self.reference} | dict(zip(self.labels, self.models, strict=True))
+        others = {label: model for label, model, _ in self.others if model is not self.reference}
+        labelled = {self.reference_label: self.reference} | others
         self.problems.found += [(UnsupportedDtype, text) for text in quantised(labelled, self.recipe.selects)]
         self.problems.raise_all()  # before all that follows from it
         names = self.reference.file_order()

@@ -365,6 +365,29 @@ def test_fp8_without_scales(llamas, tmp_path):
         pymerge.merge(llamas / "base", [tmp_path / "bare"], method="task_arithmetic", out=tmp_path / "out")
 
 
+def test_fp8_in_memory(llamas, tmp_path):
+    quantised(llamas / "one", tmp_path / "fp8")
+    held = load_file(tmp_path / "fp8" / "model.safetensors")
+    with pytest.raises(UnsupportedDtype, match="fp8 with scales, in memory.*folder"):
+        pymerge.merge(values_of(llamas / "base"), [held], method="task_arithmetic")
+
+
+def test_another_block_size_is_another_merge(llamas, tmp_path):
+    """What config.json says of the weights belongs to what an interrupted merge must find again."""
+    quantised(llamas / "one", tmp_path / "fp8")
+    found = []
+    for block in (BLOCK, BLOCK - 1):
+        config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+        config["quantization_config"]["weight_block_size"] = [BLOCK, block]
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+        try:
+            with open_checkpoint(tmp_path / "fp8") as model:
+                found.append(model.fingerprint())
+        except ShapeMismatch:
+            found.append({})
+    assert found[0] != found[1]
+
+
 W = "model.layers.0.mlp.down_proj"
 U8, I32 = torch.zeros(16, 16, dtype=torch.uint8), torch.zeros(16, 16, dtype=torch.int32)
 FORMATS: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
