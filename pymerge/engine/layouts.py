@@ -25,6 +25,8 @@ def with_layouts(inputs: Inputs) -> Inputs:
     problems = []
 
     def viewed(model: Checkpoint, label: str) -> Checkpoint:
+        if id(model) not in views and same_shapes(reference, model):
+            views[id(model)] = model
         if id(model) not in views:
             mapper = Mapper(reference, model, label)
             views[id(model)] = mapper.run()
@@ -39,6 +41,10 @@ def with_layouts(inputs: Inputs) -> Inputs:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise (kinds.pop() if len(kinds) == 1 else InputError)("\n".join([text for _, text in problems[:10]] + more))
     return replace(inputs, models=models, fisher=fisher)
+
+
+def same_shapes(reference: Checkpoint, model: Checkpoint) -> bool:
+    return reference.keys() == model.keys() and all(reference[name].shape == model[name].shape for name in reference)
 
 
 def has_experts(names: Iterable[str]) -> bool:

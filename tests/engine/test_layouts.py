@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 import pymerge
 from pymerge.checkpoint import open_checkpoint
 from pymerge.checkpoint.expert_layouts import Mapper
+from pymerge.engine.local import merge_to_disk
+from pymerge.engine.scaled import merge_scaled, merge_update
 from pymerge.errors import MergeError, NonFinite, ShapeMismatch, UnsupportedDtype
 from tests.mixtures import CONFIGS, ONE_LAYOUT, made, save_both
 
@@ -124,6 +126,20 @@ def test_excluded_experts_get_the_mean(families, tmp_path):
     name = f"{EXPERTS}.down_proj"
     expected = base[name].float() + sum(task[name].float() - base[name].float() for task in tasks) / 2
     assert torch.equal(values_of(tmp_path / "out")[name], expected.to(torch.bfloat16))
+
+
+def test_one_update_of_experts_at_another_scale(families, tmp_path):
+    """What a search over the scale does: the bytes of a merge at that scale."""
+    places = families("Qwen3MoeConfig")
+
+    def at(scale):
+        base, *models = (places[path]["fused"] for path in PATHS)
+        return pymerge.Recipe.from_kwargs(base, models, "tsv_m", scale=scale)
+
+    merge_update(at(1.0), tmp_path / "update")
+    found = merge_scaled(at(0.3), tmp_path / "update", tmp_path / "scaled")
+    wanted = merge_to_disk(at(0.3), tmp_path / "merged")
+    assert found["checksums"] == wanted["checksums"] and found["per_tensor"] == wanted["per_tensor"]
 
 
 def test_an_interrupted_merge_of_experts_goes_on(families, tmp_path, monkeypatch):
