@@ -6,7 +6,7 @@
 namespace pymerge {
 
 // Entries first .. first + count of matrices [rows, columns], one behind the other. Entry (r, c) of matrix e is
-// table[its byte] * scales[e, r / block_rows, c / block_columns], the scales being [scale_rows, scale_columns] a matrix.
+// table[its byte] * scales[e, r / block_rows, c / block_columns]; scales: [scale_rows, scale_columns] for each matrix.
 struct Scaled {
   const unsigned char* source;  // of `first`
   float* out;
