@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pymerge.checkpoint import open_checkpoint
 
 SMALL = {
     "hidden_size": 32,
@@ -78,3 +81,28 @@ def save_both(model: Any, folder: Path) -> dict[str, Path]:
     model.save_pretrained(places["each"], max_shard_size="30KB")
     model.save_pretrained(places["fused"], save_original_format=False)
     return places
+
+
+def values_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What a folder holds, as pymerge reads it."""
+    with open_checkpoint(folder) as model:
+        return {name: model[name].load().clone() for name in model}
+
+
+def loaded(folder: Path) -> Any:
+    """As transformers has it; nothing missing, nothing left over."""
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    tokens = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=tokens).logits.float()
+
+
+def equal(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

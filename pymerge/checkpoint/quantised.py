@@ -45,9 +45,9 @@ IN_MEMORY = ("fp8 with scales, in memory", "give the model's folder, whose confi
 def quantised(models: Mapping[str, Checkpoint], selects: Callable[[str], bool]) -> list[str]:
     """What is wrong with models that have quantised weights among the tensors to be merged, a line for each model.
 
-    models  by their labels"""
+    models  by their labels; the base may be among them twice"""
     lines = []
-    for label, model in models.items():
+    for label, model in {id(model): (label, model) for label, model in models.items()}.values():
         found = [(name, kind) for name in model if selects(name) and (kind := kind_of(model, name)) is not None]
         for name, (what, todo) in found[:1]:
             lines.append(

@@ -128,8 +128,7 @@ class Checker:
 
     def run(self) -> list[Entry]:
         """Output entries in the order of the reference model's files."""
-        others = {label: model for label, model, _ in self.others if model is not self.reference}
-        labelled = {self.reference_label: self.reference} | others
+        labelled = {self.reference_label: self.reference} | {label: model for label, model, _ in self.others}
         self.problems.found += [(UnsupportedDtype, text) for text in quantised(labelled, self.recipe.selects)]
         self.problems.raise_all()  # before all that follows from it
         names = self.reference.file_order()
@@ -226,7 +225,9 @@ class Checker:
         if split is None:
             return None
         if not (steps.spectral and self.recipe.matrices.has(name, shape)):
-            self.problems.add(RecipeError, f"split: {safe_name(name)} is not merged by a method for matrices")
+            self.problems.add(
+                RecipeError, f"split: {safe_name(name)} is not merged by a method for matrices, or is no matrix"
+            )
             return None
         try:
             return split.dim, split.sizes(name, shape)
