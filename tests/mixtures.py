@@ -93,7 +93,8 @@ def loaded(folder: Path) -> Any:
     """As transformers has it; nothing missing, nothing left over."""
     import transformers
 
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    model, info = found
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model
 
