@@ -41,6 +41,8 @@ def expert_parts(reference: Checkpoint, name: str) -> tuple[Part, ...]:
         whats = (what,)
     elif len(whats) > 1 and is_turned(reference, known, prefix):
         whats, split = (what,), (1, (n // 2, n // 2))
+    elif m % len(whats):
+        whats = (what,)
     rows = m // len(whats)
     return tuple(
         Part(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.checkpoint import Checkpoint
 from pymerge.checkpoint.expert_layouts import Mapper
-from pymerge.errors import InputError
+from pymerge.engine.check import Problems
 
 if TYPE_CHECKING:
     from pymerge.engine.local import Inputs
@@ -22,7 +22,7 @@ def with_layouts(inputs: Inputs) -> Inputs:
     if not has_experts(reference):
         return inputs
     views: dict[int, Checkpoint] = {id(reference): reference}
-    problems = []
+    problems = Problems()
 
     def viewed(model: Checkpoint, label: str) -> Checkpoint:
         if id(model) not in views and same_shapes(reference, model):
@@ -30,16 +30,13 @@ def with_layouts(inputs: Inputs) -> Inputs:
         if id(model) not in views:
             mapper = Mapper(reference, model, label)
             views[id(model)] = mapper.run()
-            problems.extend(mapper.problems.values())
+            problems.found += mapper.problems.values()
         return views[id(model)]
 
     models = tuple(viewed(*found) for found in zip(inputs.models, inputs.labels, strict=True))
     of_fisher = [f"Fisher information of {label}" for label in inputs.labels]
     fisher = tuple(viewed(*found) for found in zip(inputs.fisher, of_fisher, strict=False))
-    if problems:
-        kinds = {kind for kind, _ in problems}
-        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise (kinds.pop() if len(kinds) == 1 else InputError)("\n".join([text for _, text in problems[:10]] + more))
+    problems.raise_all()
     return replace(inputs, models=models, fisher=fisher)
 
 
