@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <optional>
 #include <system_error>
@@ -12,6 +13,7 @@
 #include "cpu/crc32c.h"
 #include "cpu/delta.h"
 #include "cpu/gather.h"
+#include "cpu/scaled.h"
 #include "host_params.h"
 
 namespace py = pybind11;
@@ -225,6 +227,28 @@ void gather_rows_host(const py::object& source, const py::object& out, int64_t r
                n > 0 ? narrow.data() : nullptr, n, unit});
 }
 
+void decode_scaled_host(const py::object& source, const py::object& out, const py::object& table,
+                        const py::object& scales, int64_t first, const std::array<int64_t, 2>& shape,
+                        const std::array<int64_t, 2>& block) {
+  const View from(source), to(out, true), values(table), factors(scales);
+  const auto [rows, columns] = shape;
+  const auto [block_rows, block_columns] = block;
+  if (first < 0 || rows <= 0 || columns <= 0 || block_rows <= 0 || block_columns <= 0 || values.bytes() != 256 * 4) {
+    throw py::value_error("decode_scaled: need first >= 0, positive sizes and a table of 256 float32");
+  }
+  const int64_t scale_rows = (rows - 1) / block_rows + 1, scale_columns = (columns - 1) / block_columns + 1;
+  const int64_t count = from.bytes(), matrices = factors.bytes() / 4 / (scale_rows * scale_columns);
+  if (to.bytes() != 4 * count || first > matrices * rows * columns - count) {
+    throw py::value_error("decode_scaled: " + std::to_string(count) + " entries from " + std::to_string(first) +
+                          " on to " + std::to_string(to.bytes()) + " bytes, scales of " + std::to_string(matrices) +
+                          " matrices: these do not go together");
+  }
+  py::gil_scoped_release release;
+  decode_scaled({from.data(), reinterpret_cast<float*>(to.data()), reinterpret_cast<const float*>(values.data()),
+                 reinterpret_cast<const float*>(factors.data()), first, count, rows, columns, block_rows, block_columns,
+                 scale_rows, scale_columns});
+}
+
 // Two paths change places in one step; false where the kernel or the file system cannot.
 bool rename_exchange(const std::string& a, const std::string& b) {
   constexpr unsigned kExchange = 2;  // RENAME_EXCHANGE
@@ -269,6 +293,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("crc32c_combine", &crc32c_combine_host, py::arg("first"), py::arg("second"), py::arg("second_bytes"));
   m.def("gather_rows", &gather_rows_host, py::arg("source"), py::arg("out"), py::arg("row_bytes"), py::arg("rows"),
         py::arg("places"), py::arg("columns"), py::arg("unit"));
+  m.def("decode_scaled", &decode_scaled_host, py::arg("source"), py::arg("out"), py::arg("table"), py::arg("scales"),
+        py::arg("first"), py::arg("shape"), py::arg("block"));
   m.def("rename_exchange", &rename_exchange, py::arg("a"), py::arg("b"));
   m.def("cpu_level", &cpu_level);
   m.def("cpu_features", &cpu_features_host);

@@ -108,6 +108,12 @@ def gather_rows(
     """Row rows[i] of source becomes row places[i] of out, its blocks of `unit` bytes in the order of columns (repeated
     over the row); rows, places, columns: int64."""
 
+def decode_scaled(
+    source: _Bytes, out: _Bytes, table: _Bytes, scales: _Bytes, first: int, shape: Sequence[int], block: Sequence[int]
+) -> None:
+    """out[i] = table[source[i]] * the scale of its block, for entries first, first + 1, ... of matrices of `shape` one
+    behind the other; out, table [256] and scales: float32, of each block of `block` rows and columns one scale."""
+
 def rename_exchange(a: str, b: str) -> bool:
     """Exchanges two paths in one step; False where the kernel or the file system cannot."""
 

@@ -52,7 +52,7 @@ def parse_bytes(text: str) -> int:
 
 def budget(memory: str | None, recipe: Recipe | None = None) -> int | None:
     """What `--memory` leaves for the merge: the option counts the whole program."""
-    from pymerge.engine.plan import resident_memory
+    from pymerge.engine.process import resident_memory
 
     if memory is None:
         return None

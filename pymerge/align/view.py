@@ -24,7 +24,7 @@ def aligned_view(model: Checkpoint, units: Permutations | Clusters, row: int) ->
     of `model`, which stays the one to close."""
     known = known_names(model, units.spec)
     tensors = {name: aligned_tensor(name, known[name], model, units, row) for name in model.file_order()}
-    return Checkpoint(model.path, model.folder, tensors, list(model.files), pickled=model.pickled)
+    return model.viewed(tensors)
 
 
 def known_names(model: Checkpoint, spec: Spec) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, safe_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pymerge.checkpoint.read import LazyTensor, MemoryTensor
+    from pymerge.checkpoint.read import AnyTensor
 
 BLOCK = 1 << 18  # entries that are computed together, always the same ones: no bit depends on what is asked for
 
@@ -31,16 +31,16 @@ class AdaptedTensor:
 
     def __init__(
         self,
-        weight: LazyTensor | MemoryTensor,
-        a: LazyTensor | MemoryTensor,
-        b: LazyTensor | MemoryTensor,
+        weight: AnyTensor,
+        a: AnyTensor,
+        b: AnyTensor,
         scale: float,
         transposed: bool,
     ) -> None:
         self.weight, self.a, self.b, self.scale, self.transposed = weight, a, b, scale, transposed
         self.name, self.shape, self.offset = weight.name, weight.shape, 0
         self.dtype = "F64" if weight.dtype == "F64" else "F32"
-        self.stored = weight.dtype  # a merge is rounded to it at the end
+        self.stored = weight.stored  # a merge is rounded to it at the end
         self.nbytes = self.numel * ITEMSIZE[self.dtype]
 
     @property

@@ -19,7 +19,7 @@ from pymerge import hub
 from pymerge.checkpoint.adapted import AdaptedTensor
 from pymerge.checkpoint.header import name_list, safe_name
 from pymerge.checkpoint.index import read_json_object
-from pymerge.checkpoint.read import AnyTensor, Checkpoint, LazyTensor, MemoryTensor, open_checkpoint
+from pymerge.checkpoint.read import AnyTensor, Checkpoint, open_checkpoint
 from pymerge.checkpoint.tied import feeds_head
 from pymerge.errors import CorruptFile, InputError, ShapeMismatch
 
@@ -116,6 +116,7 @@ class AdapterCheckpoint(Checkpoint):
     def __init__(self, config: AdapterConfig, base: Checkpoint, adapter: Checkpoint, own: bool) -> None:
         tensors, self._shift = _tensors(config, base, adapter)
         super().__init__(config.folder, base.folder, tensors, [*base.files, *adapter.files], pickled=base.pickled)
+        self.notes, self.config_changes = base.notes, base.config_changes
         self.adapter_config = config
         self.base = base
         self._closed_with_this = [adapter, *([base] if own else [])]
@@ -242,7 +243,7 @@ def _adapted(config: AdapterConfig, module: str, weight: AnyTensor, sides: Mappi
     fits = (b.shape[0], a.shape[1])
     expected = fits[::-1] if transposed else fits
     where = f"{_shown(config.folder)}: {safe_name(module)}"
-    if not isinstance(weight, LazyTensor | MemoryTensor):
+    if isinstance(weight, AdaptedTensor):
         raise InputError(f"{where}: an adapter on an adapter")
     if tuple(weight.shape) != expected or a.shape[0] != b.shape[1]:
         hint = " (fan_in_fan_out says how the base stores it)" if tuple(weight.shape) == expected[::-1] else ""

@@ -17,7 +17,7 @@ class MadeTensor:
     """Looks like a float32 tensor of the shape of `source`: what `make` returns for it. It is made as a whole when its
     first bytes are read, and let go when its last are.
 
-    stored  dtype of `source`: a merge is rounded to it at the end"""
+    stored  as of `source`: a merge is rounded to it at the end"""
 
     __slots__ = ("_make", "_made", "_source", "dtype", "file", "name", "nbytes", "offset", "shape", "stored")
 
@@ -26,7 +26,7 @@ class MadeTensor:
         self._made: Tensor | None = None
         self.name, self.shape, self.dtype, self.offset = source.name, source.shape, "F32", source.offset
         self.nbytes = 4 * math.prod(self.shape)
-        self.stored = source.dtype
+        self.stored = source.stored
         self.file: Path | None = source.file
 
     @property

@@ -48,6 +48,11 @@ class MovedTensor:
         }
 
     @property
+    def stored(self) -> str:
+        """The dtype that a merge is rounded to."""
+        return self._source.stored
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 

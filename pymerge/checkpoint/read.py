@@ -10,19 +10,23 @@ import contextlib
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.adapted import AdaptedTensor
 from pymerge.checkpoint.components import sources, stems_of
+from pymerge.checkpoint.fp8 import FP8, ScaledTensor, dequantised
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_header, safe_name
 from pymerge.checkpoint.index import Prefer, check_index, read_json_object
 from pymerge.checkpoint.layout import component_of
 from pymerge.checkpoint.made import MadeTensor
 from pymerge.checkpoint.moved import MovedTensor
 from pymerge.checkpoint.rows import RowsTensor
+from pymerge.checkpoint.stacked import PartTensor, StackedTensor, TurnedTensor
 from pymerge.errors import ChangedInput, InputError, UnsupportedDtype
 
 if TYPE_CHECKING:
@@ -101,6 +105,11 @@ class LazyTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def stored(self) -> str:
+        """The dtype that a merge is rounded to."""
+        return self.dtype
+
     def read_into(self, view: memoryview, start: int = 0) -> None:
         """Fill `view` with bytes start .. start + len(view) of the tensor. Raises ChangedInput if the file has become
         shorter."""
@@ -148,6 +157,11 @@ class MemoryTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def stored(self) -> str:
+        """The dtype that a merge is rounded to."""
+        return self.dtype
+
     def read_into(self, view: memoryview, start: int = 0) -> None:
         """Copy bytes start .. start + len(view) of the tensor into `view`."""
         import torch
@@ -182,15 +196,32 @@ class MemoryTensor:
 
 
 _CODE = {torch_name: code for code, torch_name in TORCH_NAME.items()}
-AnyTensor = LazyTensor | MemoryTensor | AdaptedTensor | MovedTensor | MadeTensor | RowsTensor
+AnyTensor = (
+    LazyTensor
+    | MemoryTensor
+    | AdaptedTensor
+    | MovedTensor
+    | MadeTensor
+    | ScaledTensor
+    | StackedTensor
+    | PartTensor
+    | TurnedTensor
+    | RowsTensor
+)
 
 
 class Checkpoint(Mapping[str, AnyTensor]):
     """A model's tensors by name, in the order of their bytes on disk. Close it, or use it as a context manager.
 
-    path     what it was opened from; None for tensors in memory
-    folder   the folder with config.json and the tokenizer; None where there is none
-    config   config.json as a dict, or None"""
+    path            what it was opened from; None for tensors in memory
+    folder          the folder with config.json and the tokenizer; None where there is none
+    config          config.json as a dict, or None
+    notes           how its tensors differ from those in the files, for the summary
+    config_changes  what its config.json must say otherwise for the tensors as they are here: dotted key -> value, None
+                    removes it"""
+
+    notes: tuple[str, ...] = ()
+    config_changes: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -233,15 +264,30 @@ class Checkpoint(Mapping[str, AnyTensor]):
         """The names in the order in which reading is sequential."""
         return list(self._tensors)
 
+    def viewed(
+        self,
+        tensors: Mapping[str, AnyTensor],
+        *,
+        notes: Sequence[str] = (),
+        config_changes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Checkpoint:
+        """This checkpoint with other tensors, made of its own. It uses the files of this one, which stays the one to
+        close."""
+        view = copy(self)
+        view._tensors = tensors
+        view.notes = (*self.notes, *notes)
+        view.config_changes = {**self.config_changes, **config_changes}
+        return view
+
     def fingerprint(self) -> dict[str, Any]:
-        """What a resumed merge must find again: size, time and header hash of every file. For tensors in memory a token
-        of this very object, since only it can vouch for their values."""
+        """What a resumed merge must find again: size, time and header hash of every file, and how its tensors are read.
+        For tensors in memory a token of this very object, since only it can vouch for their values."""
         if self.path is None:
             return {"memory": self._token}
         return {
             "path": os.path.realpath(self.path),
             "files": [[self.name_of(f.path), f.size, f.mtime_ns, f.digest] for f in self._files],
-        }
+        } | ({"notes": list(self.notes)} if self.notes else {})
 
     def name_of(self, file: Path) -> str:
         """A weight file's path below the model's folder."""
@@ -315,6 +361,8 @@ def open_checkpoint(
             folder = None  # a file of one component is not the folder's model
         pickled = any(found.pickled for _, found in parts)
         checkpoint = Checkpoint(path, folder, tensors, files, pickled=pickled)
+        if any(tensor.dtype in FP8 for tensor in tensors.values()):
+            checkpoint = dequantised(checkpoint)
         on_error.pop_all()
     return checkpoint
 

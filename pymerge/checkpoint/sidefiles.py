@@ -7,7 +7,6 @@ indices, optimizer states, READMEs; what is left is listed.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import json
 import os
@@ -88,17 +87,19 @@ def copy_side_files(
     """Copy the side files of `base` into `staging`.
 
     out_dtype   safetensors code of the output's dtype, for the dtype fields of config.json; None: as the base
-    config_changes  what else is another in config.json: key (`text_config.num_hidden_layers`) -> value; None: left out
+    config_changes  what config.json says otherwise, on top of what `base` knows of itself: dotted key -> value, None
+                    removes it
     without     patterns of names that are left out: the merged model has files of its own
     Returns     {"copied": names, "notes": lines for the summary}
     Raises      as plan_side_files; OSError where writing fails."""
     plan = plan_side_files(base)
     files = [name for name in plan.files if not any(fnmatch.fnmatchcase(name, p) for p in without)]
+    changes = {**base.config_changes, **(config_changes or {})}
     for name in files:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json" and base.config is not None and (out_dtype is not None or config_changes):
-            config = with_changes(base.config, config_changes or {})
+        if name == "config.json" and base.config is not None and (changes or out_dtype is not None):
+            config = with_changes(base.config, changes)
             _write_json(target, with_dtype(config, TORCH_NAME[out_dtype]) if out_dtype is not None else config)
         elif plan.folder is None:
             continue
@@ -110,20 +111,22 @@ def copy_side_files(
     return {"copied": files, "notes": list(plan.notes)}
 
 
-def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with other values under dotted keys; None: without the key."""
-    changed = copy.deepcopy(config)
-    for key, value in changes.items():
-        *outer, last = key.split(".")
-        inner = changed
-        for part in outer:
-            inner = inner.setdefault(part, {})
-        inner.pop(last, None) if value is None else inner.update({last: value})
-    return changed
-
-
 def _write_json(path: Path, table: dict[str, Any]) -> None:
     path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with other values: dotted key -> value, None removes it."""
+    changed = dict(config)
+    for key, value in changes.items():
+        first, _, rest = key.partition(".")
+        if rest:
+            changed[first] = with_changes(changed.get(first) or {}, {rest: value})
+        elif value is None:
+            changed.pop(first, None)
+        else:
+            changed[first] = value
+    return changed
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -178,8 +178,12 @@ class StagedOutput:
     def facts(self) -> dict[str, dict[str, Any]]:
         """What was handed to `write` of each tensor, by an interrupted run too."""
         with self._mutex:
-            segments = [(name, s) for name, by_start in self._segments.items() for s in by_start.values()]
-        return {name: dict(s.facts) for name, s in segments if s.facts}
+            segments = [(name, by_start[at]) for name, by_start in self._segments.items() for at in sorted(by_start)]
+        found: dict[str, dict[str, Any]] = {}
+        for name, segment in segments:
+            if segment.facts:
+                found.setdefault(name, {}).update(segment.facts)
+        return found
 
     def __enter__(self) -> StagedOutput:
         return self

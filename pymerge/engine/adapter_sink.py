@@ -84,7 +84,7 @@ class AdapterSink:
         values.reshape(-1).view(torch.uint8).numpy().data[start : start + len(view)] = view
         self.open[name] = values, missing - len(view)
         if facts:
-            self.facts[name] = dict(facts)
+            self.facts.setdefault(name, {}).update(facts)
         if missing == len(view):
             del self.open[name]
             self.finish(name, values)

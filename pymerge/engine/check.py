@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pymerge.checkpoint import AnyTensor, Checkpoint, safe_name
+from pymerge.checkpoint.quantised import quantised
 from pymerge.checkpoint.tied import tied_pairs
 from pymerge.engine.asking import asks_model, survey_scope
+from pymerge.engine.expert_matrices import Part, expert_parts
 from pymerge.engine.inputs import InputFinder
 from pymerge.engine.problems import Problems
 from pymerge.errors import (
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from pymerge.statistics.inputs import InputOf
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that are averaged, with their bytes
-QUANTISED = (".scales", ".scale", ".weight_scale", ".weight_scale_inv", ".absmax", ".qzeros", ".g_idx", ".quant_state")
 VOCABULARY = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_out", "shared", "embedding", "score")
 
 
@@ -56,6 +57,7 @@ class Entry:
     count: int = 0  # entries that are merged
     split: tuple[int, tuple[int, ...]] | None = None  # merged in parts: the dimension, and the sizes along it
     join: tuple[int, int] | None = None  # merged with other matrices as one: number of the group, place in it
+    parts: tuple[Part, ...] = ()  # of experts stored as one: its matrices, which make up all of it
     equal_to: tuple[AnyTensor, ...] = ()  # integer buffers: must hold the same bytes
     labels: tuple[str, ...] = ()  # what the reference and the models are called
     subtracts: bool = True  # False: tuned is an update already, the base is only added to it
@@ -107,6 +109,9 @@ class Checker:
 
     def run(self) -> list[Entry]:
         """Output entries in the order of the reference model's files; what is wrong is in `problems`."""
+        labelled = {self.reference_label: self.reference} | {label: model for label, model, _ in self.others}
+        self.problems.found += [(UnsupportedDtype, text) for text in quantised(labelled, self.recipe.selects)]
+        self.problems.raise_all()  # before all that follows from it
         names = self.reference.file_order()
         layers = self.layers or Layers.of(names)
         self.depths = layers.depths
@@ -136,8 +141,7 @@ class Checker:
 
     def out_dtype(self, tensor: AnyTensor) -> str:
         asked = self.recipe.output_dtype
-        stored = getattr(tensor, "stored", tensor.dtype)  # of tensors that are computed as they are read
-        return asked if asked and stored in FLOATS else stored
+        return asked if asked and tensor.stored in FLOATS else tensor.stored
 
     def copied(self, name: str, tensor: AnyTensor, equal_to: tuple[AnyTensor, ...] = ()) -> Entry:
         return Entry(
@@ -176,6 +180,7 @@ class Checker:
             self.rest.append(safe_name(name))
         base = reference if self.recipe.subtract_base else None
         split = self.split_of(name, reference.shape, steps)
+        stacked = steps.spectral and len(reference.shape) == 3 and self.recipe.decomposes(name, reference.shape)
         finder = self.inputs if steps.need_inputs else None
         inputs = finder.find(name, reference.shape, split and split[0]) if finder is not None else ()
         return Entry(
@@ -194,6 +199,7 @@ class Checker:
             split=split,
             join=self.join_of.get(name),
             labels=(self.reference_label, *self.labels),
+            parts=expert_parts(self.reference, name) if stacked else (),
         )
 
     def is_untouched(self, name: str, found: Sequence[AnyTensor]) -> bool:
@@ -208,7 +214,9 @@ class Checker:
         if split is None:
             return None
         if not (steps.spectral and self.recipe.matrices.has(name, shape)):
-            self.problems.add(RecipeError, f"split: {safe_name(name)} is not merged by a method for matrices")
+            self.problems.add(
+                RecipeError, f"split: {safe_name(name)} is not merged by a method for matrices, or is no matrix"
+            )
             return None
         try:
             return split.dim, split.sizes(name, shape)
@@ -298,7 +306,7 @@ class Checker:
         if all(floats):
             return True
         odd = next(i for i, is_float in enumerate(floats) if not is_float)
-        if any(floats) or tensors[odd].dtype.startswith("F") or self.looks_quantised(name, tensors[odd]):
+        if any(floats) or tensors[odd].dtype.startswith("F"):
             self.problems.add(
                 UnsupportedDtype,
                 f"{safe_name(name)}: {tensors[odd].dtype} in {labels[odd]}. pymerge merges {', '.join(FLOATS)}; "
@@ -306,12 +314,6 @@ class Checker:
             )
             return False
         return True
-
-    def looks_quantised(self, name: str, tensor: AnyTensor) -> bool:
-        stem = name.removesuffix(".weight").removesuffix(".qweight")
-        return len(tensor.shape) >= 2 and any(
-            f"{prefix}{suffix}" in self.reference for prefix in (stem, name) for suffix in QUANTISED
-        )
 
     def common_count(self, name: str, reference: AnyTensor, found: Sequence[AnyTensor]) -> int | None:
         """Entries to merge: all of them, or the rows common to all where the recipe allows that."""

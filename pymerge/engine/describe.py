@@ -13,7 +13,8 @@ from rich.table import Column, Table
 
 from pymerge.checkpoint import safe_name
 from pymerge.engine.observing import observing_bytes
-from pymerge.engine.plan import Item, Options, Plan, resident_memory
+from pymerge.engine.plan import Item, Options, Plan
+from pymerge.engine.process import resident_memory
 from pymerge.methods import Auto, MethodInfo
 from pymerge.version import __version__
 

@@ -257,6 +257,8 @@ class Executor:
         if rule is not None and item.survey_scope is not None:
             rule = replace(self.answers[item.survey_scope], keep=rule.keep, keys=rule.keys)
         facts = merge_generic(self.plan, pieces, self.device, self.steps_of(item), rule)
+        if facts and item.part is not None:
+            facts = {item.part.key: facts}
         self.feed.release(piece.item for piece in pieces)
         if item.workspace >= TRIMMED:
             trim()

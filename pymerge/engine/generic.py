@@ -157,9 +157,9 @@ def merge_generic(
     loaded = [load(plan, piece, device) for piece in pieces]
     group = group_of(plan, pieces, loaded)
     try:
-        merged = merge_parts(steps, group, rule, entry.split, entry.adds)
+        merged = merge_parts(steps, group, rule, pieces[0].item.split, entry.adds)
     except NumericError as error:
-        raise NumericError(f"{safe_name(entry.name)}: {error}") from error
+        raise NumericError(f"{safe_name(group.info.name)}: {error}") from error
     facts = dict(group.notes.facts)
     if len(pieces) > 1:
         facts["joined"] = [piece.item.entry.name for piece in pieces]
@@ -173,28 +173,27 @@ def merge_generic(
 
 def survey_pieces(plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps, combine: SurveyedCombine) -> Any:
     """What a combine step with a question finds in what `merge_generic` merges, behind the purify steps."""
-    entry = pieces[0].item.entry
     if pieces[0].item.factored:
         use_threads(plan.item_threads)
         return combine.survey(oriented_factors(factored_group(plan, pieces[0].item)))
     group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
-    seen = (oriented(combine, purified(steps.purify, part)) for part in parts_of(group, entry.split))
+    seen = (oriented(combine, purified(steps.purify, part)) for part in parts_of(group, pieces[0].item.split))
     try:
         return reduce(combine.join, (combine.survey(part) for part in seen))
     except NumericError as error:
-        raise NumericError(f"{safe_name(entry.name)}: {error}") from error
+        raise NumericError(f"{safe_name(group.info.name)}: {error}") from error
 
 
 def survey_matrix(plan: Plan, pieces: Sequence[Piece], device: str, step: SurveyedPurify) -> list[Any]:
     """What a purify step with a question finds in a matrix (the pieces, one below the other), part by part."""
     group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
-    return [step.survey(oriented(step, part)) for part in parts_of(group, pieces[0].item.entry.split)]
+    return [step.survey(oriented(step, part)) for part in parts_of(group, pieces[0].item.split)]
 
 
 def tile_behind(plan: Plan, piece: Piece, device: str, steps: Steps) -> tuple[Tile, list[Tensor]]:
     """What the rule behind the purify steps that are no rule is asked about, and the tensors that hold it."""
     group = group_of(plan, [piece], [load(plan, piece, device)])
-    found = purified_parts(rule_part(steps)[0], group, piece.item.entry.split)
+    found = purified_parts(rule_part(steps)[0], group, piece.item.split)
     tensors = [t.cpu().contiguous() for t in found.tuned]
     assert piece.item.rule is not None
     tile = Tile(
@@ -209,11 +208,11 @@ def tile_behind(plan: Plan, piece: Piece, device: str, steps: Steps) -> tuple[Ti
 
 
 def group_of(plan: Plan, pieces: Sequence[Piece], loaded: Sequence[Sequence[Tensor]]) -> TaskGroup:
-    entry = pieces[0].item.entry
+    item, entry = pieces[0].item, pieces[0].item.entry
     tensors = list(loaded[0]) if len(pieces) == 1 else [torch.cat(rows) for rows in zip(*loaded, strict=True)]
     base = tensors.pop(0) if entry.base is not None else None
     tasks = len(entry.tuned)
-    info = entry.info(plan.recipe.seed)
+    info = item.info(plan.recipe.seed)
     if len(pieces) > 1:
         info = replace(info, shape=tuple(tensors[0].shape))
     weights = tuple(tensors[tasks:]) or None
@@ -221,7 +220,7 @@ def group_of(plan: Plan, pieces: Sequence[Piece], loaded: Sequence[Sequence[Tens
         info=info,
         base=base,
         tuned=tuple(tensors[:tasks]),
-        first=pieces[0].first,
+        first=pieces[0].first - (item.first if item.part is not None else 0),
         weights=weights,
         inputs=entry.inputs or None,
         transposed=entry.transposed,
@@ -234,7 +233,7 @@ def load(plan: Plan, piece: Piece, device: str) -> list[Tensor]:
     if plan.recipe.relaxations.get("nonfinite") != "keep":
         if any(_C.count_nonfinite(place, piece.count)[0] for place in piece.inputs):
             raise_bad_input(piece)
-    shape = piece.item.entry.merged_shape
+    shape = piece.item.shape
     row = torch.Size(shape[1:]).numel()
     if piece.count < piece.item.count:
         shape = (piece.count // row, *shape[1:]) if row and piece.count % row == 0 else (piece.count,)

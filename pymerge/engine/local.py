@@ -24,8 +24,10 @@ from pymerge.engine.check import Entry
 from pymerge.engine.components import check_components
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
+from pymerge.engine.layouts import with_layouts
 from pymerge.engine.parts import Parts, with_parts
 from pymerge.engine.plan import Options, Plan, make_plan
+from pymerge.engine.process import peak_memory
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import packages_of, summary_of
 from pymerge.engine.vocabulary import with_vocabulary
@@ -62,6 +64,14 @@ class Inputs:
     def check_unchanged(self) -> None:
         for checkpoint in self.all:
             checkpoint.check_unchanged()
+
+    @property
+    def notes(self) -> list[str]:
+        """How what is merged differs from what the models' files hold."""
+        named = ((("base", self.base),) if self.base is not None else ()) + tuple(
+            (label, model) for label, model in zip(self.labels, self.models, strict=True) if model is not self.base
+        )
+        return [f"{label}: {note}" for label, model in named for note in model.notes]
 
     @property
     def reference(self) -> Checkpoint:
@@ -129,9 +139,9 @@ def open_inputs(recipe: Recipe, options: Options, stack: ExitStack) -> Inputs:
         models=tuple(opened(model) for model in recipe.models),
         labels=tuple(model.path for model in recipe.models),
         fisher=tuple(opened(model.fisher) for model in recipe.models if model.fisher is not None),
-        statistics=tuple(found for model in recipe.models for found in observed(model)),
+        statistics=tuple(seen for model in recipe.models for seen in observed(model)),
     )
-    return with_vocabulary(recipe, inputs)
+    return with_vocabulary(recipe, with_layouts(inputs))
 
 
 def state_of(model: Any) -> Mapping[str, Any]:
@@ -175,6 +185,7 @@ def planned(
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
     check_components(recipe, inputs.base, *models)
     plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change, inputs.parts))
+    plan = replace(plan, notes=[*plan.notes, *inputs.notes])
     if inputs.vocabulary is not None:
         vocabulary = inputs.vocabulary
         plan = replace(plan, notes=[*vocabulary.notes, *plan.notes], vocabulary=vocabulary.summary)
@@ -299,12 +310,6 @@ def stopped_by_signals(stop: Stop, executor: Executor) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def peak_memory() -> int:
-    """Largest resident size of this program so far, bytes. (getrusage would count what was there before exec.)"""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
 def write_side_files(

@@ -24,9 +24,11 @@ from pymerge.engine.asking import (
     survey_scope,
 )
 from pymerge.engine.check import Entry, check, tensor_counts
+from pymerge.engine.expert_matrices import Part
 from pymerge.engine.factored import factored_item, rank_sum, weight_under
 from pymerge.engine.observing import observing_bytes
 from pymerge.engine.parts import Parts, check_parts
+from pymerge.engine.process import available_memory
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
@@ -58,7 +60,22 @@ class Item:
     rule: DeltaRule | None = None  # of the element-wise steps up to combine, unanswered
     survey_scope: int | None = None  # number of the model-wide survey that answers the rule
     workspace: int = 0  # bytes that the steps of a generic item take beside inputs and output, for a tile
+    part: Part | None = None  # what of experts stored as one it is
     factored: bool = False  # adapters, merged by their factors: of the models only the weight under them is read
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is merged."""
+        return self.entry.merged_shape if self.part is None else self.part.shape
+
+    @property
+    def split(self) -> tuple[int, tuple[int, ...]] | None:
+        return self.entry.split if self.part is None else self.part.split
+
+    def info(self, seed: int) -> TensorInfo:
+        """What methods are told of it."""
+        info = self.entry.info(seed)
+        return info if self.part is None else replace(info, name=self.part.name, shape=self.part.shape)
 
     @property
     def read_bytes(self) -> int:
@@ -113,7 +130,7 @@ class Item:
         assert self.entry.steps is not None
         if self.factored:
             return 2 * self.count * rank_sum(self.entry)
-        info = self.entry.info(seed=0)
+        info = self.info(seed=0)
         return sum(step.flops(info) for step in self.entry.steps.all)
 
     @property
@@ -152,20 +169,6 @@ class Options:
     @property
     def thread_count(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
-
-
-def available_memory() -> int:
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 4_000_000_000
-
-
-def resident_memory() -> int:
-    """Bytes of this process that are in memory now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,17 +227,19 @@ class Planner:
         total = math.prod(entry.shape)
         items = []
         if entry.merged:
-            items.append(self.merge_item(entry))
+            items += [self.merge_item(entry, part) for part in entry.parts or (None,)]
         if total > entry.count or total == 0:  # what is copied; an empty tensor is one empty copy
             first = entry.count if entry.merged else 0
             items.append(self.tiled(Item(entry=entry, mode="copy", first=first, count=total - first, tile=TILE)))
         return items
 
-    def merge_item(self, entry: Entry) -> Item:
+    def merge_item(self, entry: Entry, part: Part | None = None) -> Item:
         steps = entry.steps
         assert steps is not None
         combine = steps.combine
-        info = entry.info(self.recipe.seed)
+        first, count = (part.first, part.count) if part is not None else (0, entry.count)
+        item = Item(entry=entry, mode="generic", first=first, count=count, tile=count, part=part)
+        info = item.info(self.recipe.seed)
         rule = None
         before, behind = rule_part(steps)
         behind_matrices = before and survey_scope(steps) == "tensor"
@@ -246,7 +251,7 @@ class Planner:
                 f"{entry.name}: {combine.name} asks the whole model: behind {before[-1].name} it goes with no join, "
                 "and with element-wise purify steps only between the two"
             )
-        item = Item(entry=entry, mode="generic", first=0, count=entry.count, tile=entry.count, rule=rule)
+        item = replace(item, rule=rule)
         if (factored := factored_item(item, info, self.arena_bytes)) is not None:
             return self.fitting(factored)
         if rule is None or before or not self.streams(steps):
@@ -286,7 +291,7 @@ class Planner:
             return item.count if asks else 1
         if isinstance(step, SurveyedCombine) and step.unit == "entries":
             return SURVEY_BLOCK
-        rows = row if len(item.entry.shape) > 1 else item.count  # a vector is one row
+        rows = row if len(item.shape) > 1 else item.count  # a vector is one row
         return {"tensor": item.count, "rows": rows, "entries": 1}[step.unit]
 
     def sized(self, item: Item, info: TensorInfo, tile: int) -> Item:
@@ -361,10 +366,8 @@ def make_plan(
 
     change  makes other entries of those that the recipe asks for (`engine.scaled`)
     parts   of a recipe of slices or modules, in place of the models"""
-    if parts is not None:
-        entries, notes = check_parts(recipe, parts)
-    else:
-        entries, notes = check(recipe, base, models, labels, fisher, statistics)
+    given = (recipe, base, models, labels, fisher, statistics)
+    entries, notes = check(*given) if parts is None else check_parts(recipe, parts)
     entries = change(entries) if change is not None else entries
     live: Any = tuple(found for found in statistics if found.live)
     planner = Planner(recipe, options, sum(observing_bytes(live).values()))
@@ -374,12 +377,9 @@ def make_plan(
     surveyed = [i for i in items if i.rule is not None and i.entry.steps and survey_scope(i.entry.steps) == "model"]
     groups = by_steps(surveyed)
     numbers = {key: number for number, key in enumerate(groups)}
-    items = [
-        replace(item, survey_scope=numbers.get(survey_key(item.entry.steps)))
-        if item.rule is not None and item.entry.steps is not None
-        else item
-        for item in items
-    ]
+    for i, item in enumerate(items):
+        if item.rule is not None and item.entry.steps is not None:
+            items[i] = replace(item, survey_scope=numbers.get(survey_key(item.entry.steps)))
     items = joined(planner, items)
     largest = max((item.peak_bytes for item in items if item.mode == "generic"), default=0)
     at_once = max(1, min(options.thread_count, planner.arena_bytes // largest)) if largest else options.thread_count

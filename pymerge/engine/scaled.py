@@ -114,7 +114,9 @@ def scaled(entries: Sequence[Entry], update: Checkpoint) -> list[Entry]:
         if entry.steps is not None:
             factor = entry.steps.combine.factor_of(entry.name, bool(entry.inputs))
             steps = Steps(purify=(), combine=OfTaskVectors(how="sum", scale=factor), calibrate=())
-            alone = replace(entry, weights=(), inputs=(), transposed=False, split=None, join=None, subtracts=False)
+            alone = replace(
+                entry, weights=(), inputs=(), transposed=False, split=None, join=None, parts=(), subtracts=False
+            )
             entry = replace(alone, tuned=(update[entry.name],), steps=steps)
         found.append(entry)
     return found

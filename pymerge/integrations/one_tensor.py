@@ -16,7 +16,8 @@ from pymerge.checkpoint import ITEMSIZE, Checkpoint, open_checkpoint, safe_name
 from pymerge.engine.asking import asking_purify, asks_model, survey_scope
 from pymerge.engine.inputs import InputFinder
 from pymerge.engine.memory import merge_in_memory
-from pymerge.engine.plan import Options, available_memory
+from pymerge.engine.plan import Options
+from pymerge.engine.process import available_memory
 from pymerge.errors import InputError, RecipeError
 from pymerge.methods import REGISTRY, get
 from pymerge.methods.base import Combine, Method

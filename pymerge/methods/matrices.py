@@ -20,12 +20,16 @@ _TABLES = re.compile(
     r"|(^|[./])(wte|wpe|shared|head|heads|score|classifier|predictions)(\.|$)",
     re.IGNORECASE,
 )
+# Linear layers of all experts as one tensor [E, m, n].
+_EXPERTS = re.compile(
+    r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$|\.block_sparse_moe\.(input|output)_linear\.weight$"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrices:
     """What methods for matrices act on: two-dimensional tensors with two rows and columns at least that are no tables
-    (embeddings, heads, positions), by name.
+    (embeddings, heads, positions), by name; and experts stored as one tensor, each of its matrices for itself.
 
     include, exclude  name patterns that opt two-dimensional tensors in and out
     rest              what all other tensors get; None: what the method says
@@ -46,6 +50,12 @@ class Matrices:
         if any(fnmatchcase(name, pattern) for pattern in self.include):
             return min(shape) > 0
         return min(shape) > 1 and not _TABLES.search(name)
+
+    def has_stacked(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor [E, m, n] is the matrices of E experts, decomposed one by one."""
+        if len(shape) != 3 or any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            return False
+        return shape[0] > 0 and min(shape[1:]) > 1 and bool(_EXPERTS.search(name))
 
 
 @dataclass(frozen=True, kw_only=True)

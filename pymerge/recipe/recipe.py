@@ -153,11 +153,18 @@ class Recipe(Parsed):
             self._steps[key] = Steps(purify=tuple(built[:at]), combine=built[at], calibrate=tuple(built[at + 1 :]))
         return self._steps[key]
 
+    def decomposes(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether methods for matrices act on a tensor: a matrix, or matrices of experts. What goes into a file beside
+        the weights is of whole tensors."""
+        return self.matrices.has(name, shape) or (
+            not self.combine_class.beside and self.matrices.has_stacked(name, shape)
+        )
+
     def routed(self, steps: Steps, name: str, shape: tuple[int, ...]) -> Steps | None:
         """The steps that act on a tensor of this shape: tensors that are no weight matrices go past the steps for
         matrices, and get the mean (or what the recipe says) of their task vectors where the combine step is one. None:
         they stay at the base."""
-        if not steps.spectral or self.matrices.has(name, shape):
+        if not steps.spectral or self.decomposes(name, shape):
             return steps
         combine = steps.combine
         if isinstance(combine, MatrixCombine):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymerge.checkpoint import Checkpoint, safe_name
+from pymerge.checkpoint import TORCH_NAME, Checkpoint, safe_name
 from pymerge.errors import InputError
 from pymerge.statistics.collect import Collector
 from pymerge.statistics.moments import Moments
@@ -52,7 +52,7 @@ def empty_model(cls: type, path: Path) -> nn.Module:
 
 
 def reader(checkpoint: Checkpoint) -> Read:
-    """Loads tensors of a checkpoint by their names there."""
+    """Loads tensors of a checkpoint by their names there; values of fp8 in the model's dtype."""
 
     def read(name: str) -> Tensor:
         if name not in checkpoint:
@@ -60,7 +60,8 @@ def reader(checkpoint: Checkpoint) -> Read:
                 f"{safe_name(name)}: the model's class has this parameter, the checkpoint has not: it cannot be "
                 "streamed; observe it in memory"
             )
-        return checkpoint[name].load()
+        tensor = checkpoint[name]
+        return tensor.load().to(getattr(torch, TORCH_NAME[tensor.stored]))
 
     return read
 

@@ -102,6 +102,20 @@ MODULES = [
 ]
 
 
+def test_changes_of_the_config(base: Path) -> None:
+    """Dotted keys; None removes; what is not named stays, the dtype follows the output as well."""
+    config = {"a": 1, "text_config": {"layers": 2, "dtype": "float32", "gone": {"x": 1}}, "gone": 0}
+    (base / "config.json").write_text(json.dumps(config))
+    changes = {"gone": None, "text_config.gone": None, "text_config.layers": 3, "vision.size": 4, "absent": None}
+    out = base.parent / "out"
+    out.mkdir()
+    copy_side_files(open_checkpoint(base), out, out_dtype="BF16", config_changes=changes)
+    found = json.loads((out / "config.json").read_text())
+    text = {"layers": 3, "dtype": "bfloat16"}
+    assert found == {"a": 1, "text_config": text, "vision": {"size": 4}, "torch_dtype": "bfloat16"}
+    assert json.loads((base / "config.json").read_text()) == config
+
+
 def test_sentence_transformers_folders(base: Path) -> None:
     sentence_transformer(base, MODULES)
     write_tensors(base / "2_Dense" / "model.safetensors", {"linear.weight": b"1234"})
