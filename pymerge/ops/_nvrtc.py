@@ -1,0 +1,215 @@
+"""The CUDA operators where pymerge was built without nvcc: NVRTC, through CuPy, compiles a kernel at its first launch.
+
+`_ops_nvrtc.so` holds the launchers of csrc/cuda as g++ compiles them: checks, memory, grids, arguments. What they need
+of a device is the table of functions here. Kernels are compiled from the headers beside this package, as nvcc would:
+CuPy's own RawModule is not used, since it always adds -ftz=true, which changes subnormal numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent.parent
+LIBRARY = HERE / "_ops_nvrtc.so"
+SHIPPED, IN_TREE = HERE / "_csrc", HERE.parent / "csrc"
+OPTIONS = ("-std=c++20", "--fmad=false", "--device-as-default-execution-space")
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+DEVICE_TO_HOST = 2  # cudaMemcpyDeviceToHost
+
+_P, _INT, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
+_failure = threading.local()
+
+
+class Shape(ctypes.Structure):
+    """Of a launch, as in csrc/nvrtc/launch.h."""
+
+    _fields_ = [("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("shared", ctypes.c_uint32)]
+
+
+class Table(ctypes.Structure):
+    """`Device` of csrc/nvrtc/launch.h."""
+
+    _fields_ = [
+        ("launch", ctypes.CFUNCTYPE(_INT, _TEXT, _TEXT, ctypes.POINTER(Shape), _P, _P)),
+        ("attribute", ctypes.CFUNCTYPE(_INT, _INT, _INT, ctypes.POINTER(_INT))),
+        ("stream", ctypes.CFUNCTYPE(_INT, _INT, ctypes.POINTER(_P))),
+        ("fill", ctypes.CFUNCTYPE(_INT, _P, _INT, ctypes.c_uint64, _P)),
+        ("read", ctypes.CFUNCTYPE(_INT, _P, _P, ctypes.c_uint64, _P)),
+        ("message", ctypes.CFUNCTYPE(_P)),
+    ]
+
+
+class Kernel(NamedTuple):
+    header: str  # csrc/cuda/HEADER.cuh
+    name: str  # as C++ writes it
+    sizes: tuple[int, ...]  # of its arguments, in bytes
+
+
+def kernels(library: ctypes.CDLL) -> list[Kernel]:
+    """All that the launchers of a library can launch."""
+    found: list[Kernel] = []
+
+    @ctypes.CFUNCTYPE(None, _TEXT, _TEXT, ctypes.POINTER(ctypes.c_int64), _INT)
+    def each(file: bytes, name: bytes, sizes: Any, count: int) -> None:
+        found.append(Kernel(Path(file.decode()).stem, name.decode(), tuple(sizes[:count])))
+
+    library.pymerge_nvrtc_kernels(each)
+    return found
+
+
+def headers() -> Path:
+    """Where cuda/*.cuh and common/*.h are: in an installed package, or in the source tree."""
+    return SHIPPED if SHIPPED.is_dir() else IN_TREE
+
+
+@functools.cache
+def _headers_digest() -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted((*headers().glob("common/*.h"), *headers().glob("cuda/*.cuh"))):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def compile_kernel(header: str, name: str, architecture: str) -> tuple[str, bytes]:
+    """The name in the module, and the module (cubin), for compute capability `architecture` ("90")."""
+    from cupy.cuda import nvrtc
+
+    source = f'#include "cuda/{header}.cuh"\nusing namespace pymerge::cuda;\n'
+    program = nvrtc.createProgram(source, f"{header}.cu", (), ())
+    try:
+        nvrtc.addNameExpression(program, name)
+        nvrtc.compileProgram(program, (*OPTIONS, f"-I{headers()}", f"-arch=sm_{architecture}"))
+        return nvrtc.getLoweredName(program, name), nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise RuntimeError(f"NVRTC does not compile {name} of {header}.cuh for sm_{architecture}: {error}\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def compiled(header: str, name: str, architecture: str) -> tuple[str, bytes]:
+    """`compile_kernel`, kept among CuPy's compiled kernels (CUPY_CACHE_DIR)."""
+    from cupy.cuda import nvrtc
+
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    what = repr((header, name, architecture, OPTIONS, nvrtc.getVersion())).encode()
+    place = folder / f"pymerge_{hashlib.sha256(_headers_digest() + what).hexdigest()}.cubin"
+    if place.is_file():
+        lowered, _, module = place.read_bytes().partition(b"\n")
+        return lowered.decode(), module
+    lowered, module = compile_kernel(header, name, architecture)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(lowered.encode() + b"\n" + module)
+        os.replace(file.name, place)
+    except OSError:
+        pass  # a folder that cannot be written costs a compilation in each process
+    return lowered, module
+
+
+class _Loaded(NamedTuple):
+    function: Any  # cupy.cuda.Function, whose module it keeps
+    allowed: list[int]  # bytes of dynamic shared memory
+
+
+class CupyDevice:
+    """What the launchers need, answered by CuPy: launches on the stream that torch is using, on torch's device."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[int, str, str], _Loaded] = {}
+        self._lock = threading.Lock()
+
+    def _load(self, index: int, header: str, name: str) -> _Loaded:
+        from cupy.cuda import Device, Module
+
+        with self._lock:
+            found = self._loaded.get((index, header, name))
+            if found is None:
+                lowered, image = compiled(header, name, Device(index).compute_capability)
+                module = Module()
+                module.load(image)
+                found = self._loaded[index, header, name] = _Loaded(module.get_function(lowered), [0])
+        return found
+
+    def launch(self, file: bytes, name: bytes, shape: Any, stream: int | None, arguments: int) -> None:
+        import torch
+        from cupy.cuda import Device, driver
+
+        index, how = torch.cuda.current_device(), shape.contents
+        with Device(index):
+            function, allowed = self._load(index, Path(file.decode()).stem, name.decode())
+            if how.shared > allowed[0]:
+                driver.funcSetAttribute(function.ptr, MAX_DYNAMIC_SHARED, how.shared)
+                allowed[0] = how.shared
+            driver.launchKernel(function.ptr, *how.grid, *how.block, how.shared, stream or 0, arguments, 0)
+
+    def attribute(self, device: int, which: int, value: Any) -> None:
+        from cupy.cuda import runtime
+
+        value[0] = runtime.deviceGetAttribute(which, device)
+
+    def stream(self, device: int, stream: Any) -> None:
+        import torch
+
+        stream[0] = torch.cuda.current_stream(device).cuda_stream
+
+    def fill(self, to: int, value: int, count: int, stream: int | None) -> None:
+        from cupy.cuda import runtime
+
+        runtime.memsetAsync(to, value, count, stream or 0)
+
+    def read(self, to: int, source: int, count: int, stream: int | None) -> None:
+        from cupy.cuda import runtime
+
+        runtime.memcpyAsync(to, source, count, DEVICE_TO_HOST, stream or 0)
+        runtime.streamSynchronize(stream or 0)
+
+
+def _checked(call: Callable[..., None]) -> Callable[..., int]:
+    """0, or 1 with the message of what went wrong kept for the launcher, which raises it."""
+
+    def run(*args: Any) -> int:
+        try:
+            call(*args)
+        except Exception as error:
+            _failure.text = ctypes.create_string_buffer(f"pymerge: {type(error).__name__}: {error}".encode())
+            return 1
+        return 0
+
+    return run
+
+
+def table(device: Any) -> Table:
+    """`device` (a CupyDevice, in tests something alike) as the launchers call it."""
+    calls = {name: kind for name, kind in Table._fields_ if name != "message"}
+    functions = [kind(_checked(getattr(device, name))) for name, kind in calls.items()]
+    return Table(*functions, dict(Table._fields_)["message"](lambda: ctypes.addressof(_failure.text)))
+
+
+def load(path: Path, device: Any) -> ctypes.CDLL:
+    """Registers the launchers of a library for torch; what they launch goes to `device` as long as the process lives."""
+    import torch
+
+    torch.ops.load_library(str(path))
+    library = ctypes.CDLL(str(path))
+    library.connected = table(device)  # type: ignore[attr-defined]
+    library.pymerge_nvrtc_connect(ctypes.byref(library.connected))  # type: ignore[attr-defined]
+    return library
+
+
+def connect() -> bool:
+    """The operators on CUDA by NVRTC, if this build has their launchers and CuPy is installed; compiles nothing yet."""
+    if not LIBRARY.is_file() or importlib.util.find_spec("cupy") is None:
+        return False
+    load(LIBRARY, CupyDevice())
+    return True
