@@ -48,9 +48,9 @@ def extensions() -> list:
         sources = sorted(glob("csrc/cuda/*.cu"))
         built.append(CUDAExtension("pymerge._ops_cuda", sources, extra_compile_args=cuda, py_limited_api=True))
     else:
-        flags = [*cpu["cxx"], "-DPYMERGE_NVRTC", "-Wno-unknown-pragmas"]  # the latter: kernels are parsed, not compiled
+        flags = {"cxx": [*cpu["cxx"], "-DPYMERGE_NVRTC", "-Wno-unknown-pragmas"]}  # kernels are parsed, not compiled
         sources = sorted(glob("csrc/nvrtc/*.cpp"))
-        built.append(CppExtension("pymerge._ops_nvrtc", sources, extra_compile_args={"cxx": flags}, py_limited_api=True))
+        built.append(CppExtension("pymerge._ops_nvrtc", sources, extra_compile_args=flags, py_limited_api=True))
     return built
 
 

@@ -29,7 +29,8 @@ inline int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, void* 
 inline int cudaStreamSynchronize(void*) { return 0; }  // `read` has waited
 
 inline int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
-  return nvrtc::device->stream(device, stream);
+  nvrtc::check(nvrtc::device->stream(device, stream));
+  return 0;
 }
 
 #ifdef PYMERGE_EMULATED

@@ -42,7 +42,7 @@ __all__ = ["OPERATORS", "TensorSurvey", "implementations", "merge_by_rule"]
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """Of each operator, what runs on "cpu" and on "cuda": native, nvrtc (the same kernels, compiled at first use by CuPy)
+    """Of each operator, what runs on "cpu" and on "cuda": native, nvrtc (its kernels, compiled by CuPy at first use)
     or reference (plain PyTorch)."""
     from pymerge.ops._load import implementation
 

@@ -13,8 +13,8 @@ HERE = Path(__file__).resolve().parent.parent
 
 
 def load_operators() -> str:
-    """`_ops.so` must load. Where torch has CUDA `_ops_cuda.so` should; without it NVRTC compiles its kernels, if CuPy is
-    there, else the PyTorch references run. Returns where CUDA kernels come from: native, nvrtc or reference."""
+    """`_ops.so` must load; `_ops_cuda.so` should where torch has CUDA. Without it CuPy compiles the same kernels, or,
+    where there is none, the PyTorch references run. Returns what CUDA has: native, nvrtc or reference."""
     try:
         torch.ops.load_library(str(HERE / "_ops.so"))
     except OSError as error:
@@ -30,8 +30,8 @@ def load_operators() -> str:
         if _nvrtc.connect():
             return "nvrtc"
         warnings.warn(
-            f"pymerge: no native CUDA kernels, PyTorch code runs on CUDA instead ({str(error).splitlines()[0]}). With CuPy "
-            'they are compiled when they are first used: pip install "pymerge[cuda]"',
+            f"pymerge: no native CUDA kernels, PyTorch code runs on CUDA instead ({str(error).splitlines()[0]}). "
+            'With CuPy they are compiled when they are first used: pip install "pymerge[cuda]"',
             stacklevel=2,
         )
         return "reference"

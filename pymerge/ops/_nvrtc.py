@@ -54,16 +54,18 @@ class Kernel(NamedTuple):
     sizes: tuple[int, ...]  # of its arguments, in bytes
 
 
-def kernels(library: ctypes.CDLL) -> list[Kernel]:
+def kernels(path: Path = LIBRARY) -> list[Kernel]:
     """All that the launchers of a library can launch."""
+    import torch  # noqa: F401  its libraries are loaded with it
+
     found: list[Kernel] = []
 
     @ctypes.CFUNCTYPE(None, _TEXT, _TEXT, ctypes.POINTER(ctypes.c_int64), _INT)
     def each(file: bytes, name: bytes, sizes: Any, count: int) -> None:
         found.append(Kernel(Path(file.decode()).stem, name.decode(), tuple(sizes[:count])))
 
-    library.pymerge_nvrtc_kernels(each)
-    return found
+    ctypes.CDLL(str(path)).pymerge_nvrtc_kernels(each)
+    return list(dict.fromkeys(found))
 
 
 def headers() -> Path:
@@ -90,8 +92,8 @@ def compile_kernel(header: str, name: str, architecture: str) -> tuple[str, byte
         nvrtc.compileProgram(program, (*OPTIONS, f"-I{headers()}", f"-arch=sm_{architecture}"))
         return nvrtc.getLoweredName(program, name), nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
-        log = nvrtc.getProgramLog(program)
-        raise RuntimeError(f"NVRTC does not compile {name} of {header}.cuh for sm_{architecture}: {error}\n{log}") from error
+        what = f"NVRTC does not compile {name} of {header}.cuh for sm_{architecture}"
+        raise RuntimeError(f"{what}: {error}\n{nvrtc.getProgramLog(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
 
@@ -197,7 +199,7 @@ def table(device: Any) -> Table:
 
 
 def load(path: Path, device: Any) -> ctypes.CDLL:
-    """Registers the launchers of a library for torch; what they launch goes to `device` as long as the process lives."""
+    """Registers the launchers of a library for torch; what they launch goes to `device` from then on."""
     import torch
 
     torch.ops.load_library(str(path))
