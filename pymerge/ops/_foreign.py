@@ -40,10 +40,7 @@ def takes_arrays(function: Callable[P, R], *, writes: str | None = None) -> Call
 
     @functools.wraps(function)
     def taking(*args: P.args, **kwargs: P.kwargs) -> R:
-        for x in args:
-            if type(x) not in _KNOWN and _is_foreign(x):
-                return _through(function, signature, writes, args, kwargs)
-        for x in kwargs.values():
+        for x in (*args, *kwargs.values()) if kwargs else args:
             if type(x) not in _KNOWN and _is_foreign(x):
                 return _through(function, signature, writes, args, kwargs)
         return function(*args, **kwargs)
@@ -58,7 +55,7 @@ def writes_array(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _is_foreign(x: Any) -> bool:
     if isinstance(x, (list, tuple)):
-        return any(type(one) not in _KNOWN and _is_foreign(one) for one in x)
+        return not _KNOWN.issuperset(map(type, x)) and any(map(_is_foreign, x))
     return hasattr(x, "__dlpack__") and not isinstance(x, Tensor)
 
 
@@ -67,7 +64,7 @@ def _through(function: Callable, signature: inspect.Signature, writes: str | Non
     arguments = bound.arguments
     name = function.__qualname__
     home = _home(name, list(_arrays(arguments.values())))
-    if not arguments.get("overwrite", True):
+    if "overwrite" in signature.parameters and not arguments.get("overwrite"):
         writes = None
     given: list[tuple[Tensor, Any]] = []
     for key, x in arguments.items():
@@ -103,7 +100,7 @@ def _home(name: str, arrays: list) -> str:
 
 def _to_torch(x: Any, what: str, written: bool, given: list[tuple[Tensor, Any]]) -> Any:
     if isinstance(x, (list, tuple)):
-        return type(x)(_to_torch(one, f"{what}[{i}]", written, given) for i, one in enumerate(x))
+        return [_to_torch(one, f"{what}[{i}]", written, given) for i, one in enumerate(x)]
     if isinstance(x, np.generic):
         return x.item()
     if isinstance(x, np.dtype) or (isinstance(x, type) and issubclass(x, np.generic)):
