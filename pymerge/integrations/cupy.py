@@ -8,6 +8,7 @@ in CuPy's folder of compiled kernels (CUPY_CACHE_DIR). To have all of them befor
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -22,9 +23,9 @@ def compile_kernels(architectures: Sequence[str] = ()) -> int:
     Raises   ImportError (CuPy or NVRTC is missing; this build has no launchers); RuntimeError (NVRTC's log)."""
     if not _nvrtc.LIBRARY.is_file():
         raise ImportError(f"{_nvrtc.LIBRARY} is not there: pymerge was built with CUDA kernels, or not built at all")
-    from cupy.cuda import Device, runtime
-
-    chosen = architectures or sorted({Device(i).compute_capability for i in range(runtime.getDeviceCount())})
+    cuda = importlib.import_module("cupy.cuda")
+    devices = range(0 if architectures else cuda.runtime.getDeviceCount())
+    chosen = architectures or sorted({cuda.Device(i).compute_capability for i in devices})
     found = _nvrtc.kernels()
     for architecture in chosen:
         for kernel in found:

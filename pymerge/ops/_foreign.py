@@ -31,7 +31,7 @@ _CUDA = 2  # kDLCUDA
 
 def takes_arrays(function: Callable[P, R], *, writes: str | None = None) -> Callable[P, R]:
     """`function` for arrays of any one library, whose arrays its results are then: tensors by themselves, in tuples and
-    in dataclasses. None, numbers and words stay.
+    in dataclasses. None, numbers and words stay. (JAX without jax_enable_x64 makes 64-bit results 32-bit ones.)
 
     writes   the argument that is written in place; with an argument `overwrite`, only where that is true
     Raises   TypeError (several libraries in one call; a dtype that torch lacks; a masked array; no way back);
@@ -103,10 +103,9 @@ def _to_torch(x: Any, what: str, written: bool, given: list[tuple[Tensor, Any]])
         return [_to_torch(one, f"{what}[{i}]", written, given) for i, one in enumerate(x)]
     if isinstance(x, np.generic):
         return x.item()
-    if isinstance(x, np.dtype) or (isinstance(x, type) and issubclass(x, np.generic)):
-        return getattr(torch, np.dtype(x).name)
     if not hasattr(x, "__dlpack__"):
-        return x
+        dtype = np.dtype(x) if isinstance(x, type) and issubclass(x, np.generic) else getattr(x, "dtype", x)
+        return getattr(torch, dtype.name) if isinstance(dtype, np.dtype) else x  # the library's dtypes as torch's
     if written and _HOMES.get(type(x).__module__.partition(".")[0]):
         raise ValueError(f"{what} is written in place, and JAX arrays cannot be: use a NumPy array or a tensor")
     tensor = _from_numpy(x, what, written) if isinstance(x, np.ndarray) else torch.from_dlpack(x)
@@ -160,7 +159,7 @@ def _to_numpy(x: Tensor, name: str) -> np.ndarray:
     if x.dtype != torch.bfloat16:
         return x.numpy()
     try:
-        import ml_dtypes
+        ml_dtypes = importlib.import_module("ml_dtypes")
     except ImportError as error:
         raise TypeError(f"{name}: NumPy has bfloat16 by the package ml_dtypes: pip install ml_dtypes") from error
     return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

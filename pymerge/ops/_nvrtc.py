@@ -7,14 +7,16 @@ CuPy's own RawModule is not used, since it always adds -ftz=true, which changes 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
 import importlib.util
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,17 +37,20 @@ class Shape(ctypes.Structure):
     _fields_ = [("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("shared", ctypes.c_uint32)]
 
 
+_CALLS: dict[str, Any] = {  # what the launchers need of a device
+    "launch": ctypes.CFUNCTYPE(_INT, _TEXT, _TEXT, ctypes.POINTER(Shape), _P, _P),
+    "attribute": ctypes.CFUNCTYPE(_INT, _INT, _INT, ctypes.POINTER(_INT)),
+    "stream": ctypes.CFUNCTYPE(_INT, _INT, ctypes.POINTER(_P)),
+    "fill": ctypes.CFUNCTYPE(_INT, _P, _INT, ctypes.c_uint64, _P),
+    "read": ctypes.CFUNCTYPE(_INT, _P, _P, ctypes.c_uint64, _P),
+}
+_MESSAGE: Any = ctypes.CFUNCTYPE(_P)
+
+
 class Table(ctypes.Structure):
     """`Device` of csrc/nvrtc/launch.h."""
 
-    _fields_ = [
-        ("launch", ctypes.CFUNCTYPE(_INT, _TEXT, _TEXT, ctypes.POINTER(Shape), _P, _P)),
-        ("attribute", ctypes.CFUNCTYPE(_INT, _INT, _INT, ctypes.POINTER(_INT))),
-        ("stream", ctypes.CFUNCTYPE(_INT, _INT, ctypes.POINTER(_P))),
-        ("fill", ctypes.CFUNCTYPE(_INT, _P, _INT, ctypes.c_uint64, _P)),
-        ("read", ctypes.CFUNCTYPE(_INT, _P, _P, ctypes.c_uint64, _P)),
-        ("message", ctypes.CFUNCTYPE(_P)),
-    ]
+    _fields_ = [*_CALLS.items(), ("message", _MESSAGE)]
 
 
 class Kernel(NamedTuple):
@@ -73,6 +78,20 @@ def headers() -> Path:
     return SHIPPED if SHIPPED.is_dir() else IN_TREE
 
 
+def _cuda() -> Any:
+    return importlib.import_module("cupy.cuda")
+
+
+@contextlib.contextmanager
+def _torchs_device() -> Iterator[Any]:
+    """The device that torch has chosen, which CuPy need not know of."""
+    import torch
+
+    device = _cuda().Device(torch.cuda.current_device())
+    with device:
+        yield device
+
+
 @functools.cache
 def _headers_digest() -> bytes:
     digest = hashlib.sha256()
@@ -83,8 +102,7 @@ def _headers_digest() -> bytes:
 
 def compile_kernel(header: str, name: str, architecture: str) -> tuple[str, bytes]:
     """The name in the module, and the module (cubin), for compute capability `architecture` ("90")."""
-    from cupy.cuda import nvrtc
-
+    nvrtc = _cuda().nvrtc
     source = f'#include "cuda/{header}.cuh"\nusing namespace pymerge::cuda;\n'
     program = nvrtc.createProgram(source, f"{header}.cu", (), ())
     try:
@@ -100,8 +118,7 @@ def compile_kernel(header: str, name: str, architecture: str) -> tuple[str, byte
 
 def compiled(header: str, name: str, architecture: str) -> tuple[str, bytes]:
     """`compile_kernel`, kept among CuPy's compiled kernels (CUPY_CACHE_DIR)."""
-    from cupy.cuda import nvrtc
-
+    nvrtc = _cuda().nvrtc
     folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
     what = repr((header, name, architecture, OPTIONS, nvrtc.getVersion())).encode()
     place = folder / f"pymerge_{hashlib.sha256(_headers_digest() + what).hexdigest()}.cubin"
@@ -128,37 +145,30 @@ class CupyDevice:
     """What the launchers need, answered by CuPy: launches on the stream that torch is using, on torch's device."""
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[int, str, str], _Loaded] = {}
+        self._loaded: dict[tuple[int, bytes, bytes], _Loaded] = {}
         self._lock = threading.Lock()
 
-    def _load(self, index: int, header: str, name: str) -> _Loaded:
-        from cupy.cuda import Device, Module
-
+    def _load(self, device: Any, file: bytes, name: bytes) -> _Loaded:
         with self._lock:
-            found = self._loaded.get((index, header, name))
+            found = self._loaded.get((device.id, file, name))
             if found is None:
-                lowered, image = compiled(header, name, Device(index).compute_capability)
-                module = Module()
+                lowered, image = compiled(Path(file.decode()).stem, name.decode(), device.compute_capability)
+                module = _cuda().Module()
                 module.load(image)
-                found = self._loaded[index, header, name] = _Loaded(module.get_function(lowered), [0])
+                found = self._loaded[device.id, file, name] = _Loaded(module.get_function(lowered), [0])
         return found
 
     def launch(self, file: bytes, name: bytes, shape: Any, stream: int | None, arguments: int) -> None:
-        import torch
-        from cupy.cuda import Device, driver
-
-        index, how = torch.cuda.current_device(), shape.contents
-        with Device(index):
-            function, allowed = self._load(index, Path(file.decode()).stem, name.decode())
+        cuda, how = _cuda(), shape.contents
+        with _torchs_device() as device:
+            function, allowed = self._load(device, file, name)
             if how.shared > allowed[0]:
-                driver.funcSetAttribute(function.ptr, MAX_DYNAMIC_SHARED, how.shared)
+                cuda.driver.funcSetAttribute(function.ptr, MAX_DYNAMIC_SHARED, how.shared)
                 allowed[0] = how.shared
-            driver.launchKernel(function.ptr, *how.grid, *how.block, how.shared, stream or 0, arguments, 0)
+            cuda.driver.launchKernel(function.ptr, *how.grid, *how.block, how.shared, stream or 0, arguments, 0)
 
     def attribute(self, device: int, which: int, value: Any) -> None:
-        from cupy.cuda import runtime
-
-        value[0] = runtime.deviceGetAttribute(which, device)
+        value[0] = _cuda().runtime.deviceGetAttribute(which, device)
 
     def stream(self, device: int, stream: Any) -> None:
         import torch
@@ -166,15 +176,14 @@ class CupyDevice:
         stream[0] = torch.cuda.current_stream(device).cuda_stream
 
     def fill(self, to: int, value: int, count: int, stream: int | None) -> None:
-        from cupy.cuda import runtime
-
-        runtime.memsetAsync(to, value, count, stream or 0)
+        with _torchs_device():
+            _cuda().runtime.memsetAsync(to, value, count, stream or 0)
 
     def read(self, to: int, source: int, count: int, stream: int | None) -> None:
-        from cupy.cuda import runtime
-
-        runtime.memcpyAsync(to, source, count, DEVICE_TO_HOST, stream or 0)
-        runtime.streamSynchronize(stream or 0)
+        runtime = _cuda().runtime
+        with _torchs_device():
+            runtime.memcpyAsync(to, source, count, DEVICE_TO_HOST, stream or 0)
+            runtime.streamSynchronize(stream or 0)
 
 
 def _checked(call: Callable[..., None]) -> Callable[..., int]:
@@ -193,9 +202,8 @@ def _checked(call: Callable[..., None]) -> Callable[..., int]:
 
 def table(device: Any) -> Table:
     """`device` (a CupyDevice, in tests something alike) as the launchers call it."""
-    calls = {name: kind for name, kind in Table._fields_ if name != "message"}
-    functions = [kind(_checked(getattr(device, name))) for name, kind in calls.items()]
-    return Table(*functions, dict(Table._fields_)["message"](lambda: ctypes.addressof(_failure.text)))
+    functions = [kind(_checked(getattr(device, name))) for name, kind in _CALLS.items()]
+    return Table(*functions, _MESSAGE(lambda: ctypes.addressof(_failure.text)))
 
 
 def load(path: Path, device: Any) -> ctypes.CDLL:

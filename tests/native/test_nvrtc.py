@@ -100,6 +100,7 @@ def test_the_library_needs_no_cuda():
 
 
 def test_headers_are_package_data(tmp_path):
+    pytest.importorskip("pybind11", reason="setup.py needs pybind11")
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path / "lib"],
         cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYMERGE_CUDA": "0"},
@@ -128,10 +129,10 @@ class FakeCupy:
             compute_capability = "90"
 
             def __init__(self, index):
-                self.index = index
+                self.id = index
 
             def __enter__(self):
-                fake.calls.append(("device", self.index))
+                fake.calls.append(("device", self.id))
 
             def __exit__(self, *_):
                 pass
@@ -161,7 +162,12 @@ class FakeCupy:
         )
         note = lambda what: lambda *args: self.calls.append((what, *args))  # noqa: E731
         self.driver = types.SimpleNamespace(launchKernel=note("launch"), funcSetAttribute=note("allow"))
-        self.runtime = types.SimpleNamespace(memsetAsync=note("fill"))
+        self.runtime = types.SimpleNamespace(
+            memsetAsync=note("fill"),
+            memcpyAsync=note("copy"),
+            streamSynchronize=note("wait"),
+            deviceGetAttribute=lambda which, device: 100 * device + which,
+        )
         self.Device, self.Module = Device, Module
 
     def install(self, monkeypatch, folder):
@@ -197,6 +203,20 @@ def test_a_kernel_is_compiled_once_and_launched_as_it_is_asked_for(monkeypatch, 
     assert '#include "cuda/gram64.cuh"' in program["source"] and program["names"] == [name.decode()]
     assert {"--fmad=false", "-arch=sm_90", f"-I{_nvrtc.headers()}"} <= set(options)
     assert not any("ftz" in option or "fast" in option for option in options)
+
+
+def test_memory_and_questions_go_to_torchs_device_and_stream(monkeypatch, tmp_path):
+    fake = FakeCupy().install(monkeypatch, tmp_path)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0x50 + device))
+    table = _nvrtc.table(_nvrtc.CupyDevice())
+    number, stream = ctypes.c_int(), ctypes.c_void_p()
+    assert table.attribute(1, 16, ctypes.pointer(number)) == 0 and number.value == 116
+    assert table.stream(1, ctypes.pointer(stream)) == 0 and stream.value == 0x51
+    assert table.fill(0x1000, 255, 64, stream) == 0 and table.read(0x2000, 0x1000, 4, None) == 0
+    assert fake.calls == [
+        ("device", 1), ("fill", 0x1000, 255, 64, 0x51),
+        ("device", 1), ("copy", 0x2000, 0x1000, 4, 2, 0), ("wait", 0),
+    ]  # fmt: skip
 
 
 def test_compiled_kernels_are_kept_between_processes(monkeypatch, tmp_path):
