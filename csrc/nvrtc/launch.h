@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #undef LAUNCH
@@ -69,25 +69,22 @@ struct Registered {
   static inline const Registered one;
 };
 
-template <auto kKernel, Text kFile, class... Types, class... Given>
-void launch_as(void (*)(Types...), const Shape& shape, void* stream, const Given&... given) {
-  std::tuple<Types...> arguments(static_cast<Types>(given)...);
+template <auto kKernel, Text kFile, class... Types>
+void launch_as(void (*)(Types...), const Shape& shape, void* stream, std::type_identity_t<Types>... given) {
   const Entry& entry = Registered<kKernel, kFile, Types...>::one.entry;
-  std::apply(
-      [&](Types&... each) {
-        void* pointers[] = {&each...};
-        check(device->launch(entry.file, entry.name.c_str(), &shape, stream, pointers));
-      },
-      arguments);
+  void* pointers[] = {&given...};
+  check(device->launch(entry.file, entry.name.c_str(), &shape, stream, pointers));
+#ifdef PYMERGE_EMULATED  // tests: the emulator is the device
+  const dim3 grid(shape.grid[0], shape.grid[1], shape.grid[2]), block(shape.block[0], shape.block[1], shape.block[2]);
+  emu::launch(entry.name.c_str(), grid, block, shape.shared, stream, [&] { kKernel(given...); });
+#endif
 }
 
 template <auto kKernel, Text kFile, class... Given>
 void launch(dim3 grid, dim3 block, size_t shared, void* stream, const Given&... given) {
   const Shape shape = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, static_cast<uint32_t>(shared)};
-  launch_as<kKernel, kFile>(static_cast<decltype(kKernel)>(nullptr), shape, stream, given...);
-#ifdef PYMERGE_EMULATED  // tests: the emulator is the device
-  emu::launch(kFile.at, grid, block, shared, stream, [&] { kKernel(given...); });
-#endif
+  const auto types = static_cast<decltype(kKernel)>(nullptr);  // the address itself would bring the kernel's code in
+  launch_as<kKernel, kFile>(types, shape, stream, given...);
 }
 
 }  // namespace pymerge::nvrtc

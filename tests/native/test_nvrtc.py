@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pymerge.ops import OPERATORS, _load, _nvrtc
+from pymerge.ops import OPERATORS, _load, _nvrtc, implementations
 from tests.native import emulated_launchers
 
 ROOT = Path(__file__).parents[2]
@@ -232,6 +232,12 @@ def test_errors_of_nvrtc_say_what_did_not_compile(monkeypatch, tmp_path):
     FakeCupy().install(monkeypatch, tmp_path / "cache")
     with pytest.raises(RuntimeError, match=r"broken of sketch\.cuh for sm_80.*\n.*no such thing"):
         _nvrtc.compiled("sketch", "broken", "80")
+
+
+def test_operators_say_that_nvrtc_compiles_them(monkeypatch):
+    monkeypatch.setattr(_load, "has_kernel", lambda name, device: True)
+    monkeypatch.setattr(_load, "CUDA", "nvrtc")
+    assert implementations() == {name: {"cpu": "native", "cuda": "nvrtc"} for name in OPERATORS}
 
 
 @pytest.mark.parametrize(("connects", "wanted"), [(True, "nvrtc"), (False, "reference")])
