@@ -1,6 +1,7 @@
 """The only door to native code: per operator a schema in C++, a plain PyTorch reference, a fake and a typed wrapper.
 
-An operator lives in the module of its name: `from pymerge.ops.delta_merge import delta_merge`.
+An operator lives in the module of its name: `from pymerge.ops.delta_merge import delta_merge`. Its wrapper takes arrays
+of any library with DLPack and returns that library's (`pymerge.ops._foreign`).
 
 Names are imported when they are first used: merges from disk to disk run on byte buffers and never import torch.
 """

@@ -87,6 +87,9 @@ def _home(name: str, arrays: list) -> str:
     if len(homes) > 1:
         libraries = " and ".join(home.partition(".")[0] for home in homes)
         raise TypeError(f"{name}: arrays of {libraries} in one call: convert them to one library")
+    for x in arrays:
+        if not hasattr(x, "__dlpack_device__"):
+            raise TypeError(f"{name}: a {type(x).__name__} has no memory: call it outside of jax.jit and the like")
     devices = sorted({tuple(map(int, x.__dlpack_device__())) for x in arrays})
     if len(devices) > 1:
         places = " and ".join(map(str, devices))
@@ -120,9 +123,10 @@ def _from_numpy(x: np.ndarray, what: str, written: bool) -> Tensor:
     if x.dtype.name not in _DTYPES:
         raise TypeError(f"{what} has dtype {x.dtype}: expected one of {', '.join(_DTYPES)}")
     y = np.asarray(x)
-    if not y.dtype.isnative or not y.flags.aligned or any(step < 0 or step % y.itemsize for step in y.strides):
+    odd = not y.dtype.isnative or not y.flags.aligned or any(step < 0 or step % y.itemsize for step in y.strides)
+    if odd:
         y = y.astype(y.dtype.newbyteorder("="), order="C")
-    if written and (not x.flags.writeable or not np.shares_memory(x, y)):
+    if written and (odd or not x.flags.writeable):
         why = "read-only" if not x.flags.writeable else "of a byte order or strides that torch lacks"
         raise ValueError(f"{what} is written in place, and it is {why}: give a plain writable array")
     is_bfloat16 = x.dtype.name == "bfloat16"  # of the package ml_dtypes

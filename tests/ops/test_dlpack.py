@@ -158,6 +158,32 @@ def test_another_library_gets_its_own_arrays_on_the_same_memory(monkeypatch):
     assert cov_mirror_(cov) is cov
 
 
+def test_values_under_a_jit_are_refused(monkeypatch):
+    tracer = type("Tracer", (), {"__module__": "jax.core", "__dlpack__": None})()
+    with pytest.raises(TypeError, match="gram64: a Tracer has no memory: call it outside of jax.jit"):
+        gram64(tracer)
+
+
+def test_nothing_at_all():
+    assert gram64(np.zeros((3, 0), np.float32)).shape == (0, 0)
+    assert cov_mirror_(np.zeros((0, 0))).shape == (0, 0)
+
+
+@pytest.mark.device
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False")
+def test_cupy_arrays_stay_where_they_are():
+    cupy = pytest.importorskip("cupy")
+    x, seen = cupy.asarray(normal(9, 5)), []
+    _foreign.takes_arrays(seen.append)(x)
+    assert seen[0].is_cuda and seen[0].data_ptr() == x.data.ptr
+    found = gram64(x)
+    assert type(found) is cupy.ndarray
+    assert np.allclose(cupy.asnumpy(found), cupy.asnumpy(x).T.astype(np.float64) @ cupy.asnumpy(x))
+    cov = cupy.zeros((5, 5))
+    cov_accumulate(cov, x)
+    assert np.allclose(cupy.asnumpy(cov), np.triu(cupy.asnumpy(found)), atol=1e-5)
+
+
 def test_devices(monkeypatch):
     other = library(monkeypatch)
     first, second = other.Array(normal(3, 3), (2, 0)), other.Array(normal(3, 3), (2, 1))
