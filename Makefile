@@ -9,7 +9,7 @@
 #   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
 #   make lint         ruff, clang-format, pyright
-#   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU
+#   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU (and by NVRTC, where CuPy is there)
 #
 # TORCH is installed first and pinned: every later requirement then finds it there. The wheel of the default index may
 # carry CUDA; set pip's own options (PIP_INDEX_URL and kin) to choose a CPU build.

@@ -3,6 +3,7 @@
 pymerge/_C            host module (pybind11, no libtorch)
 pymerge/_ops.so       torch operators for the CPU (libtorch stable ABI 2.11, no Python symbol)
 pymerge/_ops_cuda.so  the same for CUDA; PYMERGE_CUDA = auto (default: if a toolkit and a CUDA torch are found) | 0 | 1
+pymerge/_ops_nvrtc.so without that: its launchers alone, for kernels that NVRTC compiles at first use from pymerge/_csrc
 """
 
 import os
@@ -11,12 +12,14 @@ from glob import glob
 import torch
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the latter: GCC 12's own intrinsics
 FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+HEADERS = ("common/*.h", "cuda/*.cuh")  # of csrc; all that NVRTC reads
 KERNELS = sorted(set(glob("csrc/cpu/*.cpp")) - set(glob("csrc/cpu/*_ops.cpp")))
 
 
@@ -44,6 +47,10 @@ def extensions() -> list:
         cuda = {"cxx": cpu["cxx"], "nvcc": nvcc}
         sources = sorted(glob("csrc/cuda/*.cu"))
         built.append(CUDAExtension("pymerge._ops_cuda", sources, extra_compile_args=cuda, py_limited_api=True))
+    else:
+        flags = {"cxx": [*cpu["cxx"], "-DPYMERGE_NVRTC", "-Wno-unknown-pragmas"]}  # kernels are parsed, not compiled
+        sources = sorted(glob("csrc/nvrtc/*.cpp"))
+        built.append(CppExtension("pymerge._ops_nvrtc", sources, extra_compile_args=flags, py_limited_api=True))
     return built
 
 
@@ -55,4 +62,16 @@ class Build(BuildExtension):
         return name if fullname.endswith("_C") else os.path.join(*fullname.split(".")) + ".so"
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+class Python(build_py):
+    """The package, and the headers of csrc as pymerge/_csrc."""
+
+    def _get_data_files(self) -> list:
+        found = list(super()._get_data_files())
+        for pattern in HEADERS:
+            folder = os.path.dirname(pattern)
+            names = sorted(os.path.basename(path) for path in glob(f"csrc/{pattern}"))
+            found.append(("pymerge", f"csrc/{folder}", os.path.join(self.build_lib, "pymerge", "_csrc", folder), names))
+        return found
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build, "build_py": Python})

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pymerge.ops import native_devices
+from pymerge.ops import implementations
 
 ROWS, COLUMNS = 4096, 14336  # an MLP matrix of an 8B model: 117 MB of bfloat16, more than any L2 cache
 OPS = torch.ops.pymerge
@@ -160,8 +160,8 @@ def main() -> int:
         "build_seconds": args.build_seconds,
         "tests": tests_of(args.tests),
     }
-    for name in native_devices():
-        if "cuda" not in native_devices()[name]:
+    for name, runs in implementations().items():
+        if runs["cuda"] == "reference":
             print(f"bench_cuda: {name} has no native CUDA kernel, the PyTorch reference is timed", file=sys.stderr)
     try:
         result["benchmarks"] = benchmarks()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA device, a CUDA build of torch and nvcc: builds pymerge with its CUDA operators in place, runs
 # the tests marked `device`, compute-sanitizer (memcheck, racecheck) over small calls of every kernel, then times the
-# kernels against torch, cuBLAS, cuSOLVER and, where installed, CuPy. No network. Ends within 9 minutes.
+# kernels against torch, cuBLAS, cuSOLVER and, where installed, CuPy, by whose NVRTC the operators run their tests once
+# more. No network. Ends within 9 minutes.
 #   bash benchmarks/gpu_check.sh [--out DIR] [--help]
 # DIR (default benchmarks/results) gets cuda.json (elementwise kernels, tests), cuda_linalg.json (dense kernels),
 # cuda_check.json (what every step ended with), cuda_tests.xml and logs. PYTHON is the interpreter (default python3).
@@ -101,4 +102,21 @@ note linalg
 tail -40 "$out/cuda_linalg.log"
 step covariance 30 "$PYTHON" benchmarks/bench_cov_accumulate.py --device cuda --out "$out/cov_accumulate.json" || status=1
 note covariance
+
+# The same kernels as a wheel without them gets them: compiled by CuPy's NVRTC, the tests of the operators on top.
+if "$PYTHON" -c 'import cupy' 2>/dev/null; then
+  mv pymerge/_ops_cuda.so "$out/_ops_cuda.so.aside"
+  # shellcheck disable=SC2016
+  PYMERGE_CUDA=0 CUPY_CACHE_DIR="$out/kernel_cache" step nvrtc 150 bash -c 'set -e
+    "$0" setup.py build_ext --inplace
+    "$0" -c "from pymerge.ops import implementations as i; assert all(r[\"cuda\"] == \"nvrtc\" for r in i().values())"
+    "$0" -m pytest -m device -q -p no:cacheprovider tests/ops' "$PYTHON" || status=1
+  mv "$out/_ops_cuda.so.aside" pymerge/_ops_cuda.so
+  rm -rf "$out/kernel_cache" pymerge/_ops_nvrtc.so
+  tail -30 "$out/cuda_nvrtc.log"
+else
+  result="not run: CuPy is not installed" took=0
+  echo "gpu_check: nvrtc: $result"
+fi
+note nvrtc
 finish "$status"

@@ -68,7 +68,7 @@ void solve(AssignArgs args, int batch, std::optional<double> tolerance, const Te
 std::tuple<Tensor, Tensor, Tensor, Tensor> assign(Tensor score, bool maximize, std::optional<Tensor> prices,
                                                   std::optional<double> tolerance) {
   check_assign(score, prices, tolerance);
-  const torch::stable::accelerator::DeviceGuard guard(score.get_device_index());
+  const DeviceGuard guard(score.get_device_index());
   const int64_t batch = score.size(0), rows = score.size(1), columns = score.size(2);
   const bool tall = rows > columns;
   const int64_t few = tall ? columns : rows, many = tall ? rows : columns;

@@ -4,8 +4,6 @@
 // A round is three kernels; the result does not depend on the order in which free rows are listed.
 #pragma once
 
-#include <cstring>
-
 #include "assign.cuh"
 
 namespace pymerge::cuda {
@@ -182,8 +180,7 @@ bool run_auction(AuctionArgs args, const AuctionPlan& plan, Stream stream, Read 
   LAUNCH(auction_range_kernel, sms * 4, kThreads, 0, stream, args);
   const unsigned bits = read(args.largest);
   if (bits >= kInfinityBits) return false;
-  float largest = 1.0f;
-  if (bits != 0) std::memcpy(&largest, &bits, sizeof(largest));
+  const float largest = bits != 0 ? __builtin_bit_cast(float, bits) : 1.0f;
   const double wanted = plan.relative ? plan.last * largest : plan.last, finest = kAuctionFinest * largest;
   const double last = wanted > finest ? wanted : finest;
   double epsilon = static_cast<double>(largest) * (plan.started ? 1e-3 : 0.5);

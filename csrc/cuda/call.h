@@ -1,7 +1,6 @@
 // What every launcher does before its kernels: check, guard the device, make contiguous, gather the tasks' parameters.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -10,9 +9,17 @@
 
 #include "../check.h"
 #include "delta_source.cuh"
+#ifdef PYMERGE_NVRTC
+#include "../nvrtc/runtime.h"
+#else
+#include <cuda_runtime.h>
+#endif
 
 namespace pymerge::cuda {
 
+#ifndef PYMERGE_EMULATED
+using torch::stable::accelerator::DeviceGuard;
+#endif
 using OptTensor = std::optional<Tensor>;
 using OptNumbers = std::optional<Numbers>;
 using OptIntegers = std::optional<Integers>;
@@ -152,7 +159,7 @@ class Call {
   }
 
   const char* op_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  DeviceGuard guard_;
   DeltaArgs args_ = {};
   std::vector<Task> tasks_;
   std::vector<Stored> read_;

@@ -1,15 +1,23 @@
 // The device language of all kernels: launches, shared memory, loads and stores of eight entries, block reductions.
-// Neither torch nor the CUDA runtime here: nvcc compiles this for a GPU, g++ for the emulator of ../emu/device.h.
+// Neither torch nor the CUDA runtime here: nvcc compiles this for a GPU, NVRTC the kernels alone, g++ the launchers of
+// kernels that NVRTC compiles (../nvrtc/launch.h) and everything for the emulator (../emu/device.h).
 #pragma once
 
 #ifdef __CUDACC__
 #define COLD __noinline__
+#ifdef __CUDACC_RTC__
+#define LAUNCH(...) static_cast<void>(0)  // host code: parsed, never run
+#else
 #define LAUNCH(kernel, grid, block, shmem, stream, ...) (kernel)<<<(grid), (block), (shmem), (stream)>>>(__VA_ARGS__)
+#endif
 #define DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(dynamic_shared)
 #else
 #include "../emu/device.h"
+#endif
+#ifdef PYMERGE_NVRTC
+#include "../nvrtc/launch.h"
 #endif
 
 #include "../common/delta_math.h"
@@ -21,7 +29,7 @@ constexpr int kWidth = 8;      // entries of one vector: one Philox group, 16 by
 constexpr int kThreads = 256;  // of every block that streams
 constexpr int kWarp = 32;
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && !defined(__CUDACC_RTC__)
 using Stream = cudaStream_t;
 #else
 using Stream = void*;

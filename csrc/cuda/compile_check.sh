@@ -117,4 +117,10 @@ missing = [name for name in names if not has(f"pymerge::{name}", "CUDA")]
 if missing:
     raise SystemExit(f"compile_check: no CUDA kernel is registered for {', '.join(missing)}")
 PYTHON
+# The same kernels as CuPy's NVRTC compiles them at their first launch.
+if "$PYTHON" -c 'from cupy.cuda import nvrtc; nvrtc.getVersion()' 2>/dev/null && [ -f pymerge/_ops_nvrtc.so ]; then
+  "$PYTHON" -m pytest -q -p no:cacheprovider tests/native/test_nvrtc.py -k "nvrtc_compiles or nvrtc_gives"
+else
+  echo "compile_check: NVRTC: skipped, CuPy, its NVRTC or pymerge/_ops_nvrtc.so is not there"
+fi
 echo "compile_check: linked, $(wc -l <"$work/undefined") symbols of libtorch, ${SECONDS} s"

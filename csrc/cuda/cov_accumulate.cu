@@ -9,7 +9,7 @@ namespace {
 void cov_accumulate(Tensor cov, Tensor x, double alpha, OptTensor mask, bool small, std::string precision) {
   const CovShape shape = check_cov(cov, x, mask, small, precision);
   if (shape.batch == 0 || shape.size == 0 || shape.rows == 0 || shape.columns == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   const int64_t last = x.dim() - 1, reduced = small ? shape.columns : shape.rows;
   const Dtype dtype = check_dtype("cov_accumulate", "x", x.scalar_type());
   OptTensor masks, space;  // read and written by the kernels; the stream orders later uses of their memory

@@ -8,7 +8,7 @@
 
 namespace pymerge::cuda {
 
-constexpr int64_t kEverything = INT64_MAX;  // cut index behind every entry
+constexpr int64_t kEverything = 0x7FFFFFFFFFFFFFFF;  // cut index behind every entry
 constexpr int kPickThreads = 1024;
 constexpr int64_t kEqualVectors = 8192;  // vectors of a chunk in which equal entries are counted
 constexpr uint32_t kNoPrefix = 0xFFFFFFFFu;

@@ -150,10 +150,13 @@ constexpr int kMergeBlocks = 4;  // per multiprocessor
 
 template <int kDtype>
 inline void launch_merge_range(const MergeArgs& args, int sms, Stream stream) {
-  const auto kernel = args.elect || args.norm != Norm::kNone ? merge_kernel<kDtype, true> : merge_kernel<kDtype, false>;
   const unsigned grid = grid_size(args.end_vector - args.first_vector, kThreads, sms, kMergeBlocks);
   const size_t shared = static_cast<size_t>(args.delta.tasks + 3) * sizeof(Count);
-  LAUNCH(kernel, grid, kThreads, shared, stream, args);
+  if (args.elect || args.norm != Norm::kNone) {
+    LAUNCH((merge_kernel<kDtype, true>), grid, kThreads, shared, stream, args);
+  } else {
+    LAUNCH((merge_kernel<kDtype, false>), grid, kThreads, shared, stream, args);
+  }
 }
 
 // count > 0; bad is zero. `dtype`: common_dtype of all that is read.

@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> cast(Tensor x, ScalarType dtype) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "pymerge::finite_cast: x must be float32, got ",
                   torch::headeronly::toString(x.scalar_type()));
   const Dtype code = check_dtype("finite_cast", "dtype", dtype);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   const Tensor source = torch::stable::contiguous(x);
   Tensor y = new_tensor(x, sizes_of(x), dtype), bad = new_zeros(x, {}, ScalarType::Long);
   if (x.numel() == 0) return {y, bad};

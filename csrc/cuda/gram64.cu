@@ -20,7 +20,7 @@ Tensor gram64(Tensor x) {
   check_matrices("gram64", "x", x);
   Gram64Args args = {};
   args.dtype = check_dtype("gram64", "x", x.scalar_type());
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   const int64_t dims = x.dim();
   args.depth = x.size(dims - 2);
   args.width = x.size(dims - 1);

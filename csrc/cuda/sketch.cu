@@ -14,7 +14,7 @@ void sparse(const Tensor& source, Dtype dtype, const Tensor& y, uint64_t seed) {
 
 Tensor sketch(Tensor a, int64_t width, std::string kind, int64_t seed) {
   const SketchCall call = check_sketch(a, width, kind);
-  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  const DeviceGuard guard(a.get_device_index());
   const uint64_t key = static_cast<uint64_t>(seed);
   std::vector<int64_t> sizes = sizes_of(a);
   const int64_t n = sizes.back();

@@ -204,6 +204,6 @@ def show_info(fast: bool) -> None:
 
     console.print(f"torch {torch.__version__}, cuda {'available' if torch.cuda.is_available() else 'not available'}")
     table = Table("operator", "cpu", "cuda", box=None, padding=(0, 2, 0, 0))
-    for name, native in ops.native_devices().items():
-        table.add_row(name, *("native" if device in native else "reference" for device in ("cpu", "cuda")))
+    for name, runs in ops.implementations().items():
+        table.add_row(name, runs["cpu"], runs["cuda"])
     console.print(table)

@@ -1,6 +1,6 @@
 """Tensor algorithms that the methods share, built from operators: truncated SVD, polar factors, PSD solves, assignment.
 
-Names are imported when they are first used.
+Functions take arrays of any library with DLPack and return that library's. Names are imported when they are first used.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pymerge.errors import NonFinite, NumericError
 from pymerge.ops import assign as assign_op
+from pymerge.ops._foreign import takes_arrays
 
 _CHECKED_ENTRIES = 1 << 24  # of a slab of rows whose slack is looked at at a time
 
@@ -26,6 +27,7 @@ class Assignment:
     col_prices: Tensor
 
 
+@takes_arrays
 def assign(
     score: Tensor,
     maximize: bool,

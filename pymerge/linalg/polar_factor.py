@@ -12,6 +12,7 @@ from pymerge.errors import NonFinite
 from pymerge.linalg._gram_root import RESOLUTION, gram_root, polar_of_gram, wide_product
 from pymerge.linalg._polar_iterations import bounds, newton_schulz, qdwh
 from pymerge.linalg._polar_single import SMALLEST, gram32, halley, rotated
+from pymerge.ops._foreign import takes_arrays
 
 DEFAULT_TOL = 1e-6
 LARGEST_STEP = 1e-3  # Newton step of the Gram factor; its error is of the order of the square
@@ -27,6 +28,7 @@ class Polar(NamedTuple):
     methods: tuple[str, ...]  # what ran, one entry per matrix
 
 
+@takes_arrays
 def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> Polar:
     """P = sum of u_i v_i^T over the singular values s_i > tol * s_1: the polar factor, a partial isometry.
 
@@ -67,6 +69,7 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
     return Polar(factor.reshape(x.shape), rank, condition, methods)
 
 
+@takes_arrays
 def polar_product(a: Tensor, b: Tensor, tol: float = DEFAULT_TOL) -> Tensor:
     """polar(a) b = a (a^T a)^(-1/2) b, without the factor where that costs less.
 
@@ -92,6 +95,7 @@ def polar_product(a: Tensor, b: Tensor, tol: float = DEFAULT_TOL) -> Tensor:
     return polar(x, tol).factor @ y
 
 
+@takes_arrays
 def mean_singular_value(factor: Tensor, a: Tensor) -> Tensor:
     """sum(s) / min(m, n) of each matrix as <polar(a), a> / min(m, n): no singular values are computed.
 

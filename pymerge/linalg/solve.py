@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pymerge.errors import NonFinite, NumericError
+from pymerge.ops._foreign import takes_arrays, writes_array
 from pymerge.ops.gram64 import gram64
 
 # A float32 solve is off by condition * 6e-8 (times 0.2 to 4): up to here that is a few 1e-5.
@@ -26,6 +27,7 @@ class Solved(NamedTuple):
     wide: Tensor  # bool [...]: solved in float64
 
 
+@writes_array("m")
 def solve_psd(
     m: Tensor,
     b: Tensor,
@@ -56,6 +58,7 @@ def solve_psd(
     return _corrected("solve_psd", _solve_rows("solve_psd", m, rows, precision, overwrite), u)
 
 
+@takes_arrays
 def solve_ridge(
     g: Tensor,
     z: Tensor,
@@ -92,6 +95,7 @@ def solve_ridge(
     return _corrected("solve_ridge", solved, u)
 
 
+@takes_arrays
 def condition_estimate(m: Tensor) -> Tensor:
     """Largest over smallest eigenvalue of positive definite matrices, by power steps on M and on its Cholesky factor.
 
@@ -108,6 +112,7 @@ def condition_estimate(m: Tensor) -> Tensor:
     return torch.where(failed == 0, found, torch.inf).reshape(m.shape[:-2])
 
 
+@takes_arrays
 def capped_ridge(c: Tensor, start: float, max_condition: float) -> float:
     """The smallest ridge = start * 2^k, k >= 0, with (largest + ridge) / (smallest + ridge) <= max_condition.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pymerge.linalg import _checks, _dense, _factors
 from pymerge.linalg.svd import GRAM_SIDE, ITERATED_SHARE, MODES, scaled, truncated_svd
+from pymerge.ops._foreign import takes_arrays
 from pymerge.ops.sketch import sketch
 
 SIDES = ("left", "right")
@@ -34,6 +35,7 @@ def _column_signs(u: Tensor) -> Tensor:
     return _dense.fix_signs(u, u)[0]
 
 
+@takes_arrays
 def subspace(a: Tensor, rank: int, *, side: str = "left") -> Tensor:
     """Orthonormal basis of the top `rank` left (right) singular directions: of the columns' (rows') space.
 
@@ -58,6 +60,7 @@ def subspace(a: Tensor, rank: int, *, side: str = "left") -> Tensor:
     return _stack(found, a.shape[:-2], a.new_empty((*a.shape[:-2], m, rank)))
 
 
+@takes_arrays
 def singular_values(a: Tensor) -> Tensor:
     """All singular values of each matrix, descending.
 
@@ -82,6 +85,7 @@ def singular_values(a: Tensor) -> Tensor:
     return _stack(found, a.shape[:-2], a.new_empty((*a.shape[:-2], r)))
 
 
+@takes_arrays
 def tail_subspace(a: Tensor, count: int) -> Tensor:
     """Left singular directions of the `count` smallest of the min(m, n) singular values (PAVE's discarded subspace).
 
@@ -130,6 +134,7 @@ def _far_tail(a: Tensor, count: int) -> Tensor:
     return torch.linalg.svd(a, full_matrices=False)[0][:, min(m, n) - count :]
 
 
+@takes_arrays
 def covariance_subspace(d: Tensor, c: Tensor, rank: int, *, mode: str = "exact") -> tuple[Tensor, Tensor]:
     """Top `rank` eigenpairs of D C D^T without the square root of C where that is avoidable (ESM's directions).
 

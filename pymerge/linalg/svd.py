@@ -11,6 +11,7 @@ from torch import Tensor
 from pymerge.linalg import _checks, _dense, _factors, _iteration
 from pymerge.linalg._factors import Factors
 from pymerge.linalg.svd_info import SVD, SVDInfo
+from pymerge.ops._foreign import takes_arrays
 
 MODES = ("exact", "fast")
 ROUTES = ("gram", "iteration", "full")
@@ -22,6 +23,7 @@ ITERATED_SHARE = 16  # iteration pays while rank <= side / 16
 FLOAT64_CONDITION = 1e4
 
 
+@takes_arrays
 def truncated_svd(
     a: Tensor, rank: int, *, mode: str = "exact", tol: float | None = None, seed: int = 0, route: str | None = None
 ) -> SVD:

@@ -1,6 +1,7 @@
 """The only door to native code: per operator a schema in C++, a plain PyTorch reference, a fake and a typed wrapper.
 
-An operator lives in the module of its name: `from pymerge.ops.delta_merge import delta_merge`.
+An operator lives in the module of its name: `from pymerge.ops.delta_merge import delta_merge`. Its wrapper takes arrays
+of any library with DLPack and returns that library's (`pymerge.ops._foreign`).
 
 Names are imported when they are first used: merges from disk to disk run on byte buffers and never import torch.
 """
@@ -38,16 +39,17 @@ OPERATORS = (
 )
 _HOME = {"TensorSurvey": "pymerge.ops.delta", "merge_by_rule": "pymerge.ops.delta"}
 
-__all__ = ["OPERATORS", "TensorSurvey", "merge_by_rule", "native_devices"]
+__all__ = ["OPERATORS", "TensorSurvey", "implementations", "merge_by_rule"]
 
 
-def native_devices() -> dict[str, tuple[str, ...]]:
-    """Of each operator, the devices on which it runs native code; on others its PyTorch reference runs."""
-    from pymerge.ops._load import has_kernel
+def implementations() -> dict[str, dict[str, str]]:
+    """Of each operator, what runs on "cpu" and on "cuda": native, nvrtc (its kernels, compiled by CuPy at first use)
+    or reference (plain PyTorch)."""
+    from pymerge.ops._load import implementation
 
     for name in OPERATORS:
         importlib.import_module(f"pymerge.ops.{name}")
-    return {name: tuple(device for device in ("cpu", "cuda") if has_kernel(name, device)) for name in OPERATORS}
+    return {name: {device: implementation(name, device) for device in ("cpu", "cuda")} for name in OPERATORS}
 
 
 def __getattr__(name: str) -> Any:

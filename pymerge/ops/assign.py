@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import impl, register_fake
 
 from pymerge.ops import _load  # noqa: F401
+from pymerge.ops._foreign import takes_arrays
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -95,6 +96,7 @@ def _(score, maximize, prices, tolerance):
     )
 
 
+@takes_arrays
 def assign(score: Tensor, maximize: bool, prices: Tensor | None = None, tolerance: float | None = None) -> Result:
     """The best matching of each problem of a batch; `pymerge.linalg.assign` is the friendlier form.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.library import impl, register_fake
 
 from pymerge.ops import _load  # noqa: F401
+from pymerge.ops._foreign import writes_array
 
 _MIRROR_BLOCK = 128
 
@@ -35,6 +36,7 @@ def _(cov, x, alpha=1.0, mask=None, small=False, precision="float32"):
     return None
 
 
+@writes_array("cov")
 def cov_accumulate(
     cov: Tensor,
     x: Tensor,
@@ -67,6 +69,7 @@ def cov_accumulate(
     torch.ops.pymerge.cov_accumulate(cov, x, alpha, mask, small, precision)
 
 
+@writes_array("cov")
 def cov_mirror_(cov: Tensor) -> Tensor:
     """Copies the upper triangle of each [..., n, n] matrix onto the lower one, in place; returns cov.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pymerge.ops._foreign import takes_arrays
 from pymerge.ops.delta_gram import delta_gram
 from pymerge.ops.delta_kth import delta_kth
 from pymerge.ops.delta_l1 import delta_l1
@@ -18,6 +19,7 @@ from pymerge.ops.delta_signs import delta_signs
 class TensorSurvey:
     """Answers a rule's questions about one tensor; `Survey` of `pymerge.ops.delta_rule`."""
 
+    @takes_arrays
     def __init__(self, base: Tensor | None, tuned: Sequence[Tensor]) -> None:
         self.base = base
         self.tuned = tuned
@@ -39,6 +41,7 @@ class TensorSurvey:
         return int(delta_signs(rule, self.base, self.tuned))
 
 
+@takes_arrays
 def merge_by_rule(
     rule: DeltaRule,
     base: Tensor | None,

@@ -10,6 +10,7 @@ from torch.library import impl, register_fake
 
 from pymerge.ops import _load  # noqa: F401
 from pymerge.ops import _reference as r
+from pymerge.ops._foreign import takes_arrays
 
 
 def delta_gram_reference(base: Tensor | None, tuned: list[Tensor]) -> Tensor:
@@ -25,6 +26,7 @@ def _(base, tuned):
     return tuned[0].new_empty((len(tuned), len(tuned)), dtype=torch.float64)
 
 
+@takes_arrays
 def delta_gram(base: Tensor | None, tuned: Sequence[Tensor]) -> Tensor:
     """<d_s, d_t> of the flattened d_t = tuned_t - base (base None: of tuned itself).
 

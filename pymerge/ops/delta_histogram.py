@@ -11,6 +11,7 @@ from torch.library import impl, register_fake
 from pymerge.ops import _load  # noqa: F401
 from pymerge.ops import _reference as r
 from pymerge.ops._arguments import mask_arguments
+from pymerge.ops._foreign import takes_arrays
 from pymerge.ops.delta_rule import DeltaRule
 
 COARSE_BINS, FINE_BINS, FINE_BITS = 1 << 16, 1 << 15, 15
@@ -38,6 +39,7 @@ def _(base, tuned, keep, keys, prefix):
     return tuned[0].new_empty((len(tuned), COARSE_BINS if prefix is None else FINE_BINS), dtype=torch.int64)
 
 
+@takes_arrays
 def delta_histogram(
     base: Tensor | None, tuned: Sequence[Tensor], *, prefix: Sequence[int] | None = None, mask: DeltaRule | None = None
 ) -> Tensor:

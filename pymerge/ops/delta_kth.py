@@ -11,6 +11,7 @@ from torch.library import impl, register_fake
 from pymerge.ops import _load  # noqa: F401
 from pymerge.ops import _reference as r
 from pymerge.ops._arguments import mask_arguments
+from pymerge.ops._foreign import takes_arrays
 from pymerge.ops.delta_rule import KEEP_ALL_TIES, DeltaRule
 
 
@@ -47,6 +48,7 @@ def _(base, tuned, ranks, row_length, keep, keys):
     return tuned[0].new_empty(shape, dtype=torch.float32), tuned[0].new_empty(shape, dtype=torch.int64)
 
 
+@takes_arrays
 def delta_kth(
     base: Tensor | None,
     tuned: Sequence[Tensor],

@@ -11,6 +11,7 @@ from torch.library import impl, register_fake
 from pymerge.ops import _load  # noqa: F401
 from pymerge.ops import _reference as r
 from pymerge.ops._arguments import selection_arguments
+from pymerge.ops._foreign import takes_arrays
 from pymerge.ops.delta_rule import DeltaRule
 
 
@@ -40,6 +41,7 @@ def _(base, tuned, keep, keys, row_length, top_theta, top_index, skip_theta, ski
     return tuned[0].new_empty((len(tuned), 2), dtype=torch.float64)
 
 
+@takes_arrays
 def delta_l1(rule: DeltaRule, base: Tensor | None, tuned: Sequence[Tensor]) -> Tensor:
     """(||d_t||_1, ||selected d_t||_1) of every task, d_t = tuned_t - base; the rule's cuts and mask select.
 

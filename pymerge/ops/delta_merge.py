@@ -11,6 +11,7 @@ from torch.library import impl, register_fake
 from pymerge.ops import _load  # noqa: F401
 from pymerge.ops import _reference as r
 from pymerge.ops._arguments import selection_arguments, weight_arguments
+from pymerge.ops._foreign import takes_arrays
 from pymerge.ops.delta_rule import DeltaRule
 
 
@@ -86,6 +87,7 @@ def _(base, tuned, add, *numbers):
     return out, tuned[0].new_empty((len(tuned) + 3,), dtype=torch.int64)
 
 
+@takes_arrays
 def delta_merge(
     rule: DeltaRule,
     base: Tensor | None,

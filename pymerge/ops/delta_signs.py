@@ -11,6 +11,7 @@ from torch.library import impl, register_fake
 from pymerge.ops import _load  # noqa: F401
 from pymerge.ops import _reference as r
 from pymerge.ops._arguments import selection_arguments, weight_arguments
+from pymerge.ops._foreign import takes_arrays
 from pymerge.ops.delta_rule import DeltaRule
 
 
@@ -41,6 +42,7 @@ def _(base, tuned, weights, rescales, keep, keys, row_length, top_theta, top_ind
     return tuned[0].new_empty((), dtype=torch.int64)
 
 
+@takes_arrays
 def delta_signs(rule: DeltaRule, base: Tensor | None, tuned: Sequence[Tensor]) -> Tensor:
     """sum over entries of sign(sum_t x_t), x_t as in `delta_merge`.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.library import impl, register_fake
 
 from pymerge.ops import _load  # noqa: F401
+from pymerge.ops._foreign import takes_arrays
 
 
 def finite_cast_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -22,6 +23,7 @@ def _(x, dtype):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=torch.int64)
 
 
+@takes_arrays
 def finite_cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x as `dtype`, rounded to nearest even, and how many of the results are NaN or infinite.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.library import impl, register_fake
 
 from pymerge.ops import _load  # noqa: F401
+from pymerge.ops._foreign import takes_arrays
 
 
 def gram64_reference(x: Tensor) -> Tensor:
@@ -22,6 +23,7 @@ def _(x):
     return x.new_empty((*x.shape[:-2], x.shape[-1], x.shape[-1]), dtype=torch.float64)
 
 
+@takes_arrays
 def gram64(x: Tensor) -> Tensor:
     """x^T x of each matrix of a batch, without a float64 copy of x; x x^T is gram64(x.mT), which copies nothing either.
 

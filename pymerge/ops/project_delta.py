@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import impl, register_fake
 
 from pymerge.ops import _load  # noqa: F401
+from pymerge.ops._foreign import takes_arrays
 
 Precision = Literal["fp32", "bf16x3"]
 
@@ -31,6 +32,7 @@ def _(basis, base, tuned, precision):
     return basis.new_empty((len(tuned), basis.shape[-1], tuned[0].shape[1]), dtype=torch.float32)
 
 
+@takes_arrays
 def project_delta(
     basis: Tensor, base: Tensor | None, tuned: Sequence[Tensor], *, precision: Precision = "fp32"
 ) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import impl, register_fake
 
 from pymerge.ops import _load  # noqa: F401
+from pymerge.ops._foreign import takes_arrays
 from pymerge.ops.project_delta import Precision, project_delta_reference
 
 
@@ -28,6 +29,7 @@ def _(basis, reference, base, tuned, precision):
     return basis.new_empty(shape, dtype=torch.float64), basis.new_empty(shape, dtype=torch.float64)
 
 
+@takes_arrays
 def projection_stats(
     basis: Tensor,
     reference: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import impl, register_fake
 
 from pymerge.ops import _load  # noqa: F401
+from pymerge.ops._foreign import takes_arrays
 from pymerge.ops._random import philox4x32
 
 KINDS = ("gaussian", "sparse_sign")
@@ -95,6 +96,7 @@ def _(a, width, kind, seed):
     return a.new_empty((*a.shape[:-1], width), dtype=dtype)
 
 
+@takes_arrays
 def sketch(a: Tensor, width: int, *, kind: str = "sparse_sign", seed: int = 0) -> Tensor:
     """A Omega, Omega [n, width] random, a function of (seed, row, column) alone (Philox4x32-7), the same for each
     matrix of a batch.

@@ -1,0 +1,2 @@
+// Apart from the others, whose tiles have the same names.
+#include "../cuda/cov_accumulate.cu"

@@ -1,0 +1,13 @@
+// The launchers of ../cuda for kernels that NVRTC compiles, as C++.
+#include "../cuda/assign.cu"
+#include "../cuda/delta_gram.cu"
+#include "../cuda/delta_histogram.cu"
+#include "../cuda/delta_kth.cu"
+#include "../cuda/delta_l1.cu"
+#include "../cuda/delta_merge.cu"
+#include "../cuda/delta_signs.cu"
+#include "../cuda/finite_cast.cu"
+#include "../cuda/gram64.cu"
+#include "../cuda/project_delta.cu"
+#include "../cuda/projection_stats.cu"
+#include "../cuda/sketch.cu"
