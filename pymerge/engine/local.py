@@ -117,10 +117,14 @@ def state_of(model: Any) -> Mapping[str, Any]:
 
 def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
     """What `merge` would do: every check that headers allow, nothing computed."""
-    options = options or Options()
+    return plan_with_inputs(recipe, options or Options())[0]
+
+
+def plan_with_inputs(recipe: Recipe, options: Options) -> tuple[Plan, list[dict[str, Any]]]:
+    """`plan_merge`, and the fingerprints of the inputs as merge.json has them."""
     with ExitStack() as stack:
         inputs = with_given(recipe, open_inputs(recipe, options, stack))
-        return planned(recipe, inputs, options)
+        return planned(recipe, inputs, options), [checkpoint.fingerprint() for checkpoint in inputs.all]
 
 
 def planned(
