@@ -5,6 +5,7 @@
 #   make test-slow    kills, fuzz and other tests of minutes
 #   make test-oldest  the operator libraries as built here under the oldest torch that they promise to load on
 #   make test-fusion-bench  the FusionBench adapter with FusionBench itself, in an environment of its own
+#   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
 #   make lint         ruff, clang-format, pyright
 #   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU
@@ -21,10 +22,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/* csrc/*/*)
 FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
+ATHERIS ?= atheris>=2.3
+RUNS ?= 5000
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench fusion-bench-configs lint format cuda-check bench-merge clean
+.PHONY: demo test test-slow test-oldest test-fusion-bench fuzz fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
@@ -49,6 +52,13 @@ test-fusion-bench: $(VENV)/.installed
 		"$(FUSION_BENCH)" pydantic scipy threadpoolctl pytest
 	$(VENV)-fusion-bench/bin/python -m pytest tests/integrations/test_fusion_bench.py $(PYTEST_ARGS)
 
+fuzz: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-fuzz
+	$(VENV)-fuzz/bin/python -m pip --disable-pip-version-check install --quiet "$(ATHERIS)" numpy pydantic PyYAML
+	cd $(VENV)-fuzz && for target in header index recipe adapter journal; do \
+		PYTHONPATH=.. bin/python ../tests/fuzz/run.py $$target --runs $(RUNS) 2> $$target.log | grep '^{' \
+			|| { tail -40 $$target.log; exit 1; }; done
+
 fusion-bench-configs: $(VENV)/.installed
 	$(BIN)/python tests/integrations/fusion_bench_configs.py
 
@@ -70,7 +80,7 @@ bench-merge: $(VENV)/.installed
 	$(BIN)/python benchmarks/side_by_side/merge.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-fusion-bench build dist demo-output *.egg-info pymerge/*.so
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-fusion-bench $(VENV)-fuzz build dist demo-output *.egg-info pymerge/*.so
 
 # torch alone, then what the build needs: pip must never be asked for a torch that it may choose.
 $(VENV)/.torch: Makefile

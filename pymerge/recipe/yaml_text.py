@@ -31,8 +31,9 @@ def parse_yaml(text: str, source: str) -> Any:
     """The plain data of one YAML document: dicts with text keys, lists, numbers, text, booleans, None."""
     if len(text) > MAX_CHARACTERS:
         raise RecipeError(f"{source}: {len(text)} characters; a recipe has at most {MAX_CHARACTERS}")
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)  # looks for characters that YAML forbids
         node = loader.get_single_node()
         if node is None:
             raise RecipeError(f"{source}: the recipe is empty")
@@ -43,7 +44,8 @@ def parse_yaml(text: str, source: str) -> Any:
     except (RecursionError, ValueError) as e:
         raise RecipeError(f"{source}: not a recipe: {type(e).__name__}: {e}") from e
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 class _Checker:
