@@ -105,8 +105,8 @@ class AdapterConfig:
         """Refuses a stranger's regular expression whose matching could take longer than a name is long, cubed."""
         if len(pattern) > MAX_PATTERN or REPEATED_GROUP.search(pattern) or len(REPETITION.findall(pattern)) > 3:
             raise CorruptFile(
-                f"{_shown(self.folder / CONFIG)}: {key}: {safe_name(pattern)}: at most 3 repetitions (*, +, {{}}), none "
-                f"of a group, and {MAX_PATTERN} characters: write the names of the modules"
+                f"{_shown(self.folder / CONFIG)}: {key}: {safe_name(pattern)}: at most 3 repetitions (*, +, {{}}), "
+                f"none of a group, and {MAX_PATTERN} characters: write the names of the modules"
             )
 
     def rank(self, module: str) -> int:
