@@ -11,7 +11,7 @@ CXX="${CXX:-g++}"
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-cp -r setup.py pyproject.toml README.md LICENSE csrc pymerge tests hydra_plugins "$work" 2>/dev/null || true
+cp -r setup.py pyproject.toml README.md LICENSE csrc pymerge tests benchmarks "$work"
 rm -f "$work"/pymerge/*.so
 cd "$work"
 PYMERGE_CUDA=0 PYMERGE_SANITIZE=1 PATH="$(dirname "$PYTHON"):$PATH" "$PYTHON" setup.py --quiet build_ext --inplace > build.log 2>&1 \
