@@ -7,6 +7,8 @@
 #   make test-fusion-bench  the FusionBench adapter with FusionBench itself, in an environment of its own
 #   make test-mergekit  pymerge inside mergekit and pymerge against it, in an environment of its own
 #   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
+#   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
+#   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
 #   make lint         ruff, clang-format, pyright
 #   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU (and by NVRTC, where CuPy is there)
@@ -25,11 +27,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/* csrc/*/*)
 FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
+ATHERIS ?= atheris>=2.3
+RUNS ?= 5000
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components fusion-bench-configs lint \
-	format cuda-check bench-merge clean
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components fuzz sanitize \
+	fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
@@ -70,6 +74,16 @@ test-components: $(VENV)/.installed
 		$(COMPONENTS) pydantic PyYAML rich typer scipy threadpoolctl pytest
 	$(VENV)-components/bin/python -m pytest tests/integrations/test_components_live.py $(PYTEST_ARGS)
 
+fuzz: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-fuzz
+	$(VENV)-fuzz/bin/python -m pip --disable-pip-version-check install --quiet "$(ATHERIS)" numpy pydantic PyYAML
+	cd $(VENV)-fuzz && for target in header index recipe adapter journal; do \
+		PYTHONPATH=.. bin/python ../tests/fuzz/run.py $$target --runs $(RUNS) 2> $$target.log | grep '^{' \
+			|| { tail -40 $$target.log; exit 1; }; done
+
+sanitize: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN)/python) bash csrc/sanitize.sh
+
 fusion-bench-configs: $(VENV)/.installed
 	$(BIN)/python tests/integrations/fusion_bench_configs.py
 
@@ -91,8 +105,7 @@ bench-merge: $(VENV)/.installed
 	$(BIN)/python benchmarks/side_by_side/merge.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-fusion-bench $(VENV)-mergekit $(VENV)-components build dist demo-output \
-		*.egg-info pymerge/*.so
+	rm -rf $(VENV) $(VENV)-* build dist demo-output *.egg-info pymerge/*.so
 
 # torch alone, then what the build needs: pip must never be asked for a torch that it may choose.
 $(VENV)/.torch: Makefile

@@ -4,6 +4,8 @@ pymerge/_C            host module (pybind11, no libtorch)
 pymerge/_ops.so       torch operators for the CPU (libtorch stable ABI 2.11, no Python symbol)
 pymerge/_ops_cuda.so  the same for CUDA; PYMERGE_CUDA = auto (default: if a toolkit and a CUDA torch are found) | 0 | 1
 pymerge/_ops_nvrtc.so without that: its launchers alone, for kernels that NVRTC compiles at first use from pymerge/_csrc
+
+PYMERGE_SANITIZE=1 builds the first two with AddressSanitizer and UndefinedBehaviorSanitizer (csrc/sanitize.sh).
 """
 
 import os
@@ -18,6 +20,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the latter: GCC 12's own intrinsics
 FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 HEADERS = ("common/*.h", "cuda/*.cuh")  # of csrc; all that NVRTC reads
 KERNELS = sorted(set(glob("csrc/cpu/*.cpp")) - set(glob("csrc/cpu/*_ops.cpp")))
@@ -36,10 +39,14 @@ def wants_cuda() -> bool:
 
 
 def extensions() -> list:
-    cpu = {"cxx": [*FLAGS, *STABLE_ABI]}
-    host = Pybind11Extension("pymerge._C", ["csrc/module.cpp", *KERNELS], extra_compile_args=FLAGS)
+    sanitize = SANITIZE if os.environ.get("PYMERGE_SANITIZE") == "1" else []
+    flags = [*FLAGS, *sanitize]
+    cpu = {"cxx": [*flags, *STABLE_ABI]}
+    host = Pybind11Extension(
+        "pymerge._C", ["csrc/module.cpp", *KERNELS], extra_compile_args=flags, extra_link_args=sanitize
+    )
     sources = ["csrc/schema.cpp", *glob("csrc/cpu/*_ops.cpp"), *KERNELS]
-    ops = CppExtension("pymerge._ops", sources, extra_compile_args=cpu, py_limited_api=True)
+    ops = CppExtension("pymerge._ops", sources, extra_compile_args=cpu, extra_link_args=sanitize, py_limited_api=True)
     built = [host, ops]
     if wants_cuda():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
@@ -48,9 +55,9 @@ def extensions() -> list:
         sources = sorted(glob("csrc/cuda/*.cu"))
         built.append(CUDAExtension("pymerge._ops_cuda", sources, extra_compile_args=cuda, py_limited_api=True))
     else:
-        flags = {"cxx": [*cpu["cxx"], "-DPYMERGE_NVRTC", "-Wno-unknown-pragmas"]}  # kernels are parsed, not compiled
+        nvrtc = {"cxx": [*cpu["cxx"], "-DPYMERGE_NVRTC", "-Wno-unknown-pragmas"]}  # kernels are parsed, not compiled
         sources = sorted(glob("csrc/nvrtc/*.cpp"))
-        built.append(CppExtension("pymerge._ops_nvrtc", sources, extra_compile_args=flags, py_limited_api=True))
+        built.append(CppExtension("pymerge._ops_nvrtc", sources, extra_compile_args=nvrtc, py_limited_api=True))
     return built
 
 

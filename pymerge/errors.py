@@ -4,9 +4,14 @@ from __future__ import annotations
 
 
 class MergeError(Exception):
-    """What, expected, found, where, what to do. `exit_code` is what the command line exits with."""
+    """What, expected, found, where, what to do. `exit_code` is what the command line exits with.
+
+    Names come from strangers' files: what could steer a terminal is shown by its escape sequence."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message))
 
 
 class RecipeError(MergeError):

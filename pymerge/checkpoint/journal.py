@@ -73,7 +73,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Segment]]:
     records = []
     for line in lines:
         record = _record(line)
-        if record is None:
+        if record is None or (records and not _is_segment(record)):
             break
         records.append(record)
     if not records or records[0].get("pymerge_journal") != 1 or not isinstance(records[0].get("identity"), dict):
@@ -127,7 +127,17 @@ def _record(line: bytes) -> dict[str, Any] | None:
     text = line[9:]
     if line[8:9] != b" " or line[:8] != b"%08x" % _C.crc32c(text):
         return None
-    return json.loads(text)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_segment(record: dict[str, Any]) -> bool:
+    numbers = [record.get(key) for key in ("o", "n", "c")]
+    plain = all(type(number) is int and number >= 0 for number in numbers)
+    return plain and isinstance(record.get("t"), str) and isinstance(record.get("f", {}), dict)
 
 
 def _short(value: Any) -> str:

@@ -27,6 +27,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 MAX_CONFIG = 16_000_000
+MAX_PATTERN = 2000  # characters of a regular expression over module names
+REPEATED_GROUP, REPETITION = re.compile(r"\)[*+?{]"), re.compile(r"[*+{]")
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
 # Settings under which an adapter is more than s B A on the weights of its base. Absent, null, false and empty are fine.
@@ -92,6 +94,7 @@ class AdapterConfig:
         """A number for this module: by the first pattern that its name ends with, else the default."""
         patterns = self.raw.get(pattern_key) or {}
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+            self.check_pattern(pattern_key, pattern)
             try:
                 if re.match(rf"(.*\.)?({pattern})$", module):
                     return self.number(f"{pattern_key}[{pattern!r}]", value)
@@ -99,8 +102,20 @@ class AdapterConfig:
                 raise CorruptFile(f"{_shown(self.folder / CONFIG)}: {pattern_key}: {pattern!r}: {e}") from None
         return self.number(key, self.raw.get(key, default))
 
+    def check_pattern(self, key: str, pattern: str) -> None:
+        """Refuses a stranger's regular expression whose matching could take longer than a name is long, cubed."""
+        if len(pattern) > MAX_PATTERN or REPEATED_GROUP.search(pattern) or len(REPETITION.findall(pattern)) > 3:
+            raise CorruptFile(
+                f"{_shown(self.folder / CONFIG)}: {key}: {safe_name(pattern)}: at most 3 repetitions (*, +, {{}}), "
+                f"none of a group, and {MAX_PATTERN} characters: write the names of the modules"
+            )
+
     def rank(self, module: str) -> int:
-        return int(self.of_module("r", "rank_pattern", 8, module))
+        rank = self.of_module("r", "rank_pattern", 8, module)
+        if rank < 1:
+            path = _shown(self.folder / CONFIG)
+            raise CorruptFile(f"{path}: r of {safe_name(module)} must be at least 1, found {rank}")
+        return int(rank)
 
     def scale(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) of rank-stabilised LoRA."""

@@ -236,7 +236,7 @@ class Checkpoint(Mapping[str, AnyTensor]):
         self._tensors, self._files = tensors, files
         self._token = "" if path else secrets.token_hex(16)
         self.config: dict[str, Any] | None = None
-        if folder is not None and (folder / "config.json").exists():
+        if folder is not None and os.path.lexists(folder / "config.json"):  # a broken link is no missing file
             self.config = read_json_object(folder / "config.json", MAX_CONFIG)
 
     def __getitem__(self, name: str) -> AnyTensor:

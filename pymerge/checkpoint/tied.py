@@ -24,6 +24,7 @@ OUTPUT = (
     "output.weight",
     "proj_out.weight",
 )
+TEXT_CONFIGS = ("text_config", "language_config", "llm_config")
 _ALSO_INPUT = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # T5 and BART repeat `shared` under these
 
 
@@ -34,7 +35,7 @@ def tied_pairs(model: Checkpoint) -> dict[str, str]:
     The model's config decides. Where it does not say (older configs leave out what is the default of their
     architecture), an output matrix that is not stored is tied, one that is stored is not."""
     tie = tie_setting(model.config)
-    source = _input_embedding(model)
+    source = input_embedding(model)
     if tie is False or source is None or model.config is None:
         return {}
     pairs = {}
@@ -55,13 +56,13 @@ def tie_setting(config: Mapping[str, Any] | None) -> bool | None:
     """`tie_word_embeddings` of a config, or of the text config inside it; None where neither says."""
     if config is None:
         return None
-    for part in (config, *(v for k, v in config.items() if k in ("text_config", "language_config", "llm_config"))):
+    for part in (config, *(v for k, v in config.items() if k in TEXT_CONFIGS)):
         if isinstance(part, dict) and isinstance(part.get("tie_word_embeddings"), bool):
             return part["tie_word_embeddings"]
     return None
 
 
-def _input_embedding(model: Checkpoint) -> str | None:
+def input_embedding(model: Checkpoint) -> str | None:
     """The stored input embedding of the language model; None where there is none or several could be meant."""
     for ending in ("shared.weight", *INPUT):
         found = [n for n in model if n == ending or n.endswith("." + ending)]

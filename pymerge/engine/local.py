@@ -31,7 +31,7 @@ from pymerge.engine.process import peak_memory
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import packages_of, summary_of
 from pymerge.engine.vocabulary import with_vocabulary
-from pymerge.errors import Interrupted, MergeError, RecipeError
+from pymerge.errors import InputError, Interrupted, MergeError, RecipeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.references import split_adapter
 from pymerge.version import __version__
@@ -243,8 +243,7 @@ def write_folder(
     started  on time.monotonic's clock"""
     staged = StagedOutput(out, plan.layout, same, overwrite=options.overwrite, resume=options.resume, inputs=inputs.all)
     with staged:  # whatever fails from here on lets go of the staging folder
-        executor = run_staged(plan, staged, options)
-        inputs.check_unchanged()
+        executor = run_staged(plan, inputs, staged, options)
         seconds = time.monotonic() - started
         checksums, facts = staged.checksums(), staged.facts()
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory())
@@ -268,8 +267,9 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
     } | ({"observing_threads": plan.observing_threads} if plan.observed else {})
 
 
-def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> Executor:
-    """Runs the plan; keeps what is done after a signal or a crash, removes it after an error that is sure to recur."""
+def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Options) -> Executor:
+    """Runs the plan; keeps what is done after a signal or a crash, removes it after an error that is sure to recur, and
+    where an input has changed: nobody can tell which tensors are of which."""
     stop = Stop()
     try:
         with make_progress(plan.read_bytes, options.progress) as progress:
@@ -278,6 +278,7 @@ def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> Executor:
             )
             with stopped_by_signals(stop, executor):
                 executor.run()
+        inputs.check_unchanged()
         return executor
     except Interrupted as error:
         staged.abort(keep=True)
@@ -285,8 +286,9 @@ def run_staged(plan: Plan, staged: StagedOutput, options: Options) -> Executor:
             f"stopped by signal {error.exit_code - 128}; what is finished is kept: the same command continues it",
             error.exit_code - 128,
         ) from None
-    except MergeError:
-        staged.abort(keep=False)
+    except MergeError as error:
+        read_failed = isinstance(error, InputError) and isinstance(error.__cause__, OSError)
+        staged.abort(keep=read_failed)  # a network disk may be back in a minute
         raise
     except BaseException:
         staged.abort(keep=True)

@@ -1,62 +1,129 @@
-"""Is a merged model on disk what was written? Checksums, headers, finite values."""
+"""Is a merged model on disk what was written, does it fit its config, and is it what a recipe makes?"""
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pymerge import _C
-from pymerge.checkpoint import ITEMSIZE, AnyTensor, open_checkpoint, safe_name
+from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, open_checkpoint, safe_name
+from pymerge.checkpoint.header import name_list
+from pymerge.checkpoint.index import read_json_object
+from pymerge.checkpoint.journal import differences, normal_form
+from pymerge.checkpoint.tied import TEXT_CONFIGS, input_embedding, tie_setting, tied_pairs
 from pymerge.engine.arena import Arena
 from pymerge.engine.check import FLOATS
 from pymerge.errors import CorruptFile, InputError
 
+if TYPE_CHECKING:
+    from pymerge.recipe import Recipe
+
 CHUNK = 8 << 20  # bytes read at a time
+MAX_SUMMARY = 1_000_000_000  # bytes of merge.json
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+LAYER = re.compile(r"(.*?)\.(\d+)\.")  # the stack that a tensor's layer is of, and its number in it
 LOADERS = {  # by the file that says what to load
     "model_index.json": ("diffusers", "DiffusionPipeline"),
     "modules.json": ("sentence_transformers", "SentenceTransformer"),
-    "config.json": ("transformers", "AutoModel"),
 }
 
 
-def verify(folder: str | Path, *, load: bool = False) -> dict[str, Any]:
-    """Reads every tensor of a merged model, and what the method left beside them, again and compares with merge.json.
+def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Path | None = None) -> dict[str, Any]:
+    """Reads every tensor of a merged model, and what the method left beside them, again and compares with merge.json;
+    compares the weights with config.json: tied matrices, vocabulary, number of layers.
 
-    load     also load the model, on the CPU, with transformers (AutoModel), diffusers or sentence-transformers
+    load     also load the model: with transformers by names and shapes, without the memory of its weights; pipelines
+             and sentence encoders whole, on the CPU, with diffusers or sentence-transformers
+    against  a recipe (or its YAML file): the model must be of it, of its inputs as they are now, and have the names,
+             shapes and dtypes that a merge would write
     Returns  {"tensors", "bytes"}
-    Raises   CorruptFile naming every tensor that is not what was written, or holds NaN or Inf."""
+    Raises   CorruptFile naming every tensor that is not what was written, holds NaN or Inf, or does not fit the config;
+             InputError: not made by pymerge, or not by that recipe."""
     folder = Path(folder)
     path = folder / "merge.json"
     if not path.is_file():
         raise InputError(f"{folder}: no merge.json here: only models that pymerge wrote can be verified")
-    summary = json.loads(path.read_text())
+    summary = read_json_object(path, MAX_SUMMARY)
     wanted: dict[str, str] = summary["checksums"]
     finite = summary["relaxations"].get("nonfinite") != "keep"
-    arena, problems, total = Arena(CHUNK), [], 0
+    arena, problems, total, found = Arena(CHUNK), [], 0, {}
     block = arena.take(CHUNK)
     with open_checkpoint(folder) as checkpoint:
+        if against is not None:
+            compare_with_recipe(folder, against, summary, checkpoint)
         problems += [f"{safe_name(name)}: missing" for name in wanted if name not in checkpoint]
         problems += [f"{safe_name(name)}: not in merge.json" for name in checkpoint if name not in wanted]
         for name, tensor in checkpoint.items():
-            crc, bad = scan(tensor, block.view, block.address)
+            found[name], bad = scan(tensor, block.view, block.address)
             total += tensor.nbytes
-            if name in wanted and f"{crc:08x}" != wanted[name]:
-                problems.append(f"{safe_name(name)}: checksum {crc:08x}, written was {wanted[name]}")
+            if name in wanted and f"{found[name]:08x}" != wanted[name]:
+                problems.append(f"{safe_name(name)}: checksum {found[name]:08x}, written was {wanted[name]}")
             elif bad and finite:
                 problems.append(f"{safe_name(name)}: {bad} NaN or Inf")
+        problems += config_problems(checkpoint, found)
         count = len(checkpoint)
     for name, crc in summary.get("side_checksums", {}).items():
         size, problem = scan_file(folder / name, crc, block.view, block.address)
         total += size
         problems += [f"{name}: {problem}"] if problem else []
     if problems:
-        what = "tensor(s) or file(s) are not what was written"
+        what = "problem(s); a tensor or file is not what was written, or does not fit config.json"
         raise CorruptFile(f"{folder}: {len(problems)} {what}:\n" + "\n".join(problems[:20]))
     if load:
         load_with_its_library(folder)
     return {"tensors": count, "bytes": total}
+
+
+def config_problems(model: Checkpoint, checksums: Mapping[str, int]) -> list[str]:
+    """Where weights and config.json disagree: tied matrices that differ, rows of the vocabulary, number of layers."""
+    problems = []
+    if tie_setting(model.config):
+        for name, source in tied_pairs(model).items():
+            if name in model and checksums[name] != checksums[source]:
+                problems.append(f"{safe_name(name)}: config.json ties it to {safe_name(source)}, their values differ")
+    config = model.config or {}
+    text = next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), config)
+    embedding, rows = input_embedding(model), text.get("vocab_size")
+    if embedding is not None and isinstance(rows, int) and model[embedding].shape[0] != rows:
+        problems.append(f"{safe_name(embedding)}: {model[embedding].shape[0]} rows, config.json says vocab_size {rows}")
+    stacks: dict[str, set[int]] = {}
+    for name in model:
+        if match := LAYER.match(name):
+            stacks.setdefault(match[1], set()).add(int(match[2]))
+    layers = next((text[key] for key in LAYER_COUNTS if isinstance(text.get(key), int)), None)
+    if layers is not None and len(stacks) == 1:
+        ((stack, numbers),) = stacks.items()
+        if numbers != set(range(layers)):
+            problems.append(f"{safe_name(stack)}: {len(numbers)} layers, config.json says {layers}")
+    return problems
+
+
+def compare_with_recipe(
+    folder: Path, against: Recipe | str | Path, summary: Mapping[str, Any], model: Checkpoint
+) -> None:
+    """Raises InputError with every difference between a merged model and what a recipe makes of its inputs now."""
+    from pymerge.engine.local import opened_plan
+    from pymerge.engine.plan import Options
+    from pymerge.recipe import Recipe
+
+    recipe = against if isinstance(against, Recipe) else Recipe.from_yaml(against)
+    with opened_plan(recipe, Options()) as (inputs, plan):
+        fingerprints = [checkpoint.fingerprint() for checkpoint in inputs.all]
+    asked = normal_form({"recipe": recipe.to_dict(), "inputs": fingerprints})
+    problems = differences({key: summary[key] for key in asked}, asked)
+    entries = {item.entry.name: item.entry for item in plan.items}
+    for name, entry in entries.items():
+        if name not in model:
+            problems.append(f"{safe_name(name)}: missing")
+        elif (model[name].dtype, model[name].shape) != (entry.dtype, entry.shape):
+            held, made = (f"{t.dtype} {list(t.shape)}" for t in (model[name], entry))
+            problems.append(f"{safe_name(name)}: {held}, the recipe makes {made}")
+    problems += [f"{safe_name(name)}: not of this recipe" for name in model if name not in entries]
+    if problems:
+        raise InputError(f"{folder}: not what this recipe makes:\n" + "\n".join(problems[:20]))
 
 
 def scan(tensor: AnyTensor, view: memoryview, address: int) -> tuple[int, int]:
@@ -83,15 +150,42 @@ def scan_file(path: Path, wanted: str, view: memoryview, address: int) -> tuple[
 
 
 def load_with_its_library(folder: Path) -> None:
-    library, name = next(found for file, found in LOADERS.items() if (folder / file).exists() or file == "config.json")
+    """Raises CorruptFile where the library that a model is of does not load it; InputError where there is none."""
+    library, name = next((found for file, found in LOADERS.items() if (folder / file).exists()), ("transformers", ""))
     try:
-        cls = getattr(import_module(library), name)
+        module = import_module(library)
     except ImportError as error:
         raise InputError(f"loading needs {library}: pip install {library.replace('_', '-')}") from error
     try:
         if name == "SentenceTransformer":
-            cls(str(folder), device="cpu", local_files_only=True)
+            module.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        elif name:
+            getattr(module, name).from_pretrained(str(folder), local_files_only=True)
         else:
-            cls.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+            load_with_transformers(folder, module)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CorruptFile(f"{folder}: {library} does not load it: {error}") from error
+
+
+def load_with_transformers(folder: Path, transformers: Any) -> None:
+    """Nothing is read but headers: the model is on the meta device."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        names = getattr(config, "architectures", None) or ["AutoModel"]
+        cls = getattr(transformers, names[0], transformers.AutoModel)
+        options = {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        _, report = cls.from_pretrained(folder, config=config, device_map="meta", **options)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+    odd = {
+        "lacks": sorted(report["missing_keys"]),
+        "has in another shape": sorted(k for k, *_ in report["mismatched_keys"]),
+    }
+    if any(odd.values()):
+        said = "; ".join(f"{what} {name_list(names)}" for what, names in odd.items() if names)
+        raise CorruptFile(f"{folder}: as a {cls.__name__} of its config.json it {said}")

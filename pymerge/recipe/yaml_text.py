@@ -48,8 +48,9 @@ def parse_yaml(text: str, source: str) -> Any:
 def _documents(text: str, source: str) -> list[Any]:
     if len(text) > MAX_CHARACTERS:
         raise RecipeError(f"{source}: {len(text)} characters; a recipe has at most {MAX_CHARACTERS}")
-    loader, found = yaml.SafeLoader(text), []
+    loader, found = None, []
     try:
+        loader = yaml.SafeLoader(text)  # looks for characters that YAML forbids
         while loader.check_node():
             node: Any = loader.get_node()
             _Checker(source).size(node, 0)
@@ -59,7 +60,8 @@ def _documents(text: str, source: str) -> list[Any]:
     except (RecursionError, ValueError) as e:
         raise RecipeError(f"{source}: not a recipe: {type(e).__name__}: {e}") from e
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return found
 
 

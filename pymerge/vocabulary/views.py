@@ -16,18 +16,6 @@ from pymerge.vocabulary.plan import RowPlan
 from pymerge.vocabulary.tensors import check_others, is_named
 
 
-class ViewedCheckpoint(Checkpoint):
-    """`model` with other tensors under some of its names. It uses the files of `model`, which is the one to close."""
-
-    def __init__(self, model: Checkpoint, changed: Mapping[str, AnyTensor]) -> None:
-        tensors = {name: changed.get(name, model[name]) for name in model.file_order()}
-        super().__init__(model.path, model.folder, tensors, list(model.files), pickled=model.pickled)
-        self._model = model
-
-    def fingerprint(self) -> dict[str, Any]:
-        return self._model.fingerprint()
-
-
 def with_rows(
     models: Sequence[Checkpoint],
     labels: Sequence[str],
@@ -59,7 +47,7 @@ def with_rows(
             if key not in made:
                 made[key] = RowsTensor(model[name], parts, plan.tokens, pad)
             changed[name] = made[key]
-        views.append(ViewedCheckpoint(model, changed))
+        views.append(model.viewed({name: changed.get(name, model[name]) for name in model.file_order()}))
     return views
 
 
@@ -115,4 +103,5 @@ def truncated(model: Checkpoint, size: int, rows: int) -> Checkpoint:
 
     index = {0: torch.arange(rows)}
     held = [name for name in model if is_named(name) and model[name].shape[:1] == (size,) != (rows,)]
-    return ViewedCheckpoint(model, {name: MovedTensor(name, model[name], index) for name in held}) if held else model
+    moved = {name: MovedTensor(name, model[name], index) for name in held}
+    return model.viewed({name: moved.get(name, model[name]) for name in model.file_order()}) if held else model

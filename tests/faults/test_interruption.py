@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import yaml
 
+from tests.faults.kills import COMMAND, METHODS, SHAPES, checksums, killed_and_resumed
 from tests.models import family, read_model, same
-
-SHAPES = {"embed.weight": (4000, 256)} | {f"layers.{i}.w": (512, 700 + i) for i in range(20)}
-COMMAND = [sys.executable, "-m", "pymerge.cli", "merge"]
 
 
 def recipe(tmp_path, method: str = "ties", **parameters) -> str:
@@ -35,38 +31,15 @@ def recipe(tmp_path, method: str = "ties", **parameters) -> str:
     return str(path)
 
 
-def weights(folder) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
-
-
 def run(arguments, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, **kwargs)
 
 
 @pytest.mark.slow
-def test_S39_killed_at_20_random_moments(tmp_path):
-    path, options = recipe(tmp_path), ["--memory", "300MB", "--shard-size", "3MB", "-q"]
-    assert run([path, tmp_path / "whole", *options]).returncode == 0
-    wanted = weights(tmp_path / "whole")
-    started = time.monotonic()
-    assert run([path, tmp_path / "timed", *options]).returncode == 0
-    seconds = time.monotonic() - started
-    generator, kills = random.Random(0), 0
-    for attempt in range(60):
-        if kills == 20:
-            break
-        out = tmp_path / f"out{attempt}"
-        child = subprocess.Popen([*COMMAND, path, str(out), *options])
-        time.sleep(generator.uniform(0.2, 1.0) * seconds)
-        child.send_signal(signal.SIGKILL)
-        if child.wait() == 0:
-            continue
-        kills += 1
-        assert not out.exists() or weights(out) == wanted  # killed behind the commit at the earliest
-        if not out.exists():
-            assert run([path, out, *options]).returncode == 0
-        assert weights(out) == wanted
-    assert kills == 20
+@pytest.mark.parametrize("method", METHODS)
+def test_S39_killed_at_random_moments(tmp_path, method):
+    counts = killed_and_resumed(tmp_path, method, 7, random.Random(0))
+    assert counts["kills"] == counts["identical"] == counts["resumed"] + counts["complete"] == 7
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -90,7 +63,7 @@ def test_S41_signals_stop_and_say_how_to_go_on(tmp_path, number, code):
     assert seen, "the merge was always faster than the signal"
     assert run([path, out, "-q"]).returncode == 0
     assert run([path, tmp_path / "whole", "-q"]).returncode == 0
-    assert weights(out) == weights(tmp_path / "whole")
+    assert checksums(out) == checksums(tmp_path / "whole")
 
 
 def test_S48_a_budget_below_the_floor_is_refused(tmp_path):

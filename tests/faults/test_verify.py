@@ -1,0 +1,115 @@
+"""`pymerge verify`: what was changed since the merge, what does not fit the config, what another recipe makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import pymerge
+from pymerge.errors import CorruptFile, InputError
+from tests.models import family, random_tensors, read_model, write_model
+
+SHAPES = {
+    "model.embed_tokens.weight": (64, 32),
+    **{f"model.layers.{i}.mlp.up_proj.weight": (48, 32) for i in range(2)},
+    "lm_head.weight": (64, 32),
+}
+CONFIG = {"vocab_size": 64, "num_hidden_layers": 2, "tie_word_embeddings": False}
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """A recipe of a base and two models."""
+    base, children = family(tmp_path, 2, SHAPES)
+    for folder in (base, *children):
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+    models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in children]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"merge_method": "task_arithmetic", "base_model": str(base), "models": models}))
+    return path
+
+
+@pytest.fixture
+def merged(recipe, tmp_path) -> Path:
+    pymerge.Recipe.from_yaml(recipe).run(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def refused(folder: Path, kind=CorruptFile, **options) -> str:
+    with pytest.raises(kind) as error:
+        pymerge.verify(folder, **options)
+    return str(error.value)
+
+
+def change_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_merge_is_what_its_recipe_makes(merged, recipe):
+    assert pymerge.verify(merged, against=recipe) == {"tensors": 4, "bytes": 4 * (2 * 64 + 2 * 48) * 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vocab_size": 72}, "model.embed_tokens.weight: 64 rows, config.json says vocab_size 72"),
+        ({"num_hidden_layers": 3}, "model.layers: 2 layers, config.json says 3"),
+        ({"num_hidden_layers": 1}, "model.layers: 2 layers, config.json says 1"),
+        ({"tie_word_embeddings": True}, "lm_head.weight: config.json ties it to model.embed_tokens.weight"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights(merged, change, said):
+    change_config(merged, **change)
+    assert said in refused(merged)
+
+
+def test_another_recipe_is_told_from_this_one(merged, recipe):
+    other = yaml.safe_load(recipe.read_text()) | {"parameters": {"lambda": 0.5}}
+    other["models"][0]["parameters"]["weight"] = 0.25
+    text = refused(merged, InputError, against=pymerge.Recipe.from_dict(other))
+    assert (
+        "recipe.parameters" in text
+        and "0.5" in text
+        and "recipe.models[0].parameters.weight: was 1.0, is now 0.25" in text
+    )
+
+
+def test_inputs_that_were_written_since(merged, recipe, tmp_path):
+    write_model(tmp_path / "tuned0", random_tensors(5, SHAPES), CONFIG)
+    assert "inputs[1].files" in refused(merged, InputError, against=recipe)
+
+
+def test_names_shapes_and_dtypes_of_the_recipe(merged, recipe):
+    tensors = read_model(merged)
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 16)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()
+    tensors["more"] = torch.zeros(3)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    summary = (merged / "merge.json").read_text()
+    write_model(merged, tensors, CONFIG)
+    (merged / "merge.json").write_text(summary)
+    text = refused(merged, InputError, against=recipe)
+    assert "model.layers.0.mlp.up_proj.weight: F32 [48, 16], the recipe makes F32 [48, 32]" in text
+    assert "lm_head.weight: BF16 [64, 32], the recipe makes F32 [64, 32]" in text
+    assert "model.layers.1.mlp.up_proj.weight: missing" in text and "more: not of this recipe" in text
+
+
+def test_what_transformers_would_not_load(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64)
+    for name in ("base", "tuned"):
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    out = tmp_path / "out"
+    pymerge.merge(tmp_path / "base", [tmp_path / "tuned"], method="task_arithmetic", scale=0.5, out=out)
+    pymerge.verify(out, load=True)
+    change_config(out, intermediate_size=40)
+    text = refused(out, load=True)
+    assert "LlamaForCausalLM" in text and "in another shape" in text and "mlp.up_proj.weight" in text
+    change_config(out, intermediate_size=48, attention_bias=True)
+    assert "lacks" in refused(out, load=True)
