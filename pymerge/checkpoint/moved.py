@@ -27,15 +27,11 @@ class MovedTensor:
 
     moves    axis -> int64 [size of the axis], a permutation; of axis 0 any rows, any number of them"""
 
-    __slots__ = (
-        *("_inner", "_order", "_row", "_rows", "_source", "dtype", "file", "name", "nbytes", "offset", "shape"),
-        "stored",
-    )
+    __slots__ = ("_inner", "_order", "_row", "_rows", "_source", "dtype", "file", "name", "nbytes", "offset", "shape")
 
     def __init__(self, name: str, source: AnyTensor, moves: Mapping[int, Tensor]) -> None:
         self.name, self._source = name, source
         self.dtype, self.offset = source.dtype, source.offset
-        self.stored: str = getattr(source, "stored", source.dtype)  # a merge is rounded to it at the end
         self.shape = (len(moves[0]), *source.shape[1:]) if 0 in moves else source.shape
         self.nbytes = math.prod(self.shape) * ITEMSIZE[self.dtype]
         self.file: Path | None = source.file

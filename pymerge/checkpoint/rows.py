@@ -51,7 +51,7 @@ class RowsTensor:
         dtypes = {part.source.dtype for part in parts} | {like.dtype}
         self.exact = not pad and len(dtypes) == 1 and int(self._shares.max(initial=0)) <= 1
         self.dtype = like.dtype if self.exact else "F64" if "F64" in dtypes else "F32"
-        self.stored = getattr(like, "stored", like.dtype)
+        self.stored = like.stored
         self.name, self.offset, self._count = like.name, like.offset, count
         self.shape = (count + pad, *like.shape[1:])
         self.nbytes = math.prod(self.shape) * ITEMSIZE[self.dtype]
