@@ -22,7 +22,7 @@ import yaml
 
 from pymerge import hub
 from pymerge.checkpoint import Layout, check_output_path, open_checkpoint
-from pymerge.checkpoint.index import INDEX
+from pymerge.checkpoint.index import write_index
 from pymerge.engine.local import Extras, copy_beside, identity, opened_plan, read_summary
 from pymerge.errors import MergeError, RecipeError
 from pymerge.integrations.mergekit_options import MergekitOptions
@@ -215,8 +215,9 @@ def write_skeleton(folder: Path, layout: Layout) -> None:
     """Weight files with their headers and, in place of the tensors, holes that take no room on disk."""
     folder.mkdir()
     for shard in layout.shards:
-        with open(folder / shard.file, "wb") as file:
+        path = folder / shard.file
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "wb") as file:
             file.write(shard.header)
             file.truncate(shard.size)
-    if (index := layout.index()) is not None:
-        (folder / INDEX).write_text(json.dumps(index))
+    write_index(folder, layout)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import pymerge
-from pymerge.engine.plan import resident_memory
+from pymerge.engine.process import resident_memory
 from pymerge.errors import InputError, RecipeError
 from tests.models import family, read_model, same
 

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 import pymerge
-from pymerge.engine.plan import resident_memory
+from pymerge.engine.process import resident_memory
 from tests.models import family
 
 SHAPES = {f"layers.{i}.up.weight": (64, 48) for i in range(4)} | {"norm": (48,)}
