@@ -70,8 +70,7 @@ def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Pa
         total += size
         problems += [f"{name}: {problem}"] if problem else []
     if problems:
-        what = "problem(s); a tensor or file is not what was written, or does not fit config.json"
-        raise CorruptFile(f"{folder}: {len(problems)} {what}:\n" + "\n".join(problems[:20]))
+        raise CorruptFile(f"{folder}: {len(problems)} problem(s):\n" + "\n".join(problems[:20]))
     if load:
         load_with_its_library(folder)
     return {"tensors": count, "bytes": total}

@@ -173,7 +173,7 @@ def test_verify_knows_the_file(tmp_path: Path, method: str) -> None:
     data[-1] ^= 1
     (out / name).write_bytes(data)
     with pytest.raises(
-        CorruptFile, match=f"1 tensor.s. or file.s. are not what was written:\n{name}: checksum .*, written was"
+        CorruptFile, match=f"1 problem.s.:\n{name}: checksum .*, written was"
     ):
         pymerge.verify(out)
     (out / name).unlink()
