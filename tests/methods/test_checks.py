@@ -14,7 +14,7 @@ from pymerge.errors import MergeError, RecipeError
 from pymerge.methods import REGISTRY, Combine, ElementWiseCombine, TaskGroup, TensorInfo, param, register
 from pymerge.testing import check_method
 
-GIVEN = {"slerp": {"t": 0.4}, "nuslerp": {"weight": [0.3, 0.7]}, "wudi": {"steps": 5}}
+GIVEN = {"slerp": {"t": 0.4}, "nearswap": {"t": 0.1}, "nuslerp": {"weight": [0.3, 0.7]}, "wudi": {"steps": 5}}
 PLAIN = [
     name for name in methods.list() if not methods.get(name).needs and not getattr(methods.get(name), "beside", "")
 ]
