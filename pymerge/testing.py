@@ -124,6 +124,7 @@ def check_scale(name: str, base: Model, tuned: Sequence[Model], hyperparameters:
 
 def check_parts(step: Combine, base: Tensor, tuned: Sequence[Tensor]) -> None:
     """The engine gives rows, or entries, of large tensors piece by piece."""
+    tuned = [base, *tuned] if step.base_role == "first" else tuned
     info = TensorInfo(name="w", shape=tuple(base.shape), tasks=len(tuned))
     subtracted = base if step.subtracts(True) else None
     whole = step.combine(TaskGroup(info=info, base=subtracted, tuned=tuple(tuned)))
