@@ -162,7 +162,8 @@ def test_scale_is_the_best_on_training_images(out):
 def test_merges_after_the_deadline_are_left_out(out):
     with train.quiet_and_alone():
         rows = show.evaluate_merges(out, [], Console(quiet=True), deadline=0.0)
-    assert {row["skipped"] for row in rows[2:]} == {"left to --all", "needs fisher", "needs adapters"}
+    reasons = {"left to --all", "needs fisher", "needs adapters", "takes one model"}
+    assert {row["skipped"] for row in rows[2:]} == reasons
 
 
 def test_picture_has_every_merge(tmp_path):

@@ -172,9 +172,7 @@ def test_verify_knows_the_file(tmp_path: Path, method: str) -> None:
     data = bytearray((out / name).read_bytes())
     data[-1] ^= 1
     (out / name).write_bytes(data)
-    with pytest.raises(
-        CorruptFile, match=f"1 problem.s.:\n{name}: checksum .*, written was"
-    ):
+    with pytest.raises(CorruptFile, match=f"1 problem.s.:\n{name}: checksum .*, written was"):
         pymerge.verify(out)
     (out / name).unlink()
     with pytest.raises(CorruptFile, match=f"{name}: missing"):
