@@ -189,7 +189,8 @@ def verify(
         from pymerge.engine.verify import verify as check
 
         found = check(out, load=load, against=against)
-        print(f"{out}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB, all as written")
+        of_recipe, loads = f", of {against}" if against else "", ", loads" if load else ""
+        print(f"{out}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB, all as written{of_recipe}{loads}")
 
 
 @app.command()

@@ -126,3 +126,24 @@ def test_verify_needs_a_merge(tmp_path):
     write_model(tmp_path / "m", {})
     done = run("verify", tmp_path / "m")
     assert done.returncode == 3 and "merge.json" in done.stderr
+
+
+def test_verify_says_what_it_compared(recipe, tmp_path):
+    assert run("merge", recipe(), tmp_path / "out").returncode == 0
+    checked = run("verify", tmp_path / "out", "--against", recipe())
+    assert checked.stdout.rstrip().endswith(f"all as written, of {tmp_path / 'recipe.yaml'}"), checked.stdout
+
+
+def test_models_that_are_not_there_are_not_the_same_model(recipe, tmp_path):
+    models = [{"model": f"./absent{i}", "parameters": {"weight": 0.5}} for i in range(2)]
+    found = run("plan", recipe(models=models))
+    assert found.returncode == 2 and "./absent1: no such file" in found.stderr and "listed twice" not in found.stderr
+
+
+def test_methods_are_shown_with_their_brackets(monkeypatch, capsys):
+    from pymerge.engine.describe import show_methods
+    from pymerge.methods import describe
+
+    monkeypatch.setenv("COLUMNS", "300")
+    show_methods([describe("esm")])
+    assert "U = [E_1 w_1 | ..], V = [w_1 E_1^T D_1; ..]." in capsys.readouterr().out

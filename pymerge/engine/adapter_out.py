@@ -15,6 +15,7 @@ from pymerge.checkpoint import TORCH_NAME, Checkpoint, check_output_path
 from pymerge.checkpoint.lora import CONFIG, PREFIX, WEIGHTS, AdapterCheckpoint
 from pymerge.checkpoint.place import replace_folder, staging_of, sync_tree
 from pymerge.checkpoint.tied import feeds_head
+from pymerge.engine.factored import SHARE
 from pymerge.engine.local import Inputs, open_inputs, planned, stopped_by_signals, write_summary
 from pymerge.engine.plan import Options, Plan
 from pymerge.engine.progress import make_progress
@@ -108,7 +109,8 @@ def check_rank(plan: Plan, matrices: set[str], rank: int | None) -> None:
     if whole and rank is None:
         raise RecipeError(
             f"rank (--rank): must be given, the update of {len(whole)} matrices ({whole[0]}, ...) is not made of "
-            "adapters' factors"
+            "adapters' factors: the steps need whole matrices, or the ranks of all adapters sum to more than "
+            f"1/{SHARE} of the smaller side"
         )
 
 

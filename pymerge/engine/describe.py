@@ -164,7 +164,7 @@ def show_methods(methods: list[MethodInfo]) -> None:
     for method in methods:
         data, source = ", ".join(method.needs) or "none", method.paper or method.package
         table.add_row(method.step, method.name, method.summary, data, source)
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 def plain_method(method: MethodInfo) -> dict[str, Any]:
@@ -176,11 +176,11 @@ def plain_method(method: MethodInfo) -> dict[str, Any]:
 
 
 def show_method(method: MethodInfo) -> None:
-    console = Console(highlight=False)
-    console.print(f"{method.name} ({method.step}): {method.summary}", markup=False)
+    console = Console(highlight=False, markup=False)
+    console.print(f"{method.name} ({method.step}): {method.summary}")
     console.print(f"paper: {method.paper or 'none'}; data: {', '.join(method.needs) or 'none'}; base: {method.base}")
     if method.package:
-        console.print(f"from the package {method.package}", markup=False)
+        console.print(f"from the package {method.package}")
     table = Table("parameter", "default", "in YAML", "range", "meaning", box=None, padding=(0, 2, 0, 0))
     for p in method.parameters:
         defaults = ["required" if d is None else str(d) for d in (p.default, p.mergekit_default)]
@@ -192,7 +192,7 @@ def show_info(fast: bool) -> None:
     """Versions, processor, and where each operator is native."""
     from pymerge import _C
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(f"pymerge {__version__}, Python {platform.python_version()}, {platform.platform()}")
     console.print(f"processor path {_C.cpu_level()} (PYMERGE_CPU overrides), {len(os.sched_getaffinity(0))} processors")
     console.print("transformers " + ("found" if importlib.util.find_spec("transformers") else "not installed"))

@@ -47,6 +47,8 @@ def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Pa
     if not path.is_file():
         raise InputError(f"{folder}: no merge.json here: only models that pymerge wrote can be verified")
     summary = read_json_object(path, MAX_SUMMARY)
+    if "checksums" not in summary:
+        raise InputError(f"{folder}: an adapter: only whole models can be verified. Load it with PEFT")
     wanted: dict[str, str] = summary["checksums"]
     finite = summary["relaxations"].get("nonfinite") != "keep"
     arena, problems, total, found = Arena(CHUNK), [], 0, {}

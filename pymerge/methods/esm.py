@@ -55,8 +55,9 @@ class Settings:
 @register("esm")
 @dataclass(frozen=True, kw_only=True)
 class Esm(SurveyedCombine, MatrixCombine):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """M = gain sbar(U) sbar(V) polar(U) polar(V), U = [E_1 w_1 | ..], V = [w_1 E_1^T D_1; ..], sbar the mean singular
-    value.
+    """M = gain sbar(U) sbar(V) polar(U) polar(V), U = [E_1 w_1 | ..], V = [w_1 E_1^T D_1; ..].
+
+    sbar is the mean singular value.
 
     E_t holds the top k = m / T eigenvectors of D_t G_t D_t^T, G_t = X_t^T X_t the second moment of the layer's input in
     model t; w_t = lambda^eig_power, of mean 1. Rows of V are scaled by (||D_t|| / mean)^task_power, then its columns by

@@ -67,7 +67,7 @@ def parse_reference(raw: Any, where: str, problems: Problems, *, must_exist: boo
     if not names_in(raw) and (os.path.exists(raw) or split_adapter(raw) is not None):
         return raw, raw
     found = [_folder(part, raw, where, problems) for part in _parts(raw)]
-    return raw, "+".join(part for part in found if part is not None)
+    return raw, raw if None in found else "+".join(part for part in found if part is not None)
 
 
 def _parts(text: str) -> tuple[str, ...]:

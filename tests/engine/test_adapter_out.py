@@ -144,6 +144,8 @@ def test_commands(problem: Any, tmp_path: Path) -> None:
     run = CliRunner().invoke
     done = run(app, ["merge", str(recipe), str(tmp_path / "a"), "--as-adapter", "--rank", "4"])
     assert done.exit_code == 0 and "adapter of rank 4, 3 matrices" in done.output, done.output
+    done = run(app, ["verify", str(tmp_path / "a")])
+    assert done.exit_code == 3 and isinstance(done.exception, SystemExit), done.output
     assert run(app, ["merge", str(recipe), str(tmp_path / "whole")]).exit_code == 0
     assert run(app, ["merge", str(recipe), str(tmp_path / "b"), "--rank", "4"]).exit_code == 2
     done = run(app, ["extract-lora", str(tmp_path / "whole"), str(base), "-r", "7", "-o", str(tmp_path / "c")])
