@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,7 @@ def scan_file(path: Path, wanted: str, view: memoryview, address: int) -> tuple[
 
 def load_with_its_library(folder: Path) -> None:
     """Raises CorruptFile where the library that a model is of does not load it; InputError where there is none."""
-    library, name = next((found for file, found in LOADERS.items() if (folder / file).exists()), ("transformers", ""))
+    library, name = loader_of(folder)
     try:
         module = import_module(library)
     except ImportError as error:
@@ -161,15 +162,29 @@ def load_with_its_library(folder: Path) -> None:
         if name == "SentenceTransformer":
             module.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
         elif name:
-            getattr(module, name).from_pretrained(str(folder), local_files_only=True)
+            if not hasattr(cls := getattr(module, name, None), "from_pretrained"):
+                raise CorruptFile(f"{folder}: {library} has no model class {safe_name(name)}")
+            cls.from_pretrained(str(folder), local_files_only=True)
         else:
             load_with_transformers(folder, module)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CorruptFile(f"{folder}: {library} does not load it: {error}") from error
 
 
+def loader_of(folder: Path) -> tuple[str, str]:
+    """(library, class) that loads a folder; no class: transformers chooses one."""
+    for file, found in LOADERS.items():
+        if (folder / file).exists():
+            return found
+    config = folder / "config.json"
+    name = read_json_object(config, MAX_SUMMARY).get("_class_name") if config.is_file() else None
+    return ("diffusers", name) if isinstance(name, str) else ("transformers", "")  # a component of a pipeline
+
+
 def load_with_transformers(folder: Path, transformers: Any) -> None:
-    """Nothing is read but headers: the model is on the meta device."""
+    """Nothing is read but headers: the model is on the meta device, for which transformers needs accelerate."""
+    if find_spec("accelerate") is None:
+        raise InputError("loading needs accelerate: pip install accelerate")
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import pymerge
+from pymerge.engine.verify import load_with_its_library, loader_of
 from pymerge.errors import CorruptFile, InputError
 from tests.models import family, random_tensors, read_model, write_model
 
@@ -113,3 +114,17 @@ def test_what_transformers_would_not_load(tmp_path):
     assert "LlamaForCausalLM" in text and "in another shape" in text and "mlp.up_proj.weight" in text
     change_config(out, intermediate_size=48, attention_bias=True)
     assert "lacks" in refused(out, load=True)
+
+
+def test_loading_without_accelerate_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("pymerge.engine.verify.find_spec", lambda name: None)
+    pytest.importorskip("transformers")
+    with pytest.raises(InputError, match="loading needs accelerate: pip install accelerate"):
+        load_with_its_library(tmp_path)
+
+
+def test_a_component_is_loaded_by_its_own_class(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    assert loader_of(tmp_path) == ("diffusers", "UNet2DConditionModel")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert loader_of(tmp_path) == ("transformers", "")

@@ -93,6 +93,7 @@ def test_diffusers_loads_a_merged_unet(tmp_path):
     folders = [str(tmp_path / str(i)) for i in range(3)]
     pymerge.merge(folders[0], folders[1:], **MERGE, out=tmp_path / "out")
     assert_close(type(models[0]).from_pretrained(tmp_path / "out"), expected(models[0], models[1:]))
+    pymerge.verify(tmp_path / "out", load=True)
 
 
 @pytest.fixture(scope="module")
