@@ -162,9 +162,10 @@ def load_with_its_library(folder: Path) -> None:
         if name == "SentenceTransformer":
             module.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
         elif name:
-            if not hasattr(cls := getattr(module, name, None), "from_pretrained"):
+            load_model = getattr(getattr(module, name, None), "from_pretrained", None)
+            if load_model is None:
                 raise CorruptFile(f"{folder}: {library} has no model class {safe_name(name)}")
-            cls.from_pretrained(str(folder), local_files_only=True)
+            load_model(str(folder), local_files_only=True)
         else:
             load_with_transformers(folder, module)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
