@@ -4,6 +4,7 @@
 # process that has it, and so fails the test. Leaks are not looked for: the interpreter leaves memory behind.
 #   PYTHON  interpreter with torch and what the build and the tests need (default .venv/bin/python)
 #   Arguments go to pytest; default: the tests of operators, host functions and fault row S50.
+#   (--capture=sys: what a sanitizer says goes to the descriptor, past pytest)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="$(realpath -s "${PYTHON:-.venv/bin/python}")"
@@ -22,4 +23,4 @@ export LD_PRELOAD PYTHONPATH="$work" OMP_NUM_THREADS=1
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 tests=("$@")
 [ ${#tests[@]} -gt 0 ] || tests=(tests/ops tests/faults/test_operators.py)
-"$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow and not device" "${tests[@]}"
+"$PYTHON" -m pytest -q --capture=sys -p no:cacheprovider -m "not slow and not device" "${tests[@]}"
