@@ -16,5 +16,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
     passed, failed = rows("passed"), rows("failed") | rows("error")
     if passed or failed:
-        absent = ", ".join(sorted(ROWS - passed - failed)) or "none"
-        terminalreporter.write_line(f"fault rows: {len(passed - failed)} of {len(ROWS)} passed; not run: {absent}")
+        absent = sorted(ROWS - passed - failed)
+        said = ", ".join(absent) if len(absent) <= 10 else str(len(absent))
+        terminalreporter.write_line(
+            f"fault rows: {len(passed - failed)} of {len(ROWS)} passed; not run: {said or 'none'}"
+        )
