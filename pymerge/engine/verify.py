@@ -16,6 +16,7 @@ from pymerge.checkpoint.journal import differences, normal_form
 from pymerge.checkpoint.tied import TEXT_CONFIGS, input_embedding, tie_setting, tied_pairs
 from pymerge.engine.arena import Arena
 from pymerge.engine.check import FLOATS
+from pymerge.engine.layer_config import own_layers
 from pymerge.errors import CorruptFile, InputError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK = 8 << 20  # bytes read at a time
 MAX_SUMMARY = 1_000_000_000  # bytes of merge.json
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# ALBERT's groups come first: all its layers run with their weights.
+LAYER_COUNTS = ("num_hidden_groups", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LAYER = re.compile(r"(.*?)\.(\d+)\.")  # the stack that a tensor's layer is of, and its number in it
 LOADERS = {  # by the file that says what to load
     "model_index.json": ("diffusers", "DiffusionPipeline"),
@@ -47,6 +49,8 @@ def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Pa
     if not path.is_file():
         raise InputError(f"{folder}: no merge.json here: only models that pymerge wrote can be verified")
     summary = read_json_object(path, MAX_SUMMARY)
+    if "checksums" not in summary:
+        raise InputError(f"{folder}: merge.json has no checksums: only whole models can be verified, no adapters")
     wanted: dict[str, str] = summary["checksums"]
     finite = summary["relaxations"].get("nonfinite") != "keep"
     arena, problems, total, found = Arena(CHUNK), [], 0, {}
@@ -95,7 +99,8 @@ def config_problems(model: Checkpoint, checksums: Mapping[str, int]) -> list[str
     layers = next((text[key] for key in LAYER_COUNTS if isinstance(text.get(key), int)), None)
     if layers is not None and len(stacks) == 1:
         ((stack, numbers),) = stacks.items()
-        if numbers != set(range(layers)):
+        stored = max(numbers) + 1
+        if len(numbers) != stored or own_layers(config, stored) != layers:
             problems.append(f"{safe_name(stack)}: {len(numbers)} layers, config.json says {layers}")
     return problems
 
