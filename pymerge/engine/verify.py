@@ -20,6 +20,7 @@ from pymerge.engine.layer_config import own_layers
 from pymerge.errors import CorruptFile, InputError
 
 if TYPE_CHECKING:
+    from pymerge.engine.plan import Options
     from pymerge.recipe import Recipe
 
 CHUNK = 8 << 20  # bytes read at a time
@@ -33,7 +34,13 @@ LOADERS = {  # by the file that says what to load
 }
 
 
-def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Path | None = None) -> dict[str, Any]:
+def verify(
+    folder: str | Path,
+    *,
+    load: bool = False,
+    against: Recipe | str | Path | None = None,
+    options: Options | None = None,
+) -> dict[str, Any]:
     """Reads every tensor of a merged model, and what the method left beside them, again and compares with merge.json;
     compares the weights with config.json: tied matrices, vocabulary, number of layers.
 
@@ -41,6 +48,7 @@ def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Pa
              and sentence encoders whole, on the CPU, with diffusers or sentence-transformers
     against  a recipe (or its YAML file): the model must be of it, of its inputs as they are now, and have the names,
              shapes and dtypes that a merge would write
+    options  how that recipe's models are opened: allow_pickle, prefer
     Returns  {"tensors", "bytes"}
     Raises   CorruptFile naming every tensor that is not what was written, holds NaN or Inf, or does not fit the config;
              InputError: not made by pymerge, or not by that recipe."""
@@ -57,7 +65,7 @@ def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Pa
     block = arena.take(CHUNK)
     with open_checkpoint(folder) as checkpoint:
         if against is not None:
-            compare_with_recipe(folder, against, summary, checkpoint)
+            compare_with_recipe(folder, against, summary, checkpoint, options)
         problems += [f"{safe_name(name)}: missing" for name in wanted if name not in checkpoint]
         problems += [f"{safe_name(name)}: not in merge.json" for name in checkpoint if name not in wanted]
         for name, tensor in checkpoint.items():
@@ -106,7 +114,11 @@ def config_problems(model: Checkpoint, checksums: Mapping[str, int]) -> list[str
 
 
 def compare_with_recipe(
-    folder: Path, against: Recipe | str | Path, summary: Mapping[str, Any], model: Checkpoint
+    folder: Path,
+    against: Recipe | str | Path,
+    summary: Mapping[str, Any],
+    model: Checkpoint,
+    options: Options | None,
 ) -> None:
     """Raises InputError with every difference between a merged model and what a recipe makes of its inputs now."""
     from pymerge.engine.local import opened_plan
@@ -114,7 +126,7 @@ def compare_with_recipe(
     from pymerge.recipe import Recipe
 
     recipe = against if isinstance(against, Recipe) else Recipe.from_yaml(against)
-    with opened_plan(recipe, Options()) as (inputs, plan):
+    with opened_plan(recipe, options or Options()) as (inputs, plan):
         fingerprints = [checkpoint.fingerprint() for checkpoint in inputs.all]
     asked = normal_form({"recipe": recipe.to_dict(), "inputs": fingerprints})
     problems = differences({key: summary[key] for key in asked}, asked)

@@ -89,6 +89,15 @@ def test_layers_that_are_shared_or_predict_ahead_are_no_fault(stack, layers, con
     assert f"{stack}: {layers} layers" in refused(tmp_path / "out")
 
 
+def test_a_recipe_of_pickled_models(recipe, tmp_path):
+    torch.save(read_model(tmp_path / "tuned0"), tmp_path / "tuned0/pytorch_model.bin")
+    (tmp_path / "tuned0/model.safetensors").unlink()
+    options = pymerge.Options(allow_pickle=True)
+    pymerge.Recipe.from_yaml(recipe).run(tmp_path / "out", options)
+    assert "--allow-pickle" in refused(tmp_path / "out", InputError, against=recipe)
+    assert pymerge.verify(tmp_path / "out", against=recipe, options=options)["tensors"] == 4
+
+
 def test_an_adapter_cannot_be_verified(recipe, tmp_path):
     merge_to_adapter(pymerge.Recipe.from_yaml(recipe), tmp_path / "adapter", 4)
     assert "no checksums: only whole models" in refused(tmp_path / "adapter", InputError)
