@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +17,7 @@ from pymerge.engine.arena import Arena
 from pymerge.engine.check import FLOATS
 from pymerge.engine.layer_config import own_layers
 from pymerge.errors import CorruptFile, InputError
+from pymerge.recipe.stacks import COUNT, LayerName
 
 if TYPE_CHECKING:
     from pymerge.engine.plan import Options
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 CHUNK = 8 << 20  # bytes read at a time
 MAX_SUMMARY = 1_000_000_000  # bytes of merge.json
 # ALBERT's groups come first: all its layers run with their weights.
-LAYER_COUNTS = ("num_hidden_groups", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-LAYER = re.compile(r"(.*?)\.(\d+)\.")  # the stack that a tensor's layer is of, and its number in it
+LAYER_COUNTS = ("num_hidden_groups", *COUNT)
 LOADERS = {  # by the file that says what to load
     "model_index.json": ("diffusers", "DiffusionPipeline"),
     "modules.json": ("sentence_transformers", "SentenceTransformer"),
@@ -102,8 +101,8 @@ def config_problems(model: Checkpoint, checksums: Mapping[str, int]) -> list[str
         problems.append(f"{safe_name(embedding)}: {model[embedding].shape[0]} rows, config.json says vocab_size {rows}")
     stacks: dict[str, set[int]] = {}
     for name in model:
-        if match := LAYER.match(name):
-            stacks.setdefault(match[1], set()).add(int(match[2]))
+        if (layer := LayerName.of(name)) is not None:
+            stacks.setdefault(layer.stack, set()).add(layer.number)
     layers = next((text[key] for key in LAYER_COUNTS if isinstance(text.get(key), int)), None)
     if layers is not None and len(stacks) == 1:
         ((stack, numbers),) = stacks.items()
