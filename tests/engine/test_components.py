@@ -390,3 +390,10 @@ def test_fp8_of_one_component_is_refused_by_name(folders: list[str]) -> None:
     save_file(tensors | {fc: tensors[fc].to(torch.float8_e4m3fn), f"{fc}_scale": torch.ones(1)}, place)
     with pytest.raises(UnsupportedDtype, match="component text_encoder: fp8 weights with scales"):
         pymerge.merge(folders[0], folders[1:], out="out", **MERGE)
+
+
+@pytest.mark.parametrize("keys", [{"relax": {"vocabulary": "truncate"}}, {"chat_template": "chatml"}], ids=str)
+def test_a_pipeline_has_no_one_vocabulary(folders: list[str], keys: dict) -> None:
+    """Rows would change, and the component's own config.json would not."""
+    with pytest.raises(RecipeError, match="merge the folder of one component"):
+        pymerge.merge(folders[0], folders[1:], out="out", **MERGE | keys)
