@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge import _C
 from pymerge.checkpoint.byte_tensor import ByteTensor
 from pymerge.checkpoint.header import ITEMSIZE, name_list, safe_name
+from pymerge.checkpoint.layout import component_of
 from pymerge.errors import InputError, MergeError, ShapeMismatch, UnsupportedDtype
 
 if TYPE_CHECKING:
@@ -124,6 +125,12 @@ class Reader:
         pairs = {name: scale for name in names if (scale := self.scale_of(name)) is not None}
         if not pairs:
             return self.checkpoint
+        inner = sorted({component_of(name, self.checkpoint.components) for name in pairs} - {""})
+        if inner and self.checkpoint.components:  # their config.json, by which scales are read, is not the folder's
+            raise UnsupportedDtype(
+                f"{self.where}: component {name_list(inner)}: fp8 weights with scales: merge that folder by itself, or "
+                "give the component in bfloat16"
+            )
         if (method := self.settings.get("quant_method")) not in (*METHODS, None):
             raise UnsupportedDtype(
                 f"{self.where}: fp8 weights of quant_method {method!r}, whose scales pymerge does not know (it knows "
