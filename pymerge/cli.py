@@ -182,13 +182,16 @@ def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` wrote.")],
     load: Annotated[bool, typer.Option("--load", help="Load it with its library too.")] = False,
     against: Annotated[Path | None, typer.Option(help="A recipe: is it what that makes of its inputs now?")] = None,
+    allow_pickle: AllowPickle = False,
+    prefer: Prefer = None,
     debug: Debug = False,
 ) -> None:
     """Read a merged model again: checksums of every tensor, headers, finite values, agreement with config.json."""
     with reported_errors(debug):
+        from pymerge.engine.plan import Options
         from pymerge.engine.verify import verify as check
 
-        found = check(out, load=load, against=against)
+        found = check(out, load=load, against=against, options=Options(allow_pickle=allow_pickle, prefer=prefer))
         of_recipe, loads = f", of {against}" if against else "", ", loads" if load else ""
         print(f"{out}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB, all as written{of_recipe}{loads}")
 

@@ -22,8 +22,8 @@ inline Lanes add_product(double a, Lanes b, Lanes sum) {
 
 // sums = a^T b of packed rows: a [depth][kPanel], its first kRows columns; b [depth][kPanel].
 inline void multiply(const double* a, const double* b, int64_t depth, Lanes (&sums)[kRows][kVectors]) {
-  for (auto& row : sums) {
-    for (Lanes& sum : row) sum = Lanes{};
+  for (int i = 0; i < kRows; ++i) {  // not by reference: deduction loses that 8 bytes of alignment are enough
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = Lanes{};
   }
   for (int64_t k = 0; k < depth; ++k, a += kPanel, b += kPanel) {
     Lanes right[kVectors];

@@ -48,13 +48,15 @@ def open_model(model: Model, label: str, stack: ExitStack) -> Opened:
         to_dict: Any = getattr(getattr(model, "config", None), "to_dict", dict)
         return Opened(source=model, weights=open_checkpoint(tensors_of(model)), config=to_dict(), label=label)
     weights = open_checkpoint(model)
+    if not isinstance(model, Mapping) or weights is model and weights.path is not None:
+        label = safe_name(str(weights.path))
     if weights is not model:  # one that was given open stays open
         stack.callback(weights.close)
     return Opened(
         source=model,
         weights=weights,
         config=weights.config or {},
-        label=label if isinstance(model, Mapping) else safe_name(str(model)),
+        label=label,
     )
 
 

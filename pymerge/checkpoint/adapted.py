@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pymerge.checkpoint.byte_tensor import ByteTensor
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, safe_name
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 18  # entries that are computed together, always the same ones: no bit depends on what is asked for
 
 
-class AdaptedTensor:
+class AdaptedTensor(ByteTensor):
     """weight + scale * B A, in float32 (float64 where the weight is), not rounded to the dtype of the weight.
 
     weight      the base model's tensor [m, n]
@@ -42,10 +42,6 @@ class AdaptedTensor:
         self.dtype = "F64" if weight.dtype == "F64" else "F32"
         self.stored = weight.stored  # a merge is rounded to it at the end
         self.nbytes = self.numel * ITEMSIZE[self.dtype]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     @property
     def rank(self) -> int:
@@ -87,14 +83,6 @@ class AdaptedTensor:
         raw = torch.empty(count * width, dtype=torch.uint8)
         self.weight.read_into(raw.numpy().data, first * width)
         return raw.view(getattr(torch, TORCH_NAME[self.weight.dtype]))
-
-    def load(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
-        import torch
-
-        flat = torch.empty(self.nbytes, dtype=torch.uint8)
-        self.read_into(flat.numpy().data)
-        return flat.view(getattr(torch, TORCH_NAME[self.dtype])).reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"AdaptedTensor({safe_name(self.name)}, {self.dtype}, {list(self.shape)}, rank {self.rank})"

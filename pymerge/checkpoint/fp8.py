@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge import _C
+from pymerge.checkpoint.byte_tensor import ByteTensor
 from pymerge.checkpoint.header import ITEMSIZE, name_list, safe_name
+from pymerge.checkpoint.layout import component_of
 from pymerge.errors import InputError, MergeError, ShapeMismatch, UnsupportedDtype
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pymerge.checkpoint.read import AnyTensor, Checkpoint
 
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -34,7 +34,7 @@ OF_ACTIVATIONS = """
 BLOCK = 1 << 18  # entries that are read and decoded together: they stay in the processor's cache
 
 
-class ScaledTensor:
+class ScaledTensor(ByteTensor):
     """weight * the scale of its block, in float32: a merge sees what the model computes with.
 
     weight   fp8 [..., m, n], the last two axes a matrix
@@ -51,10 +51,6 @@ class ScaledTensor:
         self.name, self.shape, self.offset = weight.name, weight.shape, 0
         self.dtype, self.stored = "F32", "BF16"
         self.nbytes = self.numel * ITEMSIZE["F32"]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     def read_into(self, view: memoryview, start: int = 0) -> None:
         """Fill `view` with bytes start .. start + len(view) of the tensor, which are whole entries."""
@@ -80,14 +76,6 @@ class ScaledTensor:
         self.scale.read_into(memoryview(raw))
         wanted = math.prod(self.shape[:-2]) * math.prod(grid(self.shape[-2:], self.block))
         return np.resize(widened(raw, self.scale.dtype), wanted).data  # one for all stands for each
-
-    def load(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
-        import torch
-
-        flat = torch.empty(self.numel)
-        self.read_into(flat.view(torch.uint8).numpy().data)
-        return flat.reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"ScaledTensor({safe_name(self.name)}, {self.weight.dtype}, {list(self.shape)}, block {self.block})"
@@ -137,6 +125,12 @@ class Reader:
         pairs = {name: scale for name in names if (scale := self.scale_of(name)) is not None}
         if not pairs:
             return self.checkpoint
+        inner = sorted({component_of(name, self.checkpoint.components) for name in pairs} - {""})
+        if inner and self.checkpoint.components:  # their config.json, by which scales are read, is not the folder's
+            raise UnsupportedDtype(
+                f"{self.where}: component {name_list(inner)}: fp8 weights with scales: merge that folder by itself, or "
+                "give the component in bfloat16"
+            )
         if (method := self.settings.get("quant_method")) not in (*METHODS, None):
             raise UnsupportedDtype(
                 f"{self.where}: fp8 weights of quant_method {method!r}, whose scales pymerge does not know (it knows "

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pymerge.checkpoint.byte_tensor import ByteTensor
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pymerge.checkpoint.read import AnyTensor
 
 
-class MadeTensor:
+class MadeTensor(ByteTensor):
     """Looks like a float32 tensor of the shape of `source`: what `make` returns for it. It is made as a whole when its
     first bytes are read, and let go when its last are.
 
@@ -28,10 +30,6 @@ class MadeTensor:
         self.nbytes = 4 * math.prod(self.shape)
         self.stored = source.stored
         self.file: Path | None = source.file
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     def read_into(self, view: memoryview, start: int = 0) -> None:
         """Fill `view` with bytes start .. start + len(view)."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pymerge import _C
-from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, safe_name
+from pymerge.checkpoint.byte_tensor import ByteTensor
+from pymerge.checkpoint.header import ITEMSIZE, safe_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ SCRATCH = 256 << 10  # bytes of rows that are put in order at a time: they stay 
 SPARSE = 4  # rows to one that is wanted, from which those in between are skipped: a read costs as much as some rows
 
 
-class MovedTensor:
+class MovedTensor(ByteTensor):
     """Looks like `source`, with entry i of an axis being entry index[i] of the source's.
 
     Memory   of a read: some times SCRATCH, or some rows if that is more
@@ -47,10 +48,6 @@ class MovedTensor:
     def stored(self) -> str:
         """The dtype that a merge is rounded to."""
         return self._source.stored
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     def read_into(self, view: memoryview, start: int = 0) -> None:
         """Fill `view` with bytes start .. start + len(view) of the tensor."""
@@ -114,14 +111,6 @@ class MovedTensor:
         import numpy as np
 
         return np.frombuffer(rows, f"u{ITEMSIZE[self.dtype]}").reshape(-1, *self._row)
-
-    def load(self) -> Tensor:
-        """The whole tensor, as stored, in memory of its own."""
-        import torch
-
-        flat = torch.empty(self.nbytes, dtype=torch.uint8)
-        self.read_into(flat.numpy().data)
-        return flat.view(getattr(torch, TORCH_NAME[self.dtype])).reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"MovedTensor({safe_name(self.name)}, {self.dtype}, {list(self.shape)})"

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint.adapted import AdaptedTensor
+from pymerge.checkpoint.byte_tensor import ByteTensor
 from pymerge.checkpoint.components import sources, stems_of
 from pymerge.checkpoint.fp8 import FP8, ScaledTensor, dequantised
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, TensorEntry, read_header, safe_name
@@ -86,7 +87,7 @@ class WeightFile:
             self.fd = -1
 
 
-class LazyTensor:
+class LazyTensor(ByteTensor):
     """A tensor in a file: name, shape, dtype (safetensors code) and place are known, its bytes are not read yet."""
 
     __slots__ = ("_source", "dtype", "name", "nbytes", "offset", "shape")
@@ -102,10 +103,6 @@ class LazyTensor:
         return self._source.path
 
     @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def stored(self) -> str:
         """The dtype that a merge is rounded to."""
         return self.dtype
@@ -119,19 +116,11 @@ class LazyTensor:
             )
         self._source.read_into(view, self.offset + start)
 
-    def load(self) -> Tensor:
-        """The whole tensor, as stored, in memory of its own."""
-        import torch
-
-        flat = torch.empty(self.nbytes, dtype=torch.uint8)
-        self.read_into(flat.numpy().data)
-        return flat.view(getattr(torch, TORCH_NAME[self.dtype])).reshape(self.shape)
-
     def __repr__(self) -> str:
         return f"LazyTensor({safe_name(self.name)}, {self.dtype}, {list(self.shape)})"
 
 
-class MemoryTensor:
+class MemoryTensor(ByteTensor):
     """A PyTorch tensor that looks like a LazyTensor."""
 
     __slots__ = ("_flat", "_tensor", "dtype", "name", "nbytes", "offset", "shape")
@@ -152,10 +141,6 @@ class MemoryTensor:
         self.nbytes = math.prod(self.shape) * ITEMSIZE[code]
         self._tensor = tensor.detach()
         self._flat: Tensor | None = None
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     @property
     def stored(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pymerge.checkpoint.byte_tensor import ByteTensor
 from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, safe_name
 from pymerge.checkpoint.moved import MovedTensor
 
@@ -26,7 +27,7 @@ class Rows(NamedTuple):
     index: Any
 
 
-class RowsTensor:
+class RowsTensor(ByteTensor):
     """Looks like `like` with `count` rows: row i is the mean of the rows that `parts` put there, zero where none does.
     `pad` rows behind these are the mean of all rows before them.
 
@@ -61,10 +62,6 @@ class RowsTensor:
             (part.places, MovedTensor(self.name, part.source, {0: torch.from_numpy(part.index)})) for part in parts
         ]
         self._mean: Tensor | None = None
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     def read_into(self, view: memoryview, start: int = 0) -> None:
         """Fill `view` with bytes start .. start + len(view) of the tensor."""
@@ -133,14 +130,6 @@ class RowsTensor:
         for begin, stop in chunks(0, self._count, self._width * ITEMSIZE[self.dtype]):
             total += self._sum(begin, stop).double().sum(0)
         return total / self._count
-
-    def load(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
-        import torch
-
-        flat = torch.empty(self.nbytes, dtype=torch.uint8)
-        self.read_into(flat.numpy().data)
-        return flat.view(getattr(torch, TORCH_NAME[self.dtype])).reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"RowsTensor({safe_name(self.name)}, {self.dtype}, {list(self.shape)})"

@@ -5,18 +5,16 @@ Each looks like a LazyTensor and reads the bytes that are asked for from where t
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint.header import ITEMSIZE, TORCH_NAME, safe_name
+from pymerge.checkpoint.byte_tensor import ByteTensor
+from pymerge.checkpoint.header import ITEMSIZE, safe_name
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pymerge.checkpoint.read import AnyTensor
 
 SCRATCH = 8 << 20  # bytes that are turned at a time
@@ -24,7 +22,7 @@ TOGETHER = 16  # rows that are turned at once: as many as the processor's cache 
 SPARSE = 4  # columns to one that is wanted, up to which a matrix is read whole
 
 
-class View:
+class View(ByteTensor):
     """What the views have in common: a place in the order of reading, whole tensors, checked ranges."""
 
     __slots__ = ("dtype", "name", "nbytes", "offset", "shape", "stored")
@@ -34,10 +32,6 @@ class View:
         self.name, self.shape, self.offset = name, tuple(shape), 0
         self.dtype, self.stored = like.dtype, like.stored
         self.nbytes = self.numel * ITEMSIZE[self.dtype]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     def read_into(self, view: memoryview, start: int = 0) -> None:
         """Fill `view` with bytes start .. start + len(view) of the tensor, which are whole entries."""
@@ -49,14 +43,6 @@ class View:
 
     def _fill(self, view: memoryview, start: int) -> None:
         raise NotImplementedError
-
-    def load(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
-        import torch
-
-        flat = torch.empty(self.nbytes, dtype=torch.uint8)
-        self.read_into(flat.numpy().data)
-        return flat.view(getattr(torch, TORCH_NAME[self.dtype])).reshape(self.shape)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({safe_name(self.name)}, {self.dtype}, {list(self.shape)})"

@@ -22,6 +22,7 @@ from pymerge.methods.linear import Linear
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.align import METHOD, Align, parse_align
 from pymerge.recipe.problems import Problems
+from pymerge.recipe.references import split_adapter
 
 if TYPE_CHECKING:
     from pymerge.align import Clusters, Permutations
@@ -74,6 +75,12 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
                 "model's folder, and the models are in memory: give batches"
             )
         check_spec(align, anchor, model)
+        for ref, _ in sources(recipe, inputs) if has_samples(align) else ():
+            if not ref.in_memory and split_adapter(ref.local) is not None:
+                raise RecipeError(
+                    f"align: {ref.path}: samples run through whole models: merge the adapter into its base first, or "
+                    "align by the weights alone, without data"
+                )
         return inputs
     from pymerge.align import Clusters, Permutations, open_permutations
 
@@ -82,6 +89,10 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
         given = type(units).__name__
         raise RecipeError(f"align: must be permutations, their file or {{method: mudsc, ...}}, got {given}")
     return aligned(recipe, inputs, units)
+
+
+def has_samples(align: Align) -> bool:
+    return align.data is not None or align.batches is not None
 
 
 def check_spec(align: Align, ref: ModelRef, model: Checkpoint) -> None:
@@ -96,7 +107,10 @@ def check_spec(align: Align, ref: ModelRef, model: Checkpoint) -> None:
 def with_found(recipe: Recipe, inputs: Inputs, options: Options) -> Inputs:
     """The inputs in the order that a search for permutations finds."""
     assert recipe.align is not None
-    models = [ref.value if ref.in_memory else ref.local for ref, _ in sources(recipe, inputs)]
+    models: list[Any] = []
+    for ref, model in sources(recipe, inputs):  # as they were opened: an adapter alone is of this recipe's base
+        on_disk = ref.local if has_samples(recipe.align) else model
+        models.append(ref.value if ref.in_memory else on_disk)
     return aligned(recipe, inputs, find(models, recipe.align, memory=options.memory_bytes))
 
 

@@ -7,14 +7,13 @@ For benchmarks: OUT is not a model, it holds the bytes of the base."""
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from pymerge import _C
 from pymerge.checkpoint import StagedOutput
 from pymerge.engine.execute import Executor, Piece, Stop
-from pymerge.engine.local import identity, open_inputs, planned
+from pymerge.engine.local import identity, opened_plan
 from pymerge.engine.pipeline import Segment
 from pymerge.engine.plan import Options
 from pymerge.engine.progress import NoProgress
@@ -33,9 +32,7 @@ class Floor(Executor):
 
 def main(recipe_path: str, out: str, options: Options) -> None:
     recipe = Recipe.from_yaml(Path(recipe_path))
-    with ExitStack() as stack:
-        inputs = open_inputs(recipe, options, stack)
-        plan = planned(recipe, inputs, options)
+    with opened_plan(recipe, options) as (inputs, plan):
         items = tuple(replace(item, mode="held" if item.mode == "held" else "tiles") for item in plan.items)
         plan = replace(plan, items=items, surveys=(), questions=(), purify_questions=(), observed=())
         staged = StagedOutput(

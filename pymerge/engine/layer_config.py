@@ -8,14 +8,25 @@ from typing import Any
 from pymerge.recipe.stacks import COUNT, COUNTS, INNER, OUTER
 
 INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "cross_attention_layers")  # lists of layers' numbers
+AHEAD = "num_nextn_predict_layers"  # stored behind the layers, numbered on: they predict tokens further ahead
 NOT_LAYERS = ("token", "architectures", "_ids", "languages", "labels")  # in names of lists of other things
+
+
+def own_layers(config: Mapping[str, Any] | None, stored: int) -> int:
+    """How many of a stack's stored layers the model runs: not those of DeepSeek-V3 and its kin that predict ahead."""
+    for place in OUTER:
+        inner = _within(config or {}, place)
+        ahead = inner.get(AHEAD)
+        if type(ahead) is int and ahead > 0 and any(inner.get(key) == stored - ahead for key in COUNT):
+            return stored - ahead
+    return stored
 
 
 def layer_changes(
     config: Mapping[str, Any], kind: str, layers: int, taken: Sequence[tuple[Mapping[str, Any], int]]
 ) -> dict[str, Any]:
-    """What changes in the config of a model with `layers` layers in the module `kind`: dotted key -> value. Empty: it
-    does not say how many there are.
+    """What changes in the config of a model that stores `layers` layers in the module `kind`: dotted key -> value.
+    Empty: it does not say how many there are.
 
     taken  of each layer of the output, the config of the model that it is from, and its place in that model"""
     changes: dict[str, Any] = {}
@@ -26,6 +37,8 @@ def layer_changes(
             continue
         dot = f"{place}." if place else ""
         changes |= {f"{dot}{key}": len(taken) for key in known}
+        if own_layers(config, layers) < layers:
+            changes[f"{dot}{AHEAD}"] = 0  # they fit behind the model's own last layer only
         counts = {layers, *(inner[key] for key in known)}
         for key, value in inner.items():
             if not isinstance(value, list) or not value or any(word in key for word in NOT_LAYERS):

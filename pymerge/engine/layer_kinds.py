@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pymerge.checkpoint import Checkpoint, safe_name
+from pymerge.engine.layer_config import own_layers
 from pymerge.engine.problems import Problems
 from pymerge.errors import MissingTensor, ShapeMismatch
 from pymerge.recipe.stacks import LayerName
@@ -14,13 +15,14 @@ SHOWN = 3
 
 
 def kinds_by_layer(model: Checkpoint, stack: str) -> dict[int, Kind]:
-    """What is in each layer of a stack."""
+    """What is in each layer of a stack that the model runs."""
     found: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
     for name, tensor in model.items():
         layer = LayerName.of(name)
         if layer is not None and layer.stack == stack:
             found.setdefault(layer.number, set()).add((layer.rest, tensor.shape))
-    return {number: frozenset(kind) for number, kind in found.items()}
+    count = own_layers(model.config, max(found) + 1)
+    return {number: frozenset(kind) for number, kind in found.items() if number < count}
 
 
 def check_kinds(

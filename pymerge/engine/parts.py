@@ -16,7 +16,7 @@ from pymerge.checkpoint.tied import tied_pairs
 from pymerge.engine.asking import asks_model, survey_scope
 from pymerge.engine.check import Checker, Entry
 from pymerge.engine.inputs import shortened
-from pymerge.engine.layer_config import layer_changes, lists_layers
+from pymerge.engine.layer_config import layer_changes, lists_layers, own_layers
 from pymerge.engine.layer_kinds import check_kinds
 from pymerge.engine.problems import Problems
 from pymerge.errors import InputError, RecipeError
@@ -225,7 +225,7 @@ class Cutter:
             model = self.find(ref)
             names = [name for name, its in self.members(model).items() if its == module.name]
             names += [name for name in self.own_heads(module) if name in self.ties[id(model)] and name not in model]
-            count = stacks_of(names).get(stack, 0)
+            count = own_layers(model.config, stacks_of(names).get(stack, 0))
             first, last = ref.layers or (0, count)
             if count == 0 or last > count:
                 text = f"{part.where}: {ref.path} has {count} layers called {safe_name(stack)}"

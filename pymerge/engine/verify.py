@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,22 +16,31 @@ from pymerge.checkpoint.journal import differences, normal_form
 from pymerge.checkpoint.tied import TEXT_CONFIGS, input_embedding, tie_setting, tied_pairs
 from pymerge.engine.arena import Arena
 from pymerge.engine.check import FLOATS
+from pymerge.engine.layer_config import own_layers
 from pymerge.errors import CorruptFile, InputError
+from pymerge.recipe.stacks import COUNT, LayerName
 
 if TYPE_CHECKING:
+    from pymerge.engine.plan import Options
     from pymerge.recipe import Recipe
 
 CHUNK = 8 << 20  # bytes read at a time
 MAX_SUMMARY = 1_000_000_000  # bytes of merge.json
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-LAYER = re.compile(r"(.*?)\.(\d+)\.")  # the stack that a tensor's layer is of, and its number in it
+# ALBERT's groups come first: all its layers run with their weights.
+LAYER_COUNTS = ("num_hidden_groups", *COUNT)
 LOADERS = {  # by the file that says what to load
     "model_index.json": ("diffusers", "DiffusionPipeline"),
     "modules.json": ("sentence_transformers", "SentenceTransformer"),
 }
 
 
-def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Path | None = None) -> dict[str, Any]:
+def verify(
+    folder: str | Path,
+    *,
+    load: bool = False,
+    against: Recipe | str | Path | None = None,
+    options: Options | None = None,
+) -> dict[str, Any]:
     """Reads every tensor of a merged model, and what the method left beside them, again and compares with merge.json;
     compares the weights with config.json: tied matrices, vocabulary, number of layers.
 
@@ -40,6 +48,7 @@ def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Pa
              and sentence encoders whole, on the CPU, with diffusers or sentence-transformers
     against  a recipe (or its YAML file): the model must be of it, of its inputs as they are now, and have the names,
              shapes and dtypes that a merge would write
+    options  how that recipe's models are opened: allow_pickle, prefer
     Returns  {"tensors", "bytes"}
     Raises   CorruptFile naming every tensor that is not what was written, holds NaN or Inf, or does not fit the config;
              InputError: not made by pymerge, or not by that recipe."""
@@ -49,14 +58,14 @@ def verify(folder: str | Path, *, load: bool = False, against: Recipe | str | Pa
         raise InputError(f"{folder}: no merge.json here: only models that pymerge wrote can be verified")
     summary = read_json_object(path, MAX_SUMMARY)
     if "checksums" not in summary:
-        raise InputError(f"{folder}: an adapter: only whole models can be verified. Load it with PEFT")
+        raise InputError(f"{folder}: merge.json has no checksums: only whole models can be verified, no adapters")
     wanted: dict[str, str] = summary["checksums"]
     finite = summary["relaxations"].get("nonfinite") != "keep"
     arena, problems, total, found = Arena(CHUNK), [], 0, {}
     block = arena.take(CHUNK)
     with open_checkpoint(folder) as checkpoint:
         if against is not None:
-            compare_with_recipe(folder, against, summary, checkpoint)
+            compare_with_recipe(folder, against, summary, checkpoint, options)
         problems += [f"{safe_name(name)}: missing" for name in wanted if name not in checkpoint]
         problems += [f"{safe_name(name)}: not in merge.json" for name in checkpoint if name not in wanted]
         for name, tensor in checkpoint.items():
@@ -93,18 +102,23 @@ def config_problems(model: Checkpoint, checksums: Mapping[str, int]) -> list[str
         problems.append(f"{safe_name(embedding)}: {model[embedding].shape[0]} rows, config.json says vocab_size {rows}")
     stacks: dict[str, set[int]] = {}
     for name in model:
-        if match := LAYER.match(name):
-            stacks.setdefault(match[1], set()).add(int(match[2]))
+        if (layer := LayerName.of(name)) is not None:
+            stacks.setdefault(layer.stack, set()).add(layer.number)
     layers = next((text[key] for key in LAYER_COUNTS if isinstance(text.get(key), int)), None)
     if layers is not None and len(stacks) == 1:
         ((stack, numbers),) = stacks.items()
-        if numbers != set(range(layers)):
+        stored = max(numbers) + 1
+        if len(numbers) != stored or own_layers(config, stored) != layers:
             problems.append(f"{safe_name(stack)}: {len(numbers)} layers, config.json says {layers}")
     return problems
 
 
 def compare_with_recipe(
-    folder: Path, against: Recipe | str | Path, summary: Mapping[str, Any], model: Checkpoint
+    folder: Path,
+    against: Recipe | str | Path,
+    summary: Mapping[str, Any],
+    model: Checkpoint,
+    options: Options | None,
 ) -> None:
     """Raises InputError with every difference between a merged model and what a recipe makes of its inputs now."""
     from pymerge.engine.local import opened_plan
@@ -112,7 +126,7 @@ def compare_with_recipe(
     from pymerge.recipe import Recipe
 
     recipe = against if isinstance(against, Recipe) else Recipe.from_yaml(against)
-    with opened_plan(recipe, Options()) as (inputs, plan):
+    with opened_plan(recipe, options or Options()) as (inputs, plan):
         fingerprints = [checkpoint.fingerprint() for checkpoint in inputs.all]
     asked = normal_form({"recipe": recipe.to_dict(), "inputs": fingerprints})
     problems = differences({key: summary[key] for key in asked}, asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pymerge.checkpoint.header import name_list
 from pymerge.engine.alignment import sources
 from pymerge.errors import RecipeError
 from pymerge.recipe import Recipe
@@ -17,6 +18,11 @@ def with_vocabulary(recipe: Recipe, inputs: Inputs) -> Inputs:
     """The inputs as `tokenizer_source`, `tokenizer`, `chat_template` and `relax: {vocabulary: truncate}` say."""
     if not recipe.other_rows and recipe.chat_template is None:
         return inputs
+    if (components := inputs.reference.components) and "" not in components:
+        raise RecipeError(
+            "tokenizers, chat templates and vocabulary rows are of one model: merge the folder of one component "
+            f"({name_list(list(components))}) with these keys, or leave them out"
+        )
     if recipe.other_rows:
         if recipe.sequential:
             what = f"{recipe.method} runs each model behind merged layers, with its own tokens"

@@ -8,14 +8,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import check_output_path, plan_side_files
-from pymerge.engine.alignment import with_given
-from pymerge.engine.local import Extras, merge_to_disk, open_inputs, planned
+from pymerge.engine.local import Extras, merge_to_disk, opened_plan
 from pymerge.engine.plan import Options
 from pymerge.engine.scaled import merge_scaled, merge_update, why_merged_anew
 from pymerge.engine.summary import packages_of
@@ -308,8 +306,7 @@ def _without(recipe: Recipe, axes: Sequence[Axis]) -> dict[str, Any]:
 
 def _inputs(recipe: Recipe, work: Path, out: Path | None, options: Options) -> dict[str, Any]:
     """Fingerprints of the inputs. Refuses now what would be refused later: inputs, plan, places of the output."""
-    with ExitStack() as stack:
-        inputs = with_given(recipe, open_inputs(recipe, options, stack))
+    with opened_plan(recipe, options) as (inputs, plan):
         check_output_path(work / "try", inputs.all)
         if out is not None:
             check_output_path(out, inputs.all, overwrite=options.overwrite)
@@ -318,10 +315,10 @@ def _inputs(recipe: Recipe, work: Path, out: Path | None, options: Options) -> d
             if own_name(work, out):
                 raise OutputError(f"{out}: the search deletes what has such a name in {work}: choose another")
         plan_side_files(inputs.reference)
-        plan = planned(recipe, inputs, options)
         return {
             "methods_from": packages_of(plan),
             "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
             "statistics": [found.fingerprint() for found in inputs.statistics],
             "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,
+            "vocabulary": inputs.vocabulary.digest if inputs.vocabulary is not None else None,
         }

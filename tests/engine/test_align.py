@@ -17,6 +17,7 @@ from pymerge.align.specs import floating_shapes, spec_for
 from pymerge.engine.scaled import why_merged_anew
 from pymerge.errors import InputError, OutputError, RecipeError
 from pymerge.recipe import Recipe
+from tests.adapters import adapted, random_factors, write_adapter
 from tests.models import interrupted_after, read_model, same, write_model
 
 transformers = pytest.importorskip("transformers")
@@ -72,7 +73,7 @@ def generator(seed):
 
 def merge(models, out, labels=("a", "moved"), base=None, **keywords):
     _, folder = models
-    found = [str(folder / label) for label in labels]
+    found = [str(folder / label) if "+" not in str(label) else label for label in labels]
     summary = pymerge.merge(folder / base if base else None, found, out=out, **{"method": "linear"} | keywords)
     return read_model(out), summary
 
@@ -334,3 +335,22 @@ def test_every_scale_of_a_search_is_a_merge_of_its_own(models):
     raw = {"base_model": str(models[1] / "base"), "models": labels, "merge_method": "task_arithmetic"}
     assert why_merged_anew(Recipe.from_dict(raw)) == ""
     assert "in one order" in why_merged_anew(Recipe.from_dict(raw | {"align": FIND}))
+
+
+@pytest.mark.parametrize("models", ["llama"], indirect=True)
+def test_adapters_are_aligned_as_they_were_opened(models, tmp_path):
+    """Over the base that the recipe says, whatever they name; samples run through whole models only."""
+    kind, folder = models
+    shapes = {"model.layers.1.mlp.up_proj.weight": (48, 32)}
+    adapter = write_adapter(tmp_path / "adapter", random_factors(0, shapes), "gone")
+    whole = {n: t.float() for n, t in adapted(read_model(folder / "moved"), random_factors(0, shapes)).items()}
+    config = json.loads((folder / "base" / "config.json").read_text())
+    write_model(tmp_path / "whole", whole, config)
+    named = f"{folder / 'moved'}+{adapter}"
+    expected, _ = merge(models, tmp_path / "expected", (folder / "a", tmp_path / "whole"), align=FIND)
+    merged, summary = merge(models, tmp_path / "out", (folder / "a", named), align=FIND)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-5)
+    assert summary["align"]["models"][0] == str(folder / "a")
+    with pytest.raises(RecipeError, match="samples run through whole models"):
+        merge(models, tmp_path / "refused", (folder / "a", named), align=search(models))

@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pymerge
-from pymerge.errors import AmbiguousModel, CorruptFile, InputError, MissingTensor, RecipeError, UnsafeFile, UnsafePath
+from pymerge.errors import (
+    AmbiguousModel,
+    CorruptFile,
+    InputError,
+    MissingTensor,
+    RecipeError,
+    UnsafeFile,
+    UnsafePath,
+    UnsupportedDtype,
+)
 from tests.components import (
     DIFFUSERS,
     ENCODER,
@@ -371,3 +380,20 @@ def test_tensors_of_plain_models_may_have_slashes(tmp_path):
     )
     with pymerge.open_checkpoint(tmp_path / "out") as found:
         assert set(found) == set(tensors) and len(found.files) == 2
+
+
+def test_fp8_of_one_component_is_refused_by_name(folders: list[str]) -> None:
+    """How its scales are read, and what is to be taken out, stands in the component's own config.json."""
+    place = Path(folders[1]) / "text_encoder/model.safetensors"
+    tensors = load_file(place)
+    fc = "text_model.layers.0.fc.weight"
+    save_file(tensors | {fc: tensors[fc].to(torch.float8_e4m3fn), f"{fc}_scale": torch.ones(1)}, place)
+    with pytest.raises(UnsupportedDtype, match="component text_encoder: fp8 weights with scales"):
+        pymerge.merge(folders[0], folders[1:], out="out", **MERGE)
+
+
+@pytest.mark.parametrize("keys", [{"relax": {"vocabulary": "truncate"}}, {"chat_template": "chatml"}], ids=str)
+def test_a_pipeline_has_no_one_vocabulary(folders: list[str], keys: dict) -> None:
+    """Rows would change, and the component's own config.json would not."""
+    with pytest.raises(RecipeError, match="merge the folder of one component"):
+        pymerge.merge(folders[0], folders[1:], out="out", **MERGE | keys)

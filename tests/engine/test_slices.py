@@ -286,6 +286,20 @@ def test_not_as_an_adapter_and_merged_anew_in_a_search(models: dict[str, Model])
     assert why_merged_anew(Recipe.from_dict(raw | {"parameters": {"weight": 1}})) == "it has slices or modules"
 
 
+def test_layers_that_predict_ahead_are_no_layers_of_the_stack() -> None:
+    """DeepSeek-V3 stores them as model.layers.N, where N is the number of layers that run."""
+    ahead = {"model.layers.2.eh_proj.weight": (24, 48), "model.layers.2.attn.weight": (24, 24)}
+    for seed, name in enumerate("xy"):
+        tensors = decoder(seed, 2) | random_tensors(seed + 5, ahead)
+        write_model(Path(name), tensors, config(2, num_nextn_predict_layers=1))
+    x, y = decoder(0, 2), decoder(1, 2)
+    assert same(merged(slices([source("x")], [source("y")])), franken((x, 0), (x, 1), (y, 0), (y, 1)))
+    written = json.loads(Path("out/config.json").read_text())
+    assert written["num_hidden_layers"] == 4 and written["num_nextn_predict_layers"] == 0
+    verify("out")
+    assert "x has 2 layers" in refused(slices([source("x", 0, 3)]))
+
+
 @pytest.fixture
 def coders() -> dict[str, Model]:
     """Two encoder-decoders: 2 layers of one, 3 of the other; their first decoder layer has a tensor more."""

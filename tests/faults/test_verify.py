@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import pymerge
+from pymerge.engine.adapter_out import merge_to_adapter
 from pymerge.engine.verify import load_with_its_library, loader_of
 from pymerge.errors import CorruptFile, InputError
 from tests.models import family, random_tensors, read_model, write_model
@@ -67,6 +68,40 @@ def test_a_merge_is_what_its_recipe_makes(merged, recipe):
 def test_a_config_that_does_not_fit_the_weights(merged, change, said):
     change_config(merged, **change)
     assert said in refused(merged)
+
+
+@pytest.mark.parametrize(
+    ("stack", "layers", "config"),
+    [
+        ("albert.encoder.albert_layer_groups", 1, {"num_hidden_layers": 12, "num_hidden_groups": 1}),
+        ("model.layers", 3, {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}),  # as DeepSeek-V3 is stored
+        ("model.layers", 2, {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}),  # as transformers saves it
+        ("model.language_model.layers", 3, {"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}}),
+    ],
+)
+def test_layers_that_are_shared_or_predict_ahead_are_no_fault(stack, layers, config, tmp_path):
+    base, (child,) = family(tmp_path, 1, {f"{stack}.{i}.up.weight": (8, 4) for i in range(layers)})
+    for folder in (base, child):
+        (folder / "config.json").write_text(json.dumps(config))
+    pymerge.merge(base, [child], method="task_arithmetic", scale=1.0, out=tmp_path / "out")
+    assert pymerge.verify(tmp_path / "out")["tensors"] == layers
+    inner = {key: value + 2 for key, value in config.get("text_config", config).items()}
+    change_config(tmp_path / "out", **({"text_config": inner} if "text_config" in config else inner))
+    assert f"{stack}: {layers} layers" in refused(tmp_path / "out")
+
+
+def test_a_recipe_of_pickled_models(recipe, tmp_path):
+    torch.save(read_model(tmp_path / "tuned0"), tmp_path / "tuned0/pytorch_model.bin")
+    (tmp_path / "tuned0/model.safetensors").unlink()
+    options = pymerge.Options(allow_pickle=True)
+    pymerge.Recipe.from_yaml(recipe).run(tmp_path / "out", options)
+    assert "--allow-pickle" in refused(tmp_path / "out", InputError, against=recipe)
+    assert pymerge.verify(tmp_path / "out", against=recipe, options=options)["tensors"] == 4
+
+
+def test_an_adapter_cannot_be_verified(recipe, tmp_path):
+    merge_to_adapter(pymerge.Recipe.from_yaml(recipe), tmp_path / "adapter", 4)
+    assert "no checksums: only whole models" in refused(tmp_path / "adapter", InputError)
 
 
 def test_another_recipe_is_told_from_this_one(merged, recipe):

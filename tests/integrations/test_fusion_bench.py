@@ -98,7 +98,7 @@ def expected_of(name, models, fisher):
         arguments["statistics"] = observed(models)
     if "fisher" in info.needs:
         arguments["fisher"] = fisher
-    if name == "slerp":
+    if name in ("slerp", "nearswap"):
         arguments["t"] = 0.3
     if info.step != "combine":
         arguments[info.step] = name
@@ -114,7 +114,7 @@ def test_packaged_config_merges_as_pymerge_does(name, models, pool, tmp_path):
     fisher = [str(tmp_path / f"{task}.safetensors") for task in "ab"]
     for path, task in zip(fisher, "ab", strict=True):
         save_file({key: value.square() for key, value in models[task].state_dict().items()}, path)
-    if name == "slerp":
+    if name in ("slerp", "nearswap"):
         config.t = 0.3
     if name == "fisher":
         config.fisher = fisher

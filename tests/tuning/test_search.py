@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import pymerge
 from pymerge.errors import EvaluationError, Interrupted, NumericError, OutputError, RecipeError
@@ -52,6 +53,26 @@ def test_the_best_scale_is_found_and_written(problem: Problem, tmp_path: Path) -
     assert summary["search"]["values"] == {"scale": value} and summary["search"]["tries"] == 14
     assert "the bytes of a merge at this scale" in summary["search"]["how"]
     assert pymerge.verify(tmp_path / "best")["tensors"] == 4
+
+
+def test_slices_are_searched(problem: Problem, tmp_path: Path) -> None:
+    """Sources that are other models than the recipe has in all, the base among them."""
+    for folder in (problem.base, *problem.models):
+        (folder / "config.json").write_text(json.dumps({"model_type": "test", "num_hidden_layers": 1}))
+        tensors = read_model(folder)
+        save_file({n: tensors[n] for n in tensors if "layers.1" not in n}, folder / "model.safetensors")
+    sources = [{"model": str(m), "layer_range": [0, 1], "parameters": {"weight": 0.5}} for m in problem.models]
+    raw = {"base_model": str(problem.base), "merge_method": "task_arithmetic", "slices": [{"sources": sources}]}
+    (tmp_path / "slices.yaml").write_text(json.dumps(raw))
+    problem.best = 0.5 * BEST
+    found = pymerge.search(
+        tmp_path / "slices.yaml", problem.parabola, {"scale": [0.5, BEST, 1.0]}, out=tmp_path / "best"
+    )
+    assert found.best.values == {"scale": BEST} and found.anew == "it has slices or modules"
+    pymerge.merge(
+        problem.base, problem.models, method="task_arithmetic", weight=0.5, scale=BEST, out=tmp_path / "whole"
+    )
+    assert same(read_model(tmp_path / "best"), read_model(tmp_path / "whole"))
 
 
 def test_models_behind_calibrate_steps_are_merged_anew(problem: Problem, tmp_path: Path) -> None:
