@@ -15,14 +15,13 @@ SHOWN = 3
 
 
 def kinds_by_layer(model: Checkpoint, stack: str) -> dict[int, Kind]:
-    """What is in each layer of a stack that the model runs."""
+    """What is in each layer of a stack."""
     found: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
     for name, tensor in model.items():
         layer = LayerName.of(name)
         if layer is not None and layer.stack == stack:
             found.setdefault(layer.number, set()).add((layer.rest, tensor.shape))
-    count = own_layers(model.config, max(found) + 1)
-    return {number: frozenset(kind) for number, kind in found.items() if number < count}
+    return {number: frozenset(kind) for number, kind in found.items()}
 
 
 def check_kinds(
@@ -39,7 +38,9 @@ def check_kinds(
 
     output  the model whose config it is, called `config`
     parts   the tensors that give each part its names, under those of the output; and what they are called"""
-    own = kinds_by_layer(output, stack)
+    stored = kinds_by_layer(output, stack)
+    count = own_layers(output.config, max(stored) + 1)
+    own = {number: kind for number, kind in stored.items() if number < count}
     for part, label in parts:
         for number, kind in kinds_by_layer(part, stack).items():
             wanted = set(own.values()) if listed else {own[min(number, max(own))]}

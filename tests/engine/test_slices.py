@@ -298,6 +298,9 @@ def test_layers_that_predict_ahead_are_no_layers_of_the_stack() -> None:
     assert written["num_hidden_layers"] == 4 and written["num_nextn_predict_layers"] == 0
     verify("out")
     assert "x has 2 layers" in refused(slices([source("x", 0, 3)]))
+    write_model(Path("z"), y | random_tensors(9, {"model.layers.0.more.weight": (8, 8)}), config(2))
+    text = refused(slices([source("x")], [source("z", 0, 1)]), ShapeMismatch)
+    assert "model.layers.2 of the output, from z[0, 1], is no such layer" in text and "more.weight" in text
 
 
 @pytest.fixture
