@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 import pymerge
 
+SOURCES = Path(pymerge.__file__).parents[1]
 MERGE = {"method": "task_arithmetic", "weight": [0.5, 0.25], "scale": 1.0}
 
 
@@ -143,7 +145,8 @@ def test_sentence_transformers_loads_a_merged_dense_layer(encoder, tmp_path):
     ]
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = [sys.executable, "-c", "from pymerge.cli import main; main()", "merge", "recipe.yaml", "out", "--quiet"]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    # pymerge is imported from the source tree in this environment, and the command runs elsewhere.
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(SOURCES)})
     loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert_close(loaded, expected(models[0], models[1:]))
     assert loaded.encode(SENTENCES).shape == (3, 32)
