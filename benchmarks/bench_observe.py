@@ -89,7 +89,7 @@ def difference(one: Path, other: Path) -> float:
 
 
 def measure(model: Path, data: Path, out: Path, options: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pymerge.cli", "observe", str(model), "--data", str(data), "-o", str(out)]
+    command = [sys.executable, "-m", "pymerge", "observe", str(model), "--data", str(data), "-o", str(out)]
     command += ["--samples", str(args.samples), "--length", str(args.length), "--batch-size", str(args.samples)]
     out.unlink(missing_ok=True)
     tools.warm([model])

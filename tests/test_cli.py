@@ -31,7 +31,7 @@ def recipe(tmp_path):
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "pymerge.cli", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "pymerge", *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_merge_then_verify(recipe, tmp_path):
@@ -99,7 +99,7 @@ def test_sizes_that_are_none(recipe, tmp_path, text):
 
 
 def test_sizes():
-    from pymerge.cli import parse_bytes
+    from pymerge.cli.options import parse_bytes
 
     texts = ("100", "1KB", "2mb", "1.5GB", "1GiB", "1e9", "512 MiB")
     assert [parse_bytes(t) for t in texts] == [100, 1000, 2_000_000, 1_500_000_000, 1 << 30, 10**9, 512 << 20]

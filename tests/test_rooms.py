@@ -30,9 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"errors", "statistics"},
     "demo": {"public", "runtime"},
     "testing": {"public", "methods", "errors"},  # for the tests of methods, ours and those of others
-    "cli_options": BELOW_REPORT,
-    "cli": BELOW_REPORT | {"cli_options", "report", "integrations", "tuning", "demo", "version", "public"},
-    "cli_mergekit": BELOW_REPORT | {"cli_options", "integrations"},
+    "cli": BELOW_REPORT | {"report", "integrations", "tuning", "demo", "version", "public"},
     "__main__": {"cli"},
 }
 # Names of `from pymerge import name` and `import pymerge`: the public API; a room by that name counts as the room.

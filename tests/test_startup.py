@@ -52,7 +52,7 @@ def test_commands_that_only_answer_are_light(arguments):
 
 @pytest.mark.parametrize("name", ["yaml", "multi"])
 def test_the_doors_of_mergekit_are_light(name):
-    code = command("--help").replace("pymerge.cli import main", f"pymerge.cli_mergekit import {name}_main as main")
+    code = command("--help").replace("pymerge.cli import main", f"pymerge.cli.mergekit import {name}_main as main")
     assert imported_after(code) == []
 
 

@@ -87,7 +87,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def pymerge_command(recipe: Path, out: Path, threads: int) -> list[str]:
-    return [sys.executable, "-m", "pymerge.cli", "merge", str(recipe), str(out), "--threads", str(threads)]
+    return [sys.executable, "-m", "pymerge", "merge", str(recipe), str(out), "--threads", str(threads)]
 
 
 def floor_command(recipe: Path, out: Path, threads: int) -> list[str]:

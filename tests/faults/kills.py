@@ -28,7 +28,7 @@ METHODS = {
     "tsv_m": (SMALL, {}),
 }
 OPTIONS = ["--memory", "400MB", "--shard-size", "3MB", "-q"]
-COMMAND = [sys.executable, "-m", "pymerge.cli", "merge"]
+COMMAND = [sys.executable, "-m", "pymerge", "merge"]
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ def refused(tmp_path):
         raw = {"merge_method": "ties", "base_model": str(base), "models": models} | keys
         recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
         recipe.write_text(yaml.safe_dump(raw))
-        command = [sys.executable, "-m", "pymerge.cli", "merge", str(recipe), str(out)]
+        command = [sys.executable, "-m", "pymerge", "merge", str(recipe), str(out)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 2 and "Traceback" not in done.stderr and not list(tmp_path.glob("out*"))

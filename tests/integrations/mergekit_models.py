@@ -53,7 +53,7 @@ def write_llamas(folder: Path, **changes: Mapping[str, Tensor]) -> None:
 
 def door(name: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs pymerge-yaml or pymerge-multi ("yaml", "multi") in a folder."""
-    code = f"from pymerge.cli_mergekit import {name}_main; {name}_main()"
+    code = f"from pymerge.cli.mergekit import {name}_main; {name}_main()"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True

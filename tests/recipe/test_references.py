@@ -234,7 +234,7 @@ def test_the_command_line_looks_where_hf_home_says(tmp_path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     for home, code in {"home": 0, "elsewhere": 2}.items():
         done = subprocess.run(
-            [sys.executable, "-m", "pymerge.cli", "plan", "r.yaml"],
+            [sys.executable, "-m", "pymerge", "plan", "r.yaml"],
             env=environment | {"HF_HOME": str(tmp_path / home), "PYTHONPATH": os.fspath(Path(__file__).parents[2])},
             capture_output=True,
             text=True,

@@ -100,7 +100,7 @@ if __name__ == "__main__":
 
 
 def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pymerge.cli", "search", *map(str, arguments)]
+    command = [sys.executable, "-m", "pymerge", "search", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pymerge.cli_options import AllowPickle, Debug, Download, Memory, Prefer, budget, print_result, reported_errors
+from pymerge.cli.options import AllowPickle, Debug, Download, Memory, Prefer, budget, print_result, reported_errors
 from pymerge.integrations.mergekit_options import NO_EFFECT, MergekitOptions
 
 SAME, OURS, IDLE = "as in mergekit", "of pymerge", "accepted, no effect, because"

@@ -1,0 +1,5 @@
+"""`python -m pymerge`, as the command `pymerge`."""
+
+from pymerge.cli import main
+
+main()

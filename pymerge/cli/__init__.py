@@ -1,0 +1,11 @@
+"""The command line; each module has the commands of one kind."""
+
+from pymerge.cli import demonstrating, looking, merging, preparing, searching
+from pymerge.cli.app import app
+
+__all__ = ["app", "demonstrating", "looking", "main", "merging", "preparing", "searching"]
+
+
+def main() -> None:
+    """Entry point of the `pymerge` command."""
+    app()

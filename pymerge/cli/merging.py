@@ -1,0 +1,169 @@
+"""Commands that merge, say what a merge would do, and check what it did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pymerge import hub
+from pymerge.cli.app import app
+from pymerge.cli.options import (
+    AllowPickle,
+    Debug,
+    Device,
+    Download,
+    Memory,
+    Prefer,
+    RecipePath,
+    ShardSize,
+    Threads,
+    budget,
+    parse_bytes,
+    print_result,
+    reported_errors,
+)
+from pymerge.errors import RecipeError
+
+
+@app.command()
+def merge(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    memory: Memory = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new model is complete.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start afresh instead of continuing an interrupted merge.")
+    ] = False,
+    allow_pickle: AllowPickle = False,
+    prefer: Prefer = None,
+    download: Download = False,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write a LoRA adapter of the base in place of a whole model.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of that adapter. Default: that of the merged ones.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Merge the models of RECIPE into the folder OUT.
+
+    OUT appears complete or not at all. An interrupted merge continues when the same command is given again.
+    """
+    with reported_errors(debug), hub.access(download=download):
+        from pymerge.engine.local import merge_to_disk
+        from pymerge.engine.plan import Options
+        from pymerge.recipe import Recipe
+
+        described = Recipe.from_yaml(recipe)
+        options = Options(
+            memory=budget(memory, described),
+            threads=threads,
+            device=device,
+            shard_bytes=parse_bytes(shard_size),
+            overwrite=overwrite,
+            resume=not restart,
+            allow_pickle=allow_pickle,
+            prefer=prefer,
+            progress=False if quiet else None,
+        )
+        if as_adapter:
+            from pymerge.engine.adapter_out import describe_adapter, merge_to_adapter
+
+            found = merge_to_adapter(described, out, rank, options)
+            return None if quiet else print(describe_adapter(out, found))
+        if rank is not None:
+            raise RecipeError("--rank goes with --as-adapter")
+        summary = merge_to_disk(described, out, options)
+        if not quiet:
+            print_result(out, summary)
+
+
+@app.command("extract-lora")
+def extract_lora(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned model.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of its base.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Adapter folder to write; must not exist.")],
+    rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Of the factors of each matrix.")] = 32,
+    exclude: Annotated[list[str] | None, typer.Option(help="Name patterns of tensors to leave at the base.")] = None,
+    memory: Memory = None,
+    threads: Threads = None,
+    allow_pickle: AllowPickle = False,
+    prefer: Prefer = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write what MODEL has more than BASE as a LoRA adapter: the best of that rank for each matrix."""
+    with reported_errors(debug):
+        from pymerge.engine.adapter_out import describe_adapter, extract
+        from pymerge.engine.plan import Options
+
+        options = Options(
+            memory=budget(memory),
+            threads=threads,
+            allow_pickle=allow_pickle,
+            prefer=prefer,
+            progress=False if quiet else None,
+        )
+        found = extract(model, base, out, rank, exclude=exclude or [], options=options)
+        if not quiet:
+            print(describe_adapter(out, found))
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    memory: Memory = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
+    allow_pickle: AllowPickle = False,
+    prefer: Prefer = None,
+    download: Download = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what `merge` would do: every problem, bytes, memory, an estimate of the time. Computes nothing."""
+    with reported_errors(debug), hub.access(download=download):
+        from pymerge.engine.describe import describe_plan, show_plan
+        from pymerge.engine.local import plan_merge
+        from pymerge.engine.plan import Options
+        from pymerge.recipe import Recipe
+
+        described = Recipe.from_yaml(recipe)
+        options = Options(
+            memory=budget(memory, described),
+            threads=threads,
+            device=device,
+            shard_bytes=parse_bytes(shard_size),
+            allow_pickle=allow_pickle,
+            prefer=prefer,
+        )
+        planned = plan_merge(described, options)
+        if as_json:
+            print(json.dumps(describe_plan(planned, options), indent=1))
+        else:
+            show_plan(planned, options)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` wrote.")],
+    load: Annotated[bool, typer.Option("--load", help="Load it with its library too.")] = False,
+    against: Annotated[Path | None, typer.Option(help="A recipe: is it what that makes of its inputs now?")] = None,
+    allow_pickle: AllowPickle = False,
+    prefer: Prefer = None,
+    debug: Debug = False,
+) -> None:
+    """Read a merged model again: checksums of every tensor, headers, finite values, agreement with config.json."""
+    with reported_errors(debug):
+        from pymerge.engine.plan import Options
+        from pymerge.engine.verify import verify as check
+
+        found = check(out, load=load, against=against, options=Options(allow_pickle=allow_pickle, prefer=prefer))
+        of_recipe, loads = f", of {against}" if against else "", ", loads" if load else ""
+        print(f"{out}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB, all as written{of_recipe}{loads}")
