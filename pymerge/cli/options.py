@@ -24,7 +24,12 @@ Memory = Annotated[
     typer.Option(help="Peak memory of the whole program, e.g. 1GB. Default: a quarter of what is free, at most 8 GB."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all processors.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, several (cuda:0,cuda:1,cpu: the CPU takes element-wise work), or auto.")
+]
+DeviceMemory = Annotated[
+    str | None, typer.Option(help="Of each device, e.g. 20GB. Default: four fifths of what is free there.")
+]
 ShardSize = Annotated[str, typer.Option(help="Largest size of an output file.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
 AllowPickle = Annotated[
@@ -48,6 +53,11 @@ def parse_bytes(text: str) -> int:
     if not match or not unit:
         raise typer.BadParameter(f"{text!r} is no size: write 800MB, 1GB or 1.5GiB")
     return int(float(match[1]) * unit)
+
+
+def bytes_of(text: str | None) -> int | None:
+    """As `parse_bytes`, where something is given."""
+    return None if text is None else parse_bytes(text)
 
 
 def budget(memory: str | None, recipe: Recipe | None = None) -> int | None:

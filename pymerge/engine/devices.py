@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 from zlib import crc32
 
+from pymerge.checkpoint import safe_name
 from pymerge.errors import MergeError, RecipeError
 
 if TYPE_CHECKING:
@@ -120,6 +121,22 @@ class Device:
         """What there is for tensors."""
         return self.budget - DEVICE_SLACK
 
+    @property
+    def seconds(self) -> float:
+        """What its work takes, about."""
+        return self.nbytes / LINK_RATE + self.flops / DEVICE_FLOP_RATE
+
+    def plain(self) -> dict[str, Any]:
+        """For people and machines."""
+        return {
+            "name": self.name,
+            "items": self.items,
+            "bytes": self.nbytes,
+            "flops": self.flops,
+            "budget_bytes": self.budget,
+            "peak_bytes": self.peak,
+        }
+
 
 def names_of(text: str) -> tuple[tuple[str, ...], bool]:
     """The devices of `cuda:0,cuda:1`, `cuda,cpu`, `auto`, and whether the CPU is among them.
@@ -176,8 +193,8 @@ def refuse_device(devices: Sequence[Device], needed: int, what: str) -> NoReturn
     largest = max(devices, key=lambda device: device.budget)
     named = ",".join(device.name for device in devices)
     raise RecipeError(
-        f"{what} needs {(needed + DEVICE_SLACK) / 1e6:.0f} MB of a device, {largest.name} has "
-        f"{largest.budget / 1e6:.0f} MB for the merge: give more with --device-memory (device_memory= in Python), or "
+        f"{what} needs {(needed + DEVICE_SLACK) / 1e6:.1f} MB of a device, {largest.name} has "
+        f"{largest.budget / 1e6:.1f} MB for the merge: give more with --device-memory (device_memory= in Python), or "
         f"name the CPU too, which then takes what does not fit: --device {named},cpu"
     )
 
@@ -235,6 +252,17 @@ def share(device: Device, work: Sequence[Sequence[Item]]) -> Device:
         nbytes=sum(item.read_bytes + item.count * item.out_width for item in items),
         flops=sum(item.flops for item in items),
     )
+
+
+def remarks(items: Sequence[Item], devices: Sequence[Device]) -> list[str]:
+    """What a device is not given."""
+    kept = [item for item in items if item.mode == "generic" and item.device == HOST and not item.factored]
+    if not devices or not kept:
+        return []
+    return [
+        f"{len(kept)} matrices are merged on the CPU, {safe_name(kept[0].entry.name)} the first: a device's memory "
+        "does not hold them, or the whole model is asked about what is behind their steps"
+    ]
 
 
 def placement(items: Sequence[Item]) -> str:

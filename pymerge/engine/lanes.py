@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -82,6 +82,10 @@ class Lanes:
                 stack.callback(backend.synchronize)
             self.stack = stack.pop_all()
         return self
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What was planned, and what was taken in truth."""
+        return [lane.device.plain() | {"taken_bytes": self.peaks[name]} for name, lane in self.of.items()]
 
     def __exit__(self, *exc: object) -> None:
         self.peaks = {name: lane.backend.peak_bytes() for name, lane in self.of.items()}

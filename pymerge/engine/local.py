@@ -236,6 +236,8 @@ def write_folder(
         seconds = time.monotonic() - started
         checksums, facts = staged.checksums(), staged.facts()
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory())
+        if executor.lanes is not None:
+            summary["devices"] = executor.lanes.summary()
         staged.commit(lambda folder: side_files(folder, executor, summary))
     return summary
 

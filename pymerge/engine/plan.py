@@ -24,7 +24,7 @@ from pymerge.engine.asking import (
     survey_scope,
 )
 from pymerge.engine.check import Entry, check, tensor_counts
-from pymerge.engine.devices import HOST, Device, devices_of, placed, refuse_device
+from pymerge.engine.devices import HOST, Device, devices_of, placed, refuse_device, remarks
 from pymerge.engine.expert_matrices import Part
 from pymerge.engine.factored import factored_item, rank_sum, weight_under
 from pymerge.engine.joined import joined
@@ -384,7 +384,7 @@ def make_plan(
         items=tuple(items),
         layout=layout,
         arena_bytes=planner.arena_bytes,
-        notes=notes,
+        notes=[*notes, *remarks(items, devices)],
         item_threads=max(1, options.thread_count // beside),
         at_once=at_once,
         observed=live,
