@@ -64,7 +64,7 @@ def merge(
 
         described = Recipe.from_yaml(recipe)
         options = Options(
-            memory=budget(memory, described),
+            memory=budget(memory, described, device),
             threads=threads,
             device=device,
             device_memory=bytes_of(device_memory),
@@ -141,7 +141,7 @@ def plan(
 
         described = Recipe.from_yaml(recipe)
         options = Options(
-            memory=budget(memory, described),
+            memory=budget(memory, described, device),
             threads=threads,
             device=device,
             device_memory=bytes_of(device_memory),

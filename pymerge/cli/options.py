@@ -60,8 +60,9 @@ def bytes_of(text: str | None) -> int | None:
     return None if text is None else parse_bytes(text)
 
 
-def budget(memory: str | None, recipe: Recipe | None = None) -> int | None:
+def budget(memory: str | None, recipe: Recipe | None = None, device: str = "cpu") -> int | None:
     """What `--memory` leaves for the merge: the option counts the whole program."""
+    from pymerge.engine.devices import start
     from pymerge.engine.process import resident_memory
 
     if memory is None:
@@ -70,6 +71,7 @@ def budget(memory: str | None, recipe: Recipe | None = None) -> int | None:
         from pymerge.statistics.stream import load_libraries
 
         load_libraries()
+    start(device)
     return parse_bytes(memory) - resident_memory()
 
 

@@ -61,7 +61,7 @@ def search(
         from pymerge.tuning.show import describe
 
         options = Options(
-            memory=budget(memory, Recipe.from_yaml(recipe)),
+            memory=budget(memory, Recipe.from_yaml(recipe), device),
             threads=threads,
             device=device,
             device_memory=bytes_of(device_memory),

@@ -189,6 +189,12 @@ def devices_of(text: str, memory: int | None) -> tuple[tuple[Device, ...], bool]
     return tuple(devices), host
 
 
+def start(text: str) -> None:
+    """Loads the libraries of the devices named, which are memory of the program before they are of a merge."""
+    for name in names_of(text)[0]:
+        backend_of(name).free_bytes()
+
+
 def refuse_device(devices: Sequence[Device], needed: int, what: str) -> NoReturn:
     largest = max(devices, key=lambda device: device.budget)
     named = ",".join(device.name for device in devices)

@@ -392,6 +392,6 @@ def make_plan(
         surveys=tuple(groups.values()),
         purify_questions=purify_questions(items),
         devices=devices,
-        pinned_bytes=planner.arena_bytes if devices else 0,
+        pinned_bytes=min(planner.arena_bytes, sum(i.block_bytes(i.count) for i in items if i.device != HOST)),
         questions=tuple(by_steps([i for i in items if i.mode == "generic" and asks_model(i.entry.steps)]).values()),
     )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import threading
+import json
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pymerge
-from pymerge.engine.arena import Arena, Closed
+from pymerge.cli import app
 from pymerge.engine.describe import describe_plan
 from pymerge.engine.devices import (
     BACKENDS,
     DEVICE_SLACK,
-    IN_FLIGHT,
     Device,
     DeviceMemoryError,
     cost,
@@ -24,7 +25,6 @@ from pymerge.engine.devices import (
     placed,
     together,
 )
-from pymerge.engine.lanes import Lane, Lanes
 from pymerge.engine.local import plan_merge
 from pymerge.engine.plan import Options
 from pymerge.errors import OutputError, RecipeError
@@ -253,6 +253,22 @@ def test_the_plan_says_what_a_device_gets_and_the_summary_what_it_took(tmp_path,
     assert {made.limit for made in fakes.made if made.limit is not None} == {row["budget_bytes"] for row in described}
 
 
+def test_the_command_line(tmp_path, models, fakes):
+    base, tuned = models
+    recipe = {"base_model": str(base), "models": [{"model": str(m)} for m in tuned], "merge_method": "tsv_m"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+
+    def run(*arguments: str) -> str:
+        return CliRunner().invoke(app, [arguments[0], str(tmp_path / "recipe.yaml"), *arguments[1:]]).output
+
+    shown = run("plan", "--device", "fake,fake:1,cpu", "--device-memory", "1GB", "--threads", "2")
+    rows = re.findall(r"^fake:\d +(\d+) items, .* GB of memory there *$", shown, re.MULTILINE)
+    assert len(rows) == 2 and sum(map(int, rows)) == 16
+    rows = json.loads(run("plan", "--device", "auto", "--device-memory", "1GB", "--memory", "2GB", "--json"))["devices"]
+    assert [row["budget_bytes"] for row in rows] == [10**9, 10**9]
+    assert "fake:7' cannot be used here" in run("merge", str(tmp_path / "out"), "--device", "fake:7")
+
+
 # what may go wrong
 
 
@@ -296,97 +312,3 @@ def test_bad_numbers_on_a_device(tmp_path, models, fakes):
     with pytest.raises(pymerge.errors.NonFinite, match="layers.2.up.weight"):
         pymerge.merge(read_model(base), [bad], method="tsv_m", options=Options(device="fake"))
     assert all(not made.pinned and not made.pending for made in fakes.made)
-
-
-# what is in flight
-
-
-class Fake(SimpleNamespace):
-    """A piece, as a lane sees it: one input and one output in an arena's block."""
-
-
-def piece(lane: Lane, values: list[float], workspace: int = 0) -> Fake:
-    block = lane.arena.take(8 * len(values))
-    half = 4 * len(values)
-    torch.frombuffer(block.view[:half], dtype=torch.float32).copy_(torch.tensor(values))
-    item = SimpleNamespace(
-        workspace=workspace, resident_bytes=lambda n: 8 * n, entry=SimpleNamespace(name="x", dtype="F32")
-    )
-    return Fake(
-        item=item,
-        count=len(values),
-        inputs=((block.address, "F32"),),
-        input_views=(block.view[:half],),
-        out_view=block.view[half : 2 * half],
-    )
-
-
-def lanes_of(fakes, room: int) -> Lanes:
-    device = Device(name="fake:0", budget=1 << 40, peak=DEVICE_SLACK + room, items=1)
-    return Lanes([device], 1 << 20, Arena(4096))
-
-
-def doubled(job) -> None:
-    for one in job.pieces:
-        (x,) = job.inputs(one)
-        job.put(one, x * 2)
-
-
-def values_of(one) -> list[float]:
-    return torch.frombuffer(one.out_view, dtype=torch.float32).tolist()
-
-
-def test_inputs_are_sent_while_others_are_computed_and_results_wait_for_their_event(fakes):
-    with lanes_of(fakes, 1000) as lanes:
-        lane = lanes.of["fake:0"]
-        first, second = piece(lane, [1.0, 2.0]), piece(lane, [3.0, 4.0])
-        jobs = [lane.stage([first]), lane.stage([second])]
-        assert not jobs[1].sent[0].isfinite().any()  # under way
-        jobs[0].run(lambda: doubled(jobs[0]))
-        assert values_of(first) == [0.0, 0.0]  # not here before its event
-        jobs[1].run(lambda: doubled(jobs[1]))
-        for job, one, expected in zip(jobs, (first, second), ([2.0, 4.0], [6.0, 8.0]), strict=True):
-            job.finish()
-            assert values_of(one) == expected
-        assert lane.backend.log == ["send", "send", "compute", "fetch", "compute", "fetch"]
-        assert lane.backend.allocated == 0 and not lane.jobs
-
-
-def test_a_buffer_that_is_used_again_too_early_is_noticed(fakes):
-    with pytest.raises(AssertionError, match="used again"), lanes_of(fakes, 1000) as lanes:
-        lane = lanes.of["fake:0"]
-        one = piece(lane, [1.0, 2.0])
-        job = lane.stage([one])
-        torch.frombuffer(one.input_views[0], dtype=torch.float32).zero_()
-        job.run(lambda: doubled(job))
-
-
-@pytest.mark.parametrize(("room", "workspace", "held"), [(1000, 0, IN_FLIGHT), (48, 16, 2), (16, 0, 1), (40, 16, 1)])
-def test_staging_waits_for_room(fakes, room, workspace, held):
-    """Pieces take 16 bytes and a workspace that only the one which is computed needs."""
-    with lanes_of(fakes, room) as lanes:
-        lane = lanes.of["fake:0"]
-        jobs = [lane.stage([piece(lane, [1.0, 2.0], workspace)]) for _ in range(held)]
-        staged = []
-        waiting = threading.Thread(target=lambda: staged.append(lane.stage([last])))
-        last = piece(lane, [5.0, 6.0], workspace)
-        assert not lane.has_room(SimpleNamespace(resident=16, workspace=workspace))
-        waiting.start()
-        jobs[0].run(lambda: doubled(jobs[0]))
-        assert not staged
-        jobs[0].finish()
-        waiting.join()
-        for job in [*jobs[1:], *staged]:
-            job.run(lambda job=job: doubled(job))
-            job.finish()
-        assert values_of(last) == [10.0, 12.0]
-        assert lane.backend.peak <= room
-
-
-def test_who_waits_for_room_is_told_when_the_merge_stops(fakes):
-    with lanes_of(fakes, 16) as lanes:
-        lane = lanes.of["fake:0"]
-        lane.stage([piece(lane, [1.0, 2.0])])
-        lane.arena.close()
-        with pytest.raises(Closed):
-            lane.stage([SimpleNamespace(count=2, item=SimpleNamespace(workspace=0, resident_bytes=lambda n: 8 * n))])
