@@ -44,6 +44,7 @@ class CudaBackend:
             yield
         finally:
             torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+            torch.cuda.empty_cache()  # a merge that comes next in this process asks what is free
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) - self.before

@@ -117,8 +117,8 @@ def show_plan(plan: Plan, options: Options) -> None:
     for device in facts.get("devices", ()):
         table.add_row(
             device["name"],
-            f"{device['items']} items, {device['bytes'] / 1e9:.2f} GB there and back, "
-            f"{device['flops'] / 1e9:.2f} GFLOP, at most {device['peak_bytes'] / 1e9:.2f} GB of memory there",
+            f"{device['items']} items, {device['bytes'] / 1e9:.2f} GB, {device['flops'] / 1e9:.2f} GFLOP, "
+            f"memory at most {device['peak_bytes'] / 1e9:.2f} GB",
         )
     table.add_row("together", f"about {seconds['total']:.1f} s (the three overlap)")
     table.add_row("memory", f"at most {facts['memory_limit'] / 1e9:.2f} GB")

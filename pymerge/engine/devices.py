@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 from zlib import crc32
 
 from pymerge.checkpoint import safe_name
-from pymerge.errors import MergeError, RecipeError
+from pymerge.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +31,6 @@ DEVICE_SLACK: Final = 256 << 20  # of a device's budget: workspaces of its libra
 # Only the balance between devices depends on these.
 LINK_RATE: Final = 25e9  # bytes a second to or from a device
 DEVICE_FLOP_RATE: Final = 1e12  # of the steps for matrices, mostly decompositions
-
-
-class DeviceMemoryError(MergeError):
-    """A device ran out of memory in the middle; what is finished is kept."""
 
 
 class Event(Protocol):

@@ -358,6 +358,7 @@ class Executor:
         """Reads a batch and has `question(pieces, place)` answered where they are merged."""
         block, pieces = self.load(batch)
         device = pieces[0].item.device
+        job = None if device == HOST else self.stage(pieces)
 
         def work() -> None:
             if job is None:
@@ -368,7 +369,6 @@ class Executor:
             self.feed.release(piece.item for piece in pieces)
             block.release()
 
-        job = None if device == HOST else self.stage(pieces)
         self.pipeline.submit(work, device=device)
 
     def tile(self, piece: Piece) -> tuple[Tile, Any]:

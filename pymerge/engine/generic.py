@@ -234,7 +234,7 @@ def on_host(answer: Any) -> Any:
     """An answer that can be joined with those from other devices."""
     if isinstance(answer, Tensor):
         return answer.cpu()
-    return tuple(map(on_host, answer)) if isinstance(answer, tuple) else answer
+    return type(answer)(map(on_host, answer)) if type(answer) in (tuple, list) else answer
 
 
 def load(plan: Plan, piece: Piece, place: Place) -> list[Tensor]:

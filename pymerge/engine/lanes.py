@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pymerge.checkpoint import safe_name
 from pymerge.engine.arena import Arena, Closed
-from pymerge.engine.devices import DEVICE_SLACK, IN_FLIGHT, Backend, Device, DeviceMemoryError, Event, backend_of
+from pymerge.engine.devices import DEVICE_SLACK, IN_FLIGHT, Backend, Device, Event, backend_of
+from pymerge.errors import DeviceMemoryError
 
 if TYPE_CHECKING:
     from pymerge.engine.piece import Piece
@@ -132,8 +133,8 @@ class Lane:
             raise DeviceMemoryError(
                 f"{self.device.name} ran out of memory at {safe_name(pieces[0].item.entry.name)}: at most "
                 f"{self.device.peak / 1e6:.0f} MB were to be taken there, {self.backend.free_bytes() / 1e6:.0f} MB are "
-                "free now. What is finished is kept: when the device's other programs have ended, the same command "
-                f"continues; or start anew with less --device-memory or another --device ({error})"
+                "free now. A merge to disk keeps what is finished: when the device's other programs have ended, the "
+                f"same command continues; or start anew with another --device ({error})"
             ) from error
 
 

@@ -22,7 +22,7 @@ from pymerge.engine.alignment import Alignment, with_found, with_given
 from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
 from pymerge.engine.components import check_components
-from pymerge.engine.devices import HOST, DeviceMemoryError, names_of, placement
+from pymerge.engine.devices import HOST, names_of, placement
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.layouts import with_layouts
@@ -32,7 +32,7 @@ from pymerge.engine.process import peak_memory
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import packages_of, summary_of
 from pymerge.engine.vocabulary import with_vocabulary
-from pymerge.errors import InputError, Interrupted, MergeError
+from pymerge.errors import DeviceMemoryError, InputError, Interrupted, MergeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.references import split_adapter
 from pymerge.version import __version__

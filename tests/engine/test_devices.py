@@ -18,7 +18,6 @@ from pymerge.engine.devices import (
     BACKENDS,
     DEVICE_SLACK,
     Device,
-    DeviceMemoryError,
     cost,
     devices_of,
     names_of,
@@ -27,7 +26,7 @@ from pymerge.engine.devices import (
 )
 from pymerge.engine.local import plan_merge
 from pymerge.engine.plan import Options
-from pymerge.errors import OutputError, RecipeError
+from pymerge.errors import DeviceMemoryError, OutputError, RecipeError
 from pymerge.recipe import Recipe
 from tests.engine.fake_device import FakeBackend, fake_devices
 from tests.models import family, interrupted_after, read_model, same
@@ -262,7 +261,7 @@ def test_the_command_line(tmp_path, models, fakes):
         return CliRunner().invoke(app, [arguments[0], str(tmp_path / "recipe.yaml"), *arguments[1:]]).output
 
     shown = run("plan", "--device", "fake,fake:1,cpu", "--device-memory", "1GB", "--threads", "2")
-    rows = re.findall(r"^fake:\d +(\d+) items, .* GB of memory there *$", shown, re.MULTILINE)
+    rows = re.findall(r"^fake:\d +(\d+) items, .*, memory at most 0.27 GB *$", shown, re.MULTILINE)
     assert len(rows) == 2 and sum(map(int, rows)) == 16
     rows = json.loads(run("plan", "--device", "auto", "--device-memory", "1GB", "--memory", "2GB", "--json"))["devices"]
     assert [row["budget_bytes"] for row in rows] == [10**9, 10**9]

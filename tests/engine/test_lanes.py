@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -110,3 +111,66 @@ def test_who_waits_for_room_is_told_when_the_merge_stops(fakes):
         lane.arena.close()
         with pytest.raises(Closed):
             lane.stage([SimpleNamespace(count=2, item=SimpleNamespace(workspace=0, resident_bytes=lambda n: 8 * n))])
+
+
+def test_what_a_cuda_device_is_told_in_order(monkeypatch):
+    """No device is here: streams, events and the runtime only write down what they are asked."""
+    from pymerge.engine.cuda import CudaBackend
+
+    told = []
+
+    class Stream:
+        def __init__(self, device):
+            self.name = f"stream {sum('made' in one for one in told)}"
+            told.append((self.name, "made"))
+
+        def wait_event(self, event):
+            told.append((self.name, "waits for", event.name))
+
+        def synchronize(self):
+            told.append((self.name, "synchronized"))
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking
+            self.name = f"event {sum('records' in one for one in told)}"
+
+        def record(self, stream):
+            told.append((stream.name, "records", self.name))
+
+    @contextmanager
+    def inside(stream):
+        told.append((stream.name, "in"))
+        yield
+        told.append((stream.name, "out"))
+
+    runtime = SimpleNamespace(cudaHostRegister=lambda *given: told.append(given) or 0, cudaHostUnregister=lambda at: 1)
+    runtime.cudaGetErrorString, runtime.cudaError = "error {}".format, int
+    for name, value in {"Stream": Stream, "Event": Event, "stream": inside, "cudart": lambda: runtime}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    backend = CudaBackend(0)
+    backend.device = torch.device("cpu")
+    source, place = torch.arange(3.0), torch.zeros(3)
+    (sent,), arrived = backend.send([source])
+    with backend.computing(arrived):
+        backend.fetch([(sent + 1, place)])
+    assert torch.equal(place, source + 1)
+    copies, computes = "stream 0", "stream 1"
+    assert told[2:] == [
+        (copies, "in"),
+        (copies, "records", "event 0"),
+        (copies, "out"),
+        (computes, "in"),
+        (computes, "waits for", "event 0"),
+        (computes, "records", "event 1"),
+        (copies, "in"),
+        (copies, "waits for", "event 1"),
+        (copies, "records", "event 2"),
+        (copies, "out"),
+        (computes, "out"),
+    ]
+    backend.synchronize()
+    backend.pin(4096, 8192)
+    assert told[-3:] == [(copies, "synchronized"), (computes, "synchronized"), (4096, 8192, 1)]
+    with pytest.raises(RuntimeError, match="cudaHostUnregister: error 1"):
+        backend.unpin(4096)
