@@ -11,6 +11,7 @@ import tomllib
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -33,7 +34,8 @@ class Page:
     def __init__(self, folder: Path) -> None:
         self.world = World(folder)
         self.folder = folder
-        self.variables: dict[str, Any] = {"__name__": "__page__"}
+        self.module = ModuleType("code_blocks_of_a_page")  # dataclasses look for the module that they are in
+        self.variables: dict[str, Any] = self.module.__dict__
         self.recipes: dict[str, dict[str, Any]] = {}  # the last one of each section
 
     def run(self, block: Block) -> None:

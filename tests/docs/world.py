@@ -66,7 +66,7 @@ class World:
             made[name] = lambda path, seed=seed: llama(path, seed, num_hidden_layers=32, hidden_size=16)
         for seed, name in enumerate(("stable-diffusion", "anime", "photo")):
             made[name] = lambda path, seed=seed: self._pipeline(path, seed)
-        return made | {"samples.jsonl": self._texts}
+        return made | {"samples.jsonl": self._texts, "recipe.yaml": self._recipe}
 
     def need(self, text: str) -> None:
         """Make what this text names, by whole words."""
@@ -119,6 +119,12 @@ class World:
     def _fisher(self, path: Path) -> None:
         tensors = read_model(self.make(path.name.partition(".")[0]))
         save_file({name: tensor.square() for name, tensor in tensors.items()}, path)
+
+    def _recipe(self, path: Path) -> None:
+        models = [{"model": str(self.make(name)), "parameters": {"weight": 0.5}} for name in ("math", "code")]
+        path.write_text(
+            json.dumps({"merge_method": "task_arithmetic", "base_model": str(self.make("base")), "models": models})
+        )
 
     def _pipeline(self, path: Path, seed: int) -> None:
         base = random_model(0)
