@@ -24,8 +24,10 @@ ROOT = Path(__file__).parents[2]
 
 def relinked(text: str) -> str:
     """Text of a file at the top of the repository, with its links as they are on a page of the site."""
-    text = text.replace("](docs/own_method)", "](own_method/README.md)").replace("](docs/", "](")
-    return text.replace("](benchmarks/results/", "](results/").replace("](CONTRIBUTING.md", "](contributing.md")
+    moved = {"docs/own_method)": "own_method/README.md)", "docs/demo.ipynb": "demo.md", "docs/": ""}
+    for there, here in (moved | {"benchmarks/results/": "results/", "CONTRIBUTING.md": "contributing.md"}).items():
+        text = text.replace(f"]({there}", f"]({here}")
+    return text
 
 
 def manual() -> str:

@@ -1,4 +1,4 @@
-"""Joins the generated pages (docs/site/generate.py) to those of docs/. The folder is `extra: generated:` of mkdocs.yml."""
+"""Joins the generated pages (docs/site/generate.py) to those of docs/. mkdocs.yml says where they are: `generated`."""
 
 from __future__ import annotations
 

@@ -170,5 +170,7 @@ def overview() -> str:
         for name in methods.list(step):
             parts.append(f"| [{name}]({name}.md) | {readme_rows()[name]['what it does']} | {known[name]['when']} |")
         parts.append("")
-    parts.append("What is defined otherwise than in mergekit: [SCE, NearSwap, Arcee Fusion, RAM](mergekit_methods.md).\n")
+    parts.append(
+        "What is defined otherwise than in mergekit: [SCE, NearSwap, Arcee Fusion, RAM](mergekit_methods.md).\n"
+    )
     return "\n".join(parts)

@@ -27,7 +27,7 @@ from pymerge.cli.options import (
 @app.command(
     epilog=examples(
         "pymerge search recipe.yaml --eval evaluate.py:accuracy --over scale=0..1 -o best/",
-        "pymerge search recipe.yaml --eval evaluate.py:accuracy --over density=0.1,0.2 --over scale=0.5,1",
+        "pymerge search recipe.yaml --eval evaluate.py:accuracy --over density=0.1,0.2 --work grid.search",
     )
 )
 def search(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 def pytest_terminal_summary(terminalreporter) -> None:
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())]
-    blocks = [b for r in reports for key, value in getattr(r, "user_properties", ()) if key == "code_blocks" for b in value]
+    blocks = [
+        b for r in reports for key, value in getattr(r, "user_properties", ()) if key == "code_blocks" for b in value
+    ]
     if not blocks:
         return
     silent, elsewhere = [b for b in blocks if b.not_run], [b for b in blocks if b.run_by]

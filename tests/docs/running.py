@@ -55,8 +55,8 @@ class Page:
         runners[block.language](block)
 
     def _recipe(self, block: Block) -> None:
-        """Merges by it. A fragment completes the last recipe of its section, else the first of the page: without a
-        method all of it, without models its models."""
+        """Merges by it. A fragment completes the recipe before it in its section, else that of the first section that
+        has one: without a method all of it, without models its models."""
         given = yaml.safe_load(block.text)
         before = self.recipes.get(block.section) or next(iter(self.recipes.values()), {})
         if "merge_method" not in given:

@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs, or says why it does not; what is said of Markdown holds of the collector."""
+"""Every code block of README and docs runs, or says why it does not."""
 
 from __future__ import annotations
 
@@ -50,3 +50,117 @@ def test_the_blocks_of_a_page_run(path: Path, tmp_path: Path, monkeypatch: pytes
     problems = problems_of(blocks, tmp_path, monkeypatch)
     known = ", ".join(World(tmp_path).names)
     assert not problems, "\n\n".join([*problems, HINT.format(known=known)])
+
+
+PAGE = """# Page
+
+    pymerge methods
+
+1. A list
+    with a paragraph, no code
+
+<!-- not run: needs a GPU -->
+```yaml
+merge_method: ties
+```
+
+<!-- first:
+a = 1
+-->
+```python
+assert a == 1
+```
+
+```text
+no code
+```
+"""
+
+
+def test_blocks_are_found_with_their_marks() -> None:
+    found = [(b.line, b.language, b.text, b.not_run, b.first) for b in blocks_in(PAGE, "page.md")]
+    assert found == [
+        (3, "console", "pymerge methods\n", "", ""),
+        (9, "yaml", "merge_method: ties\n", "needs a GPU", ""),
+        (16, "python", "assert a == 1\n", "", "a = 1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["```python\nx = 1", "<!-- not run: why", "<!-- not run: nothing behind it -->\n\nwords\n"],
+    ids=["fence", "comment", "mark"],
+)
+def test_pages_with_a_loose_end_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="page.md"):
+        blocks_in(text, "page.md")
+
+
+BROKEN = """
+```yaml
+merge_method: linear
+models: [{model: ./maths}]
+```
+
+    make bread
+
+or
+
+    git clone x
+
+or
+
+    pip install "pymerge[everything]"
+
+```rust
+```
+
+```python
+x = 1 / 0
+```
+
+```python
+x = 1
+```
+"""
+
+
+def test_a_failure_says_page_and_line_and_the_page_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = problems_of(blocks_in(BROKEN, "page.md"), tmp_path, monkeypatch)
+    assert [problem.partition(": ")[0] for problem in said] == [f"page.md:{n}" for n in (2, 7, 11, 15, 17, 20)]
+    words = ("./maths: no such file", "no target bread", "'git' is no command", "everything", "'rust'", "ZeroDivision")
+    assert all(word in problem for word, problem in zip(words, said, strict=True))
+
+
+FRAGMENTS = """
+## One
+
+```yaml
+# first.yaml
+merge_method: linear
+base_model: base
+models: [{model: math}, {model: code}]
+parameters: {weight: 1}
+```
+
+```yaml
+merge_method: iso_c
+```
+
+## Two
+
+```yaml
+dtype: bfloat16
+```
+"""
+
+
+def test_fragments_complete_the_recipe_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Page(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks_in(FRAGMENTS, "page.md"):
+        page.run(block)
+    models = [{"model": "math"}, {"model": "code"}]
+    assert page.recipes["One"] == {"base_model": "base", "models": models, "merge_method": "iso_c"}
+    assert page.recipes["Two"] == page.recipes["One"] | {"dtype": "bfloat16"}
+    assert {"first.yaml", "recipe.yaml"} <= {path.name for path in tmp_path.iterdir()}

@@ -113,8 +113,8 @@ class World:
         from pymerge.statistics.samples import batches_of
 
         task = path.name.partition(".")[0]
-        model = self.make(task)
-        pymerge.observe(model, batches_of(model, self.make(f"{task}.jsonl"), samples=16, length=32, batch_size=8)).save(path)
+        model, data = self.make(task), self.make(f"{task}.jsonl")
+        pymerge.observe(model, batches_of(model, data, samples=16, length=32, batch_size=8)).save(path)
 
     def _fisher(self, path: Path) -> None:
         tensors = read_model(self.make(path.name.partition(".")[0]))
@@ -122,9 +122,7 @@ class World:
 
     def _recipe(self, path: Path) -> None:
         models = [{"model": str(self.make(name)), "parameters": {"weight": 0.5}} for name in ("math", "code")]
-        path.write_text(
-            json.dumps({"merge_method": "task_arithmetic", "base_model": str(self.make("base")), "models": models})
-        )
+        path.write_text(json.dumps({"merge_method": "ties", "base_model": str(self.make("base")), "models": models}))
 
     def _pipeline(self, path: Path, seed: int) -> None:
         base = random_model(0)
