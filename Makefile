@@ -81,7 +81,7 @@ docs: $(VENV)/.installed
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet "$(DOCS)"
 	$(BIN)/python docs/site/generate.py build/docs-pages
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict --quiet -f docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict -f docs/site/mkdocs.yml
 	@echo build/docs/index.html
 
 fuzz: $(VENV)/.installed

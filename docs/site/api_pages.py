@@ -32,11 +32,23 @@ def found(module: str, name: str) -> Any:
     return getattr(importlib.import_module(place), last)
 
 
+class Words(str):
+    """Shown without quotes: annotations are text where a module postpones them."""
+
+    __repr__ = str.__str__
+
+
 def signature(name: str, value: Any) -> str:
     try:
-        return f"{name}{inspect.signature(value)}"
+        found = inspect.signature(value)
     except (TypeError, ValueError):
         return name
+    plain = [p.replace(annotation=worded(p.annotation)) for p in found.parameters.values()]
+    return f"{name}{found.replace(parameters=plain, return_annotation=worded(found.return_annotation))}"
+
+
+def worded(annotation: Any) -> Any:
+    return Words(annotation) if isinstance(annotation, str) else annotation
 
 
 def text_block(text: str) -> str:

@@ -36,6 +36,11 @@ def readme_rows() -> dict[str, dict[str, str]]:
     return {name: row for row in rows for name in re.findall(r"`(\w+)`", row["method"])}
 
 
+def what(name: str) -> str:
+    """A method in a few words."""
+    return written()[name].get("what") or readme_rows()[name]["what it does"]
+
+
 def example(name: str) -> dict[str, Any]:
     """A recipe of the method, for the models that the pages' recipes have."""
     info, given = methods.describe(name), dict(written()[name].get("example", {}))
@@ -140,7 +145,7 @@ def page(name: str) -> str:
     recipe = yaml.safe_dump(example(name), sort_keys=False, default_flow_style=None, width=110)
     parts = [
         f"# {name}\n",
-        f"{STEPS[info.step]} step: {row['what it does']}. Needs {base[info.base]}, {count} fine-tuned, {wants}.\n",
+        f"{STEPS[info.step]} step: {what(name)}. Needs {base[info.base]}, {count} fine-tuned, {wants}.\n",
         f"**When.** {said['when']}\n",
         "## Formula\n",
         f"```text\n{inspect.cleandoc(methods.get(name).__doc__ or '')}\n```\n",
@@ -168,7 +173,7 @@ def overview() -> str:
     for step, title in STEPS.items():
         parts += [f"## {title}\n", "| method | what it does | when |", "| --- | --- | --- |"]
         for name in methods.list(step):
-            parts.append(f"| [{name}]({name}.md) | {readme_rows()[name]['what it does']} | {known[name]['when']} |")
+            parts.append(f"| [{name}]({name}.md) | {what(name)} | {known[name]['when']} |")
         parts.append("")
     parts.append(
         "What is defined otherwise than in mergekit: [SCE, NearSwap, Arcee Fusion, RAM](mergekit_methods.md).\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 import pymerge
 from pymerge import methods
@@ -44,7 +45,7 @@ def test_every_method_has_words_and_tests(site: ModuleType) -> None:
     assert set(said) == set(NAMES), "docs/site/methods.yaml has one entry a method"
     assert set(NAMES) <= site.method_pages.readme_rows().keys(), "README.md's table has a row of each method"
     for name, words in said.items():
-        assert words.keys() <= {"when", "compare", "tests", "example"} and words["when"] and words["compare"]
+        assert words.keys() <= {"what", "when", "compare", "tests", "example"} and words["when"] and words["compare"]
         for test in words.get("tests", [f"tests/methods/test_{name}.py"]):
             assert name in (ROOT / test).read_text(), f"{test} does not speak of {name}"
 
@@ -80,6 +81,12 @@ def test_the_reference_has_every_public_name(pages: dict[str, str]) -> None:
     for name in set(pymerge.__all__) - {"align", "linalg", "methods", "ops"}:
         assert f"\n## {name}\n" in pages["api/pymerge.md"], name
     assert "certified_rank" in pages["api/pymerge.linalg.md"]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(cited["version"]) == pymerge.__version__
+    assert {"cff-version", "message", "title", "authors", "license"} <= cited.keys()
 
 
 def test_the_manual_is_the_readme(pages: dict[str, str]) -> None:
