@@ -141,11 +141,12 @@ def page(name: str) -> str:
         wants = "samples of each task (`data`)"
     few, many = info.models
     count = f"{few}" if few == many else f"{few} or more" if many is None else f"{few} to {many}"
+    count += " fine-tuned model" if count == "1" else " fine-tuned models"
     base = {"required": "a base", "optional": "a base or none", "none": "no base", "first": "a base as the first model"}
     recipe = yaml.safe_dump(example(name), sort_keys=False, default_flow_style=None, width=110)
     parts = [
         f"# {name}\n",
-        f"{STEPS[info.step]} step: {what(name)}. Needs {base[info.base]}, {count} fine-tuned, {wants}.\n",
+        f"{STEPS[info.step]} step: {what(name)}. Needs {base[info.base]}, {count}, {wants}.\n",
         f"**When.** {said['when']}\n",
         "## Formula\n",
         f"```text\n{inspect.cleandoc(methods.get(name).__doc__ or '')}\n```\n",
