@@ -9,7 +9,7 @@ import shlex
 import shutil
 import tomllib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +40,8 @@ class Page:
 
     def run(self, block: Block) -> None:
         """AssertionError, or what the block raises, where it does not run."""
+        if self.recipes and block.section not in self.recipes:  # recipe.yaml is the page's example there
+            self._write("recipe.yaml", self._recipe_before(block))
         if block.first:
             self._python(block.first, block.place)
         self.world.need(block.text)
@@ -58,7 +60,7 @@ class Page:
         """Merges by it. A fragment completes the recipe before it in its section, else that of the first section that
         has one: without a method all of it, without models its models."""
         given = yaml.safe_load(block.text)
-        before = self.recipes.get(block.section) or next(iter(self.recipes.values()), {})
+        before = self._recipe_before(block)
         if "merge_method" not in given:
             given = before | given
         elif not {"models", "slices", "modules"} & given.keys():
@@ -66,12 +68,19 @@ class Page:
             given = {"base_model": before["base_model"], "models": models} | given
         self.recipes[block.section] = given
         self.world.need(json.dumps(given))
-        path = self.folder / (block.file or "recipe.yaml")
-        path.write_text(yaml.safe_dump(given, sort_keys=False))
+        path = self._write(block.file or "recipe.yaml", given)
         out = self.folder / "out-of-recipe"
         shutil.rmtree(out, ignore_errors=True)
         pymerge.Recipe.from_yaml(path).run(out)
         pymerge.verify(out)
+
+    def _recipe_before(self, block: Block) -> dict[str, Any]:
+        return self.recipes.get(block.section) or next(iter(self.recipes.values()), {})
+
+    def _write(self, name: str, recipe: Mapping[str, Any]) -> Path:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
+        return path
 
     def _python(self, text: str, place: str) -> None:
         remove_outputs(text)

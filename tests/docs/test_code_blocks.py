@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("transformers")
 
@@ -152,6 +153,10 @@ merge_method: iso_c
 ```yaml
 dtype: bfloat16
 ```
+
+## Three
+
+    pymerge plan recipe.yaml
 """
 
 
@@ -163,4 +168,5 @@ def test_fragments_complete_the_recipe_before_them(tmp_path: Path, monkeypatch: 
     models = [{"model": "math"}, {"model": "code"}]
     assert page.recipes["One"] == {"base_model": "base", "models": models, "merge_method": "iso_c"}
     assert page.recipes["Two"] == page.recipes["One"] | {"dtype": "bfloat16"}
-    assert {"first.yaml", "recipe.yaml"} <= {path.name for path in tmp_path.iterdir()}
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == page.recipes["One"]
+    assert yaml.safe_load((tmp_path / "first.yaml").read_text())["parameters"] == {"weight": 1}
