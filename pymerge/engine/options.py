@@ -8,6 +8,7 @@ from typing import Literal
 
 from pymerge.engine.devices import HOST
 from pymerge.engine.process import available_memory
+from pymerge.engine.progress import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Options:
     resume: bool = True
     allow_pickle: bool = False
     prefer: Literal["single", "sharded"] | None = None
-    progress: bool | None = None  # None: where standard error is a terminal
+    progress: Shown = None  # a bar; None: where standard error is a terminal; "json": lines on standard output
 
     @property
     def memory_bytes(self) -> int:
