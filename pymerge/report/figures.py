@@ -103,8 +103,7 @@ def write_figures(folder: str | Path, sections: Sequence[Section], format: Liter
     except ImportError as error:
         raise InputError('figures need matplotlib: pip install "pymerge[report]"') from error
     charts, written = [chart for section in sections for chart in section.charts], []
-    # Names are shown as they are: a "$" in one is no formula.
-    with rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "pymerge", "font.size": 9}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pymerge", "font.size": 9}):
         for number, chart in enumerate(charts, start=1):
             slug = re.sub(r"[^a-z0-9]+", "-", chart.title.lower())[:60].strip("-")
             path = Path(folder) / f"{number:02d}-{slug or chart.kind}.{format}"
@@ -127,10 +126,15 @@ def draw(chart: Chart) -> Figure:
         _draw_heatmap(chart, figure, axes)
     else:
         _draw_series(chart, axes)
-    axes.set_title(printable(chart.title), fontsize=11)
-    axes.set_xlabel(printable(chart.x_label))
-    axes.set_ylabel(printable(chart.y_label))
+    axes.set_title(_shown(chart.title), fontsize=11)
+    axes.set_xlabel(_shown(chart.x_label))
+    axes.set_ylabel(_shown(chart.y_label))
     return figure
+
+
+def _shown(text: str) -> str:
+    """A name for matplotlib: a "$" in it begins no formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _draw_series(chart: Chart, axes: Any) -> None:
@@ -146,7 +150,7 @@ def _draw_series(chart: Chart, axes: Any) -> None:
     drawn = []
     for number, (name, values) in enumerate(chart.series.items()):
         heights = [math.nan if (v := finite(value, positive=chart.log_y)) is None else v for value in values]
-        look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": " " + printable(name)}
+        look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": " " + _shown(name)}
         if chart.kind == "line":
             drawn += axes.plot(at, heights, marker="o", markersize=2.5, linewidth=1.2, **look)
         elif chart.kind == "scatter":
@@ -176,9 +180,8 @@ def _name_ticks(axis: Any, names: Sequence[str]) -> None:
     """Names at their places, as many as have room, the ends of the long ones."""
     step = max(1, -(-len(names) // TICKS))
     labels = [printable(name) for name in names[::step]]
-    axis.set_ticks(
-        range(0, len(names), step), [label if len(label) <= 40 else "\u2026" + label[-39:] for label in labels]
-    )
+    labels = [_shown(label if len(label) <= 40 else "\u2026" + label[-39:]) for label in labels]
+    axis.set_ticks(range(0, len(names), step), labels)
     if axis.axis_name == "x" and sum(map(len, labels)) > 60:
         axis.set_tick_params(rotation=60, labelsize=7)
         for text in axis.get_ticklabels():
