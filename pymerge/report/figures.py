@@ -74,7 +74,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with paragraphs, charts and tables; `collapsed` is closed until the reader opens it."""
+    """A heading with paragraphs, charts and tables; `collapsed` is closed until the reader opens it.
+
+    A text with line breaks in it is shown as it stands, like code."""
 
     heading: str
     text: Sequence[str] = ()
