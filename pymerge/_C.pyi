@@ -95,6 +95,11 @@ def delta_gram(base: _Buffer | None, tuned: Sequence[_Buffer], count: int) -> by
 def delta_signs(
     base: _Buffer | None, tuned: Sequence[_Buffer], count: int, index0: int, params: DeltaParams
 ) -> int: ...
+def delta_moments(base: _Buffer | None, tuned: Sequence[_Buffer], count: int) -> tuple[bytes, bytes]:
+    """float64 [2 + T T + T]: squares of the base, magnitudes of the sum of all updates, gram [T, T] (s <= t), magnitudes
+    [T]; int64 [3 + T (2 T + 33)]: contested and conflicted entries, octaves [T, 32], both [T, T], opposed [T, T] (s <= t),
+    entries that are not finite of base and models. See MomentSums in csrc/cpu/kernels.h. T tensors, float32 differences."""
+
 def count_nonfinite(buffer: _Buffer, count: int) -> tuple[int, int]:
     """How many, and the index of the first (-1: none)."""
 
