@@ -96,9 +96,11 @@ def delta_signs(
     base: _Buffer | None, tuned: Sequence[_Buffer], count: int, index0: int, params: DeltaParams
 ) -> int: ...
 def delta_moments(base: _Buffer | None, tuned: Sequence[_Buffer], count: int) -> tuple[bytes, bytes]:
-    """float64 [2 + T T + T]: squares of the base, magnitudes of the sum of all updates, gram [T, T] (s <= t), magnitudes
-    [T]; int64 [3 + T (2 T + 33)]: contested and conflicted entries, octaves [T, 32], both [T, T], opposed [T, T] (s <= t),
-    entries that are not finite of base and models. See MomentSums in csrc/cpu/kernels.h. T tensors, float32 differences."""
+    """Of T tensors, as MomentSums of csrc/cpu/kernels.h, in this order.
+
+    float64 [2 + T T + T]: base, l1_of_sum, gram [T, T] (s <= t), l1 [T];
+    int64 [3 + T (2 T + 33)]: contested, conflicted, octaves [T, 32], both [T, T], opposed [T, T] (s <= t), bad [1 + T]
+    """
 
 def count_nonfinite(buffer: _Buffer, count: int) -> tuple[int, int]:
     """How many, and the index of the first (-1: none)."""

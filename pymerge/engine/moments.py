@@ -11,7 +11,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from pymerge import _C
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, LazyTensor, MemoryTensor, safe_name
 from pymerge.engine.arena import address_of
 from pymerge.engine.non_finite import count_non_finite, unravel
-from pymerge.errors import NonFinite
+from pymerge.errors import NonFinite, RecipeError
 
 if TYPE_CHECKING:
     from pymerge.engine.execute import Progress
@@ -118,11 +120,12 @@ class Sweep:
         self.parts: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]] = {}  # tensor -> tile -> sums, counts
         self.found: dict[int, Moments] = {}
         self.stopped = False
+        self.room = max(sum(t.tile * ITEMSIZE[i.dtype] + ALIGNED for i in t.inputs) for t in tensors)  # of a thread
 
     def run(self, threads: int) -> list[Moments]:
         """Raises NonFinite (model, tensor, first place), InputError (files that cannot be read).
 
-        Cost   each byte read once; T (T + 5) / 2 multiply-adds in float64 an entry, threads * (T + 1) tiles of memory"""
+        Cost   each byte read once, T (T + 1) / 2 multiply-adds in float64 an entry; a tile of each model a thread"""
         with ThreadPoolExecutor(threads) as pool:
             futures = [pool.submit(self.work) for _ in range(threads)]
             try:
@@ -143,8 +146,7 @@ class Sweep:
             return None if self.stopped else next(self.units, None)
 
     def work(self) -> None:
-        room = max(sum(t.tile * ITEMSIZE[i.dtype] + ALIGNED for i in t.inputs) for t in self.tensors)
-        buffer = mmap.mmap(-1, room)
+        buffer = mmap.mmap(-1, self.room)
         view, address = memoryview(buffer), address_of(buffer)
         try:
             while (unit := self.next_unit()) is not None:
@@ -180,11 +182,10 @@ class Sweep:
             return
         tasks = len(compared.tuned)
         ordered = [parts[first] for first in sorted(parts)]
-        total = sum(part[1] for part in ordered)
-        if np.any(total[-1 - tasks :]):
+        sums, counts = (reduce(add, column) for column in zip(*ordered, strict=True))
+        if counts[-1 - tasks :].any():
             self.refuse(compared)
-        moments = Moments.of(compared.base.numel, tasks, sum(part[0] for part in ordered), total)
-        self.found[number] = moments
+        self.found[number] = Moments.of(compared.base.numel, tasks, sums, counts)
         del self.parts[number]
 
     def refuse(self, compared: Compared) -> None:
@@ -197,6 +198,14 @@ class Sweep:
         raise NonFinite(f"{safe_name(compared.base.name)}: NaN or Inf in {'; '.join(texts)}. Exclude the tensor")
 
 
-def sweep(tensors: Sequence[Compared], labels: Sequence[str], threads: int, progress: Any) -> list[Moments]:
-    """The moments of each tensor; see Sweep."""
-    return Sweep(tensors, labels, progress).run(threads) if tensors else []
+def sweep(
+    tensors: Sequence[Compared], labels: Sequence[str], *, threads: int, memory: int, progress: Progress
+) -> list[Moments]:
+    """The moments of each tensor: see Sweep. Raises RecipeError where a tile of each model does not fit the memory."""
+    found = Sweep(tensors, labels, progress)
+    if found.room > memory:
+        raise RecipeError(
+            f"a tile of each of {len(labels)} models takes {found.room / 1e6:.0f} MB, the memory budget leaves "
+            f"{memory / 1e6:.0f} MB: raise --memory (memory= in Python) by {(found.room - memory) / 1e6:.0f} MB"
+        )
+    return found.run(min(threads, memory // found.room))

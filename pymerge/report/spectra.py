@@ -204,5 +204,5 @@ def cosines(a: Tensor, b: Tensor) -> tuple[float, ...]:
 
     if a.shape[1] == 0:
         return ()
-    found: Any = torch.linalg.svdvals((a.mT.double() @ b.double())).clamp(max=1.0)
+    found: Any = torch.linalg.svdvals(a.mT.double() @ b.double()).clamp(max=1.0)
     return tuple(found.tolist())

@@ -18,9 +18,7 @@ EPS = 2.0**-53
 
 
 def host(base, tuned, n):
-    sums, counts = map(
-        np.frombuffer, _C.delta_moments(buffer(base), [buffer(t) for t in tuned], n), (float, np.int64)
-    )
+    sums, counts = map(np.frombuffer, _C.delta_moments(buffer(base), [buffer(t) for t in tuned], n), (float, np.int64))
     return Moments.of(n, len(tuned), sums, counts), counts[-1 - len(tuned) :]
 
 
