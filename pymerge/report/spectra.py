@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pymerge.engine.execute import Progress
 
+FLOAT32 = 2.0**-21  # of the squared norm: what float32 singular values cannot tell from nothing
 HELD = 0.95  # share of an update's squared norm that a rank is asked to hold
 
 
@@ -110,7 +111,7 @@ def tail_estimate(top: np.ndarray, energy: float, count: int) -> np.ndarray:
     """`count` squared values behind those found: falling geometrically from the last one, with the sum that the squared
     norm leaves for them, which is exact; all equal where the sum asks for that."""
     left = energy - float(top.sum())
-    if count == 0 or left <= 1e-12 * energy or top[-1] <= 0:
+    if count == 0 or left <= FLOAT32 * energy or top[-1] <= 0:
         return np.zeros(count)
     last = float(top[-1])
     if left >= count * last:
