@@ -255,7 +255,7 @@ def spectra(found: Inspection, labels: Sequence[str], kinds: Places) -> Section:
         for t, label in enumerate(labels):
             of = group.spectra
             values = [f(of, t) for f in (measures.certified, measures.effective_rank, measures.stable_rank)]
-            held = max(s.rank_holding(t) for s in of)
+            held = max(s.ranks_held[t] for s in of)
             rows.append((name, label, len(of), *values, held, measures.captured(of, t)))
     length = max(len(values) for s in found.whole.spectra for values in s.values)
     decay = {

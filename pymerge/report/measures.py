@@ -103,7 +103,7 @@ def overlap_by_chance(spectra: Sequence[Spectrum], pair: Pair) -> float | None:
 
 def effective_rank(spectra: Sequence[Spectrum], task: int) -> float | None:
     """Mean over matrices."""
-    return average(spectrum.effective_rank(task) for spectrum in spectra)
+    return average(spectrum.effective_ranks[task] for spectrum in spectra)
 
 
 def stable_rank(spectra: Sequence[Spectrum], task: int) -> float | None:

@@ -87,9 +87,9 @@ def of_spectrum(s: Spectrum) -> dict[str, Any]:
         "singular_values": [list(values) for values in s.values],
         "update_norm": [energy**0.5 for energy in s.energy],
         "certified_rank": list(s.certified),
-        "effective_rank": [s.effective_rank(t) for t in each],
+        "effective_rank": list(s.effective_ranks),
         "stable_rank": [s.stable_rank(t) for t in each],
-        f"rank_of_{HELD:.0%}".replace("%", "_percent"): [s.rank_holding(t) for t in each],
+        f"rank_of_{HELD:.0%}".replace("%", "_percent"): list(s.ranks_held),
         "overlaps": [
             {
                 "models": list(pair),

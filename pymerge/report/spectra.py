@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -85,26 +86,35 @@ class Spectrum:
         top = np.square(self.values[task])
         return np.concatenate([top, tail_estimate(top, self.energy[task], min(self.shape) - len(top))])
 
-    def effective_rank(self, task: int) -> float | None:
+    @cached_property
+    def effective_ranks(self) -> tuple[float | None, ...]:
         """exp of the entropy of the singular values over their sum (Roy and Vetterli 2007), with the tail estimated;
         None for a zero update."""
-        values = np.sqrt(self.squares(task))
-        if not values.any():
-            return None
-        share = values[values > 0] / values.sum()
-        return float(np.exp(-(share * np.log(share)).sum()))
+        return tuple(exp_entropy(np.sqrt(self.squares(task))) for task in range(len(self.values)))
 
     def stable_rank(self, task: int) -> float | None:
         """||D||_F^2 / s_1^2: nothing of it is estimated."""
         return self.energy[task] / self.values[task][0] ** 2 if self.energy[task] else None
 
-    def rank_holding(self, task: int, share: float = HELD) -> int:
+    def rank_holding(self, task: int, share: float) -> int:
         """Least rank that holds this share of the squared norm; exact up to the values found, estimated behind them."""
         squares = self.squares(task)
         if not squares.any():
             return 0
         held = np.cumsum(squares) >= share * squares.sum() * (1 - 1e-12)
         return int(np.argmax(held)) + 1
+
+    @cached_property
+    def ranks_held(self) -> tuple[int, ...]:
+        """`rank_holding` 95 %"""
+        return tuple(self.rank_holding(task, HELD) for task in range(len(self.values)))
+
+
+def exp_entropy(values: np.ndarray) -> float | None:
+    if not values.any():
+        return None
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def tail_estimate(top: np.ndarray, energy: float, count: int) -> np.ndarray:
@@ -116,12 +126,12 @@ def tail_estimate(top: np.ndarray, energy: float, count: int) -> np.ndarray:
     last = float(top[-1])
     if left >= count * last:
         return np.full(count, left / count)
-    steps = np.arange(1, count + 1)
     low, high = 0.0, 1.0
     for _ in range(60):
         ratio = (low + high) / 2
-        low, high = (ratio, high) if last * float((ratio**steps).sum()) < left else (low, ratio)
-    squares = last * high**steps
+        total = last * ratio * (1 - ratio**count) / (1 - ratio) if ratio < 1 else last * count
+        low, high = (ratio, high) if total < left else (low, ratio)
+    squares = last * high ** np.arange(1, count + 1)
     return squares * (left / squares.sum())
 
 

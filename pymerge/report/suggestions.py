@@ -112,7 +112,7 @@ def low_rank(found: Inspection) -> Measured:
     """Largest rank over the matrices of a model that holds 95 % of an update, against their smaller side."""
     spectra = found.whole.spectra
     for t, model in enumerate(found.models):
-        held = [(s.rank_holding(t), min(s.shape), len(s.values[t])) for s in spectra if s.energy[t]]
+        held = [(s.ranks_held[t], min(s.shape), len(s.values[t])) for s in spectra if s.energy[t]]
         if held and all(rank <= known for rank, _, known in held):
             rank = max(rank for rank, _, _ in held)
             yield max(r / side for r, side, _ in held), {"model": model, "rank": rank, "share": f"{HELD:.0%}"}
