@@ -1,10 +1,10 @@
-"""What `pymerge inspect` costs: the part without spectra against reading the same bytes once, and spectra by themselves.
+"""What `pymerge inspect` costs: without spectra against reading the same bytes once, and with spectra by itself.
 
     python benchmarks/bench_inspect.py DIR [--gb 1.2] [--models 3] [--rounds 3] [--spectra] [--json FILE]
 
-DIR gets a base and its models (side_by_side/checkpoints.py), in the page cache after a first read. Reading is a process
-that reads every weight file front to back into one buffer of 8 MiB, as fast as one thread can. Both are whole processes,
-interleaved; wall and processor seconds are medians, each with its start-up (both also without: `sweep`, `read`).
+DIR gets a base and its models (side_by_side/checkpoints.py), in the page cache after a first read. Reading is a
+process that reads every weight file front to back into one buffer of 8 MiB, as fast as one thread can. Processes are
+interleaved; figures are medians. inner: seconds without start-up; wall, cpu: of the whole process.
 """
 
 from __future__ import annotations
