@@ -97,7 +97,7 @@
   // charts
 
   // Plotly reads a little HTML in texts: names are shown as they are.
-  const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const plain = (text) => text.replace(/[&<>$]/g, (c) => `&#${c.charCodeAt(0)};`); // "$": no formula either
   const short = (text, room) => (text.length <= room ? text : "\u2026" + text.slice(1 - room));
   const drawn = new Map(); // box -> redraw
 
