@@ -185,7 +185,7 @@ def _chart(fact: Fact, found: Mapping[str, Any], models: Sequence[str]) -> Chart
     alt = f"{fact.label}, from {min(values):.3g} to {max(values):.3g}, median {median(values):.3g}."
     return Chart(
         kind=kind,
-        title=f"{fact.label}. {fact.meaning}" if fact.meaning else fact.label,
+        title=fact.label,
         x=places.columns,
         series=series,
         x_label=label if places.layered else "tensor",

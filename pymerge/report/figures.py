@@ -27,7 +27,7 @@ class Chart:
 
     x        places: numbers, or names. heatmap: the columns; histogram: the bins (lower edge or label).
     series   name -> a value a place; None (or NaN, Inf) leaves a gap. heatmap: row -> values; histogram: counts.
-    alt      what a reader who cannot see the chart should know: what is drawn, and what it shows.
+    alt      the caption, which is all that a reader has who cannot see the chart: what is drawn, and what it shows.
     log_y    the value axis (heatmap: the colours) is logarithmic; values <= 0 are gaps then.
     Raises   ValueError: unknown kind, no series, or a series of another length than x."""
 

@@ -15,6 +15,7 @@ from pymerge.report.figures import Chart, Section, Table, write_figures
 from pymerge.report.page import write_page
 
 Summary = Mapping[str, Any]
+FIRST = ("base_model", "merge_method", "models", "parameters")  # keys of a recipe; the others follow
 
 
 def report(
@@ -45,7 +46,9 @@ def merge_sections(folder: Path) -> tuple[str, str, list[Section]]:
     summary = read_json_object(path, MAX_SUMMARY)
     try:
         method = " + ".join(steps_of(summary["recipe"]))
-        subtitle = f"{method}, by pymerge {summary['pymerge']}" + (f", {summary['date']}" if "date" in summary else "")
+        subtitle = f"{method}, by pymerge {summary['pymerge']}" + (
+            f", {_day(summary['date'])}" if "date" in summary else ""
+        )
         return f"Merge report: {folder.resolve().name}", subtitle, list(_sections(summary))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         found = f"{type(error).__name__}: {error}"
@@ -102,7 +105,8 @@ def _overview(summary: Summary) -> Section:
     machine = summary.get("machine", {})
     rows += [(key, machine[key]) for key in ("processor", "cpu_level") if key in machine]
     charts, text = [], []
-    if busy := summary.get("busy_seconds"):
+    if found := summary.get("busy_seconds"):
+        busy = {stage: found[stage] for stage in ("read", "compute", "write")}
         parts = ", ".join(f"{stage} {spent:.2f} s" for stage, spent in busy.items())
         text = [
             "Reading, computing and writing go on at the same time, computing on several threads: the seconds of all "
@@ -117,8 +121,9 @@ def _overview(summary: Summary) -> Section:
 def _recipe(summary: Summary) -> Section:
     import yaml
 
-    def text(recipe: Any) -> str:
-        return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+    def text(recipe: Mapping[str, Any]) -> str:
+        ordered = {key: recipe[key] for key in sorted(recipe, key=lambda key: (key not in FIRST, key))}
+        return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
 
     rows = [
         (_words(given.get("path")), safe_name(name), _size(size))
@@ -164,6 +169,11 @@ def model_labels(recipe: Mapping[str, Any]) -> list[str]:
     paths = [str(model["model"] if isinstance(model, Mapping) else model) for model in recipe.get("models") or ()]
     short = [safe_name(path.rstrip("/").rpartition("/")[2] or path) for path in paths]
     return short if len(set(short)) == len(short) else [f"{n} {name}" for n, name in enumerate(short, start=1)]
+
+
+def _day(date: str) -> str:
+    """Without the seconds' zone, which is UTC."""
+    return date.replace("T", " ").removesuffix("+00:00") + " UTC"
 
 
 def _mean(values: Sequence[float]) -> float:

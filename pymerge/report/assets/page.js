@@ -2,7 +2,7 @@
 // Draws the charts and tables of a page when they come into sight. Text goes into the page as text, never as HTML.
 (() => {
   const ROWS_AT_FIRST = 200;
-  const NAMES_WITHOUT_FILTER = 8;
+  const FEW = 8; // rows or names that need no filter
   const root = document.documentElement;
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
@@ -90,7 +90,8 @@
     });
     const table = make("table", {}, make("caption", { textContent: title }), make("thead", {}, make("tr", {}, ...heads)), body);
     const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: title }, table);
-    box.append(make("div", { className: "tools" }, filter, count), scroll, more);
+    if (rows.length > FEW) box.append(make("div", { className: "tools" }, filter, count));
+    box.append(scroll, more);
     fill();
   }
 
@@ -196,7 +197,7 @@
     const filter = make("input", { type: "search", placeholder: "Filter names", ariaLabel: `Filter names of ${chart.title}` });
     const bySize = make("input", { type: "checkbox" });
     const names = chart.kind === "heatmap" || !chart.named ? chart.series.map(([name]) => name) : chart.x;
-    if (names.length > NAMES_WITHOUT_FILTER) {
+    if (names.length > FEW) {
       const sortable = chart.named && chart.kind !== "line";
       plot.before(make("div", { className: "tools" }, filter, ...(sortable ? [make("label", {}, bySize, " largest first")] : [])));
     }
@@ -232,6 +233,7 @@
     }
 
     await draw();
+    plot.style.minHeight = 0; // the room that was kept for it
     plot.on("plotly_relayout", (change) => {
       if (Object.keys(change).some((key) => /axis\.(range|autorange)/.test(key))) ticksInSight();
     });
