@@ -144,6 +144,7 @@ def _draw_series(chart: Chart, axes: Any) -> None:
     at = list(range(len(chart.x))) if named else [float(place) for place in chart.x]
     if named:
         _name_ticks(axes.xaxis, [str(place) for place in chart.x])
+        axes.set_xlim(-0.5, len(chart.x) - 0.5)
     if chart.log_y:
         axes.set_yscale("log")
     steps = [after - before for before, after in zip(at, at[1:], strict=False)]

@@ -26,11 +26,12 @@ def every_chart(x=(*HOSTILE, "plain", "last")) -> list[Chart]:
     up = [float(i + 1) for i in range(count)]
     gaps = [None if i % 4 == 3 else 10.0 ** (i - 3) for i in range(count)]
     nan = [float("nan"), float("inf"), *up[2:]]
+    cells = {name: [value, 1.0] for name, value in zip(x, gaps, strict=True)}
     axes = {"x_label": HOSTILE[0], "y_label": "size <b>", "alt": HOSTILE[2]}
     return [
         Chart("line", "Lines", list(range(count)), {HOSTILE[1]: up, "gaps": gaps, "_private": nan}, **axes),
         Chart("bar", "Bars", x, {"first": up, HOSTILE[5]: up[::-1]}, **axes),
-        Chart("heatmap", "Heat", ["a", HOSTILE[6]], {name: [v, 1.0] for name, v in zip(x, gaps)}, log_y=True, **axes),
+        Chart("heatmap", "Heat", ["a", HOSTILE[6]], cells, log_y=True, **axes),
         Chart("scatter", "Points", up, {HOSTILE[3]: up[::-1]}, log_y=True, **axes),
         Chart("histogram", "Counts", [0.0, 0.5, 1.0], {HOSTILE[4]: [3, 0, 5]}, **axes),
     ]

@@ -181,7 +181,7 @@
       bargap: view.kind === "histogram" ? 0 : 0.2,
       showlegend: !map && view.series.length > 1,
       legend: { orientation: "h", yanchor: "bottom", y: 1.02, x: 0 },
-      xaxis: { ...axis, ...x, title: { text: plain(view.x_label) } },
+      xaxis: { ...axis, ...x, title: { text: plain(view.x_label) }, ...(view.named ? { range: [-0.5, view.x.length - 0.5] } : {}) },
       yaxis: {
         ...axis,
         ...y,
