@@ -7,6 +7,7 @@ The native kernels release the GIL, so threads are enough. Memory is bounded by 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Pipeline:
         self.pending = 0  # submitted and not yet written
         self.error: BaseException | None = None
         self.closing = False
+        self.busy = {"read": 0.0, "compute": 0.0, "write": 0.0}  # seconds, of all threads together
         targets = [self.compute_loop] * threads + [self.write_loop]
         self.threads = [threading.Thread(target=target, daemon=True) for target in targets]
 
@@ -105,12 +107,14 @@ class Pipeline:
                 if self.error is not None or (self.closing and not self.ready):
                     return
                 compute = self.ready.popleft()
+            started = time.perf_counter()
             try:
                 output = compute()
             except BaseException as error:
                 self.fail(error)
                 return
             with self.changed:
+                self.busy["compute"] += time.perf_counter() - started
                 if output is None:
                     self.pending -= 1
                 else:
@@ -124,6 +128,7 @@ class Pipeline:
                 if self.error is not None or (self.closing and not self.finished):
                     return
                 output = self.finished.popleft()
+            started = time.perf_counter()
             try:
                 for segment in output.segments:
                     self.write(segment)
@@ -132,5 +137,6 @@ class Pipeline:
                 self.fail(error)
                 return
             with self.changed:
+                self.busy["write"] += time.perf_counter() - started
                 self.pending -= 1
                 self.changed.notify_all()

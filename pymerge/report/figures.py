@@ -27,7 +27,7 @@ class Chart:
 
     x        places: numbers, or names. heatmap: the columns; histogram: the bins (lower edge or label).
     series   name -> a value a place; None (or NaN, Inf) leaves a gap. heatmap: row -> values; histogram: counts.
-    alt      what a reader who cannot see the chart should know: what is drawn, and what it shows.
+    alt      the caption, which is all that a reader has who cannot see the chart: what is drawn, and what it shows.
     log_y    the value axis (heatmap: the colours) is logarithmic; values <= 0 are gaps then.
     Raises   ValueError: unknown kind, no series, or a series of another length than x."""
 
@@ -144,6 +144,7 @@ def _draw_series(chart: Chart, axes: Any) -> None:
     at = list(range(len(chart.x))) if named else [float(place) for place in chart.x]
     if named:
         _name_ticks(axes.xaxis, [str(place) for place in chart.x])
+        axes.set_xlim(-0.5, len(chart.x) - 0.5)
     if chart.log_y:
         axes.set_yscale("log")
     steps = [after - before for before, after in zip(at, at[1:], strict=False)]

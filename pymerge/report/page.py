@@ -62,6 +62,7 @@ def html_of(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 <body>
 <header><div><h1>{_text(title)}</h1><p>{_text(subtitle)}</p></div><button id="theme" type="button"></button></header>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
+<p id="keys" hidden>The arrow keys go from value to value.</p>
 <noscript><p class="missing">The charts and tables of this page need JavaScript.</p></noscript>
 <main>
 {"".join(_sections(sections))}</main>
@@ -101,8 +102,9 @@ def _sections(sections: Sequence[Section]) -> Iterator[str]:
 def _figure(chart: Chart, number: int) -> str:
     return (
         f'<figure data-number="{number}"><h3>{_text(chart.title)}</h3>'
-        f'<div class="plot" role="img" tabindex="0" aria-label="{_text(chart.alt)} Arrow keys say values."></div>'
-        '<p class="said" aria-live="polite"></p><details><summary>Values as a table</summary></details></figure>\n'
+        f'<div class="plot" role="img" tabindex="0" aria-labelledby="c{number}" aria-describedby="keys"></div>'
+        f'<p class="said" aria-live="polite"></p><figcaption id="c{number}">{_text(chart.alt)}</figcaption>'
+        "<details><summary>Values as a table</summary></details></figure>\n"
     )
 
 

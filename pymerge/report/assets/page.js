@@ -2,7 +2,7 @@
 // Draws the charts and tables of a page when they come into sight. Text goes into the page as text, never as HTML.
 (() => {
   const ROWS_AT_FIRST = 200;
-  const NAMES_WITHOUT_FILTER = 8;
+  const FEW = 8; // rows or names that need no filter
   const root = document.documentElement;
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
@@ -90,14 +90,15 @@
     });
     const table = make("table", {}, make("caption", { textContent: title }), make("thead", {}, make("tr", {}, ...heads)), body);
     const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: title }, table);
-    box.append(make("div", { className: "tools" }, filter, count), scroll, more);
+    if (rows.length > FEW) box.append(make("div", { className: "tools" }, filter, count));
+    box.append(scroll, more);
     fill();
   }
 
   // charts
 
   // Plotly reads a little HTML in texts: names are shown as they are.
-  const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const plain = (text) => text.replace(/[&<>$]/g, (c) => `&#${c.charCodeAt(0)};`); // "$": no formula either
   const short = (text, room) => (text.length <= room ? text : "\u2026" + text.slice(1 - room));
   const drawn = new Map(); // box -> redraw
 
@@ -180,7 +181,7 @@
       bargap: view.kind === "histogram" ? 0 : 0.2,
       showlegend: !map && view.series.length > 1,
       legend: { orientation: "h", yanchor: "bottom", y: 1.02, x: 0 },
-      xaxis: { ...axis, ...x, title: { text: plain(view.x_label) } },
+      xaxis: { ...axis, ...x, title: { text: plain(view.x_label) }, ...(view.named ? { range: [-0.5, view.x.length - 0.5] } : {}) },
       yaxis: {
         ...axis,
         ...y,
@@ -196,7 +197,7 @@
     const filter = make("input", { type: "search", placeholder: "Filter names", ariaLabel: `Filter names of ${chart.title}` });
     const bySize = make("input", { type: "checkbox" });
     const names = chart.kind === "heatmap" || !chart.named ? chart.series.map(([name]) => name) : chart.x;
-    if (names.length > NAMES_WITHOUT_FILTER) {
+    if (names.length > FEW) {
       const sortable = chart.named && chart.kind !== "line";
       plot.before(make("div", { className: "tools" }, filter, ...(sortable ? [make("label", {}, bySize, " largest first")] : [])));
     }
@@ -232,6 +233,7 @@
     }
 
     await draw();
+    plot.style.minHeight = 0; // the room that was kept for it
     plot.on("plotly_relayout", (change) => {
       if (Object.keys(change).some((key) => /axis\.(range|autorange)/.test(key))) ticksInSight();
     });
