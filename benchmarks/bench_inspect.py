@@ -18,8 +18,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent / "side_by_side"))
-from checkpoints import make
+from side_by_side.checkpoints import make
 
 READ = """
 import os, sys, time

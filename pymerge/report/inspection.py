@@ -163,11 +163,11 @@ def inspect(
         labels = ("base", *inputs.labels)
         total = sum(t.nbytes for c in compared.values() for t in c.inputs)
         total += sum(matrix.bytes for found in matrices.values() for matrix in found)
-        with make_progress(total, options.progress) as progress:
+        with make_progress(total, options.progress, len(compared)) as progress:
             limits = {"threads": options.thread_count, "memory": options.memory_bytes, "progress": progress}
             wanted = [matrix for found in matrices.values() for matrix in found]
             moments = sweep(list(compared.values()), labels, **limits)
-            spectrum = decompose(wanted, rank, **limits)
+            spectrum = iter(decompose(wanted, rank, **limits))
             tensors = tuple(
                 TensorFound(name, c.base.shape, m, tuple(next(spectrum) for _ in matrices.get(name, ())))
                 for (name, c), m in zip(compared.items(), moments, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,7 +137,7 @@ def tail_estimate(top: np.ndarray, energy: float, count: int) -> np.ndarray:
 
 def decompose(
     matrices: Sequence[MatrixOf], rank: int, *, threads: int, memory: int, progress: Progress
-) -> Iterator[Spectrum]:
+) -> list[Spectrum]:
     """The spectrum of each matrix, in order, side by side as far as the memory (bytes) allows.
 
     Cost    truncated_svd of each model's update at `rank`; each matrix is read once
@@ -146,7 +146,7 @@ def decompose(
 
     largest = max(matrices, key=lambda matrix: matrix.workspace(rank), default=None)
     if largest is None:
-        return
+        return []
     need = largest.workspace(rank)
     if need > memory:
         raise RecipeError(
@@ -159,13 +159,15 @@ def decompose(
 
     def work(matrix: MatrixOf) -> Spectrum:
         use_threads(own)
-        found = spectrum_of(matrix, rank)
-        progress.advance(matrix.bytes, matrix.name)
-        return found
+        return spectrum_of(matrix, rank)
 
     with threads_of_numerics(own), ThreadPoolExecutor(at_once) as pool:
         try:
-            yield from pool.map(work, matrices)
+            done = []
+            for matrix, found in zip(matrices, pool.map(work, matrices), strict=True):
+                progress.advance(matrix.bytes, matrix.compared.base.name)
+                done.append(found)
+            return done
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
