@@ -156,15 +156,15 @@ def between_models(found: Inspection, labels: Sequence[str]) -> Section:
     group = found.whole
     m, lost = group.moments, measures.cancelled(group.moments)
     charts = [
-        pair_map("Cosine between updates", labels, lambda pair: measures.cosine(m, pair), 1.0),
-        pair_map("Entries changed in opposite directions", labels, lambda pair: measures.opposed(m, pair), 0.0),
+        pair_map("Cosine between updates", labels, lambda pair: measures.cosine(m, pair)),
+        pair_map("Entries changed in opposite directions", labels, lambda pair: measures.opposed(m, pair)),
     ]
     text = ["Of entries that two models change, half are changed in opposite directions by chance."]
     if lost is not None:
         text.append(f"The sum of all updates loses {lost:.1%} of their magnitude to opposite signs.")
     if group.spectra:
         charts.append(
-            pair_map("Overlap of leading subspaces", labels, lambda pair: measures.overlap(group.spectra, pair), 1.0)
+            pair_map("Overlap of leading subspaces", labels, lambda pair: measures.overlap(group.spectra, pair))
         )
         text.append(
             "Overlap is the mean squared cosine of the principal angles between the directions that are proven for "
@@ -173,13 +173,11 @@ def between_models(found: Inspection, labels: Sequence[str]) -> Section:
     return Section("Between models", text, charts)
 
 
-def pair_map(title: str, labels: Sequence[str], of: Callable[[measures.Pair], float | None], diagonal: float) -> Chart:
-    def value(s: int, t: int) -> float | None:
-        return diagonal if s == t else of((min(s, t), max(s, t)))
-
+def pair_map(title: str, labels: Sequence[str], of: Callable[[measures.Pair], float | None]) -> Chart:
+    """A square of models, its diagonal empty."""
     known = [v for pair in measures.pairs(len(labels)) if (v := of(pair)) is not None]
     said = f"from {min(known):.3g} to {max(known):.3g}" if known else "nothing to show"
-    rows = {label: [value(s, t) for t in range(len(labels))] for s, label in enumerate(labels)}
+    rows = dict(zip(labels, measures.square(len(labels), of), strict=True))
     alt = f"{title} for each pair of models, {said}."
     return Chart(kind="heatmap", title=title, x=list(labels), series=rows, x_label="", y_label="", alt=alt)
 

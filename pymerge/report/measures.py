@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from statistics import fmean, median
 
@@ -18,6 +18,12 @@ EDGES = (0.0, *(2.0 ** (FIRST_OCTAVE + b) for b in range(1, OCTAVES)))  # lower 
 
 def pairs(tasks: int) -> list[Pair]:
     return list(combinations(range(tasks), 2))
+
+
+def square(tasks: int, of_pair: Callable[[Pair], float | None]) -> list[list[float | None]]:
+    """[T][T], symmetric, with None on the diagonal."""
+    values = {pair: of_pair(pair) for pair in pairs(tasks)}
+    return [[values.get((min(s, t), max(s, t))) for t in range(tasks)] for s in range(tasks)]
 
 
 def ratio(a: float, b: float) -> float | None:

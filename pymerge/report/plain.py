@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,8 @@ def of_moments(m: Moments) -> dict[str, Any]:
         "relative_norm": measures.relative_norms(m),
         "changed": measures.changed(m),
         "magnitudes": m.octaves.tolist(),
-        "cosine": square(m.tasks, lambda pair: measures.cosine(m, pair)),
-        "opposed_signs": square(m.tasks, lambda pair: measures.opposed(m, pair)),
+        "cosine": measures.square(m.tasks, lambda pair: measures.cosine(m, pair)),
+        "opposed_signs": measures.square(m.tasks, lambda pair: measures.opposed(m, pair)),
         "conflicting_entries": measures.conflicted(m),
         "cancelled_magnitude": measures.cancelled(m),
     }
@@ -64,8 +64,8 @@ def of_spectra(spectra: Sequence[Spectrum], tasks: int) -> dict[str, Any]:
         "stable_rank": [measures.stable_rank(spectra, t) for t in each],
         "certified_rank": [measures.certified(spectra, t) for t in each],
         "captured": [measures.captured(spectra, t) for t in each],
-        "subspace_overlap": square(tasks, lambda pair: measures.overlap(spectra, pair)),
-        "overlap_by_chance": square(tasks, lambda pair: measures.overlap_by_chance(spectra, pair)),
+        "subspace_overlap": measures.square(tasks, lambda pair: measures.overlap(spectra, pair)),
+        "overlap_by_chance": measures.square(tasks, lambda pair: measures.overlap_by_chance(spectra, pair)),
     }
 
 
@@ -101,9 +101,3 @@ def of_spectrum(s: Spectrum) -> dict[str, Any]:
             for pair, o in s.overlaps.items()
         ],
     }
-
-
-def square(tasks: int, of_pair: Callable[[measures.Pair], float | None]) -> list[list[float | None]]:
-    """[T][T], symmetric."""
-    values = {pair: of_pair(pair) for pair in measures.pairs(tasks)}
-    return [[values.get((min(s, t), max(s, t))) for t in range(tasks)] for s in range(tasks)]
