@@ -142,8 +142,6 @@ def decompose(
 
     Cost    truncated_svd of each model's update at `rank`; each matrix is read once
     Raises  RecipeError: a matrix that does not fit the memory"""
-    from pymerge.engine.generic import threads_of_numerics, use_threads
-
     largest = max(matrices, key=lambda matrix: matrix.workspace(rank), default=None)
     if largest is None:
         return []
@@ -154,6 +152,8 @@ def decompose(
             f"{memory / 1e6:.0f} MB: raise --memory (memory= in Python) by {(need - memory) / 1e6:.0f} MB, or take "
             "--no-spectra (spectra=False)"
         )
+    from pymerge.engine.generic import threads_of_numerics, use_threads  # imports torch
+
     at_once = max(1, min(threads, memory // need))
     own = max(1, threads // at_once)
 
