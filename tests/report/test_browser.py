@@ -27,14 +27,14 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium, or set CHROMIUM")
 WAIT = 60_000  # milliseconds until what never comes is given up
 sync_api.expect.set_options(timeout=WAIT)
+SANDBOX = [] if os.geteuid() else ["--no-sandbox"]  # root has none
 SIZES = {"wide": (1280, 900), "phone": (390, 844)}
 
 
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as play:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # root has no sandbox
-        found = play.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        found = play.chromium.launch(executable_path=CHROMIUM, args=SANDBOX)
         yield found
         found.close()
 
