@@ -225,6 +225,19 @@ def test_closed_sections_are_drawn_when_they_are_opened(opened):
     assert section.locator("tbody tr").count() == 200
 
 
+def test_a_chart_whose_section_was_closed_meanwhile_has_size_and_theme_of_the_page(opened):
+    page = opened("hostile", color_scheme="light")
+    draw_all(page)
+    plot = page.locator("figure .plot").first
+    width, summary = plot.bounding_box()["width"], page.locator("summary").first
+    summary.click()
+    page.get_by_role("button", name="dark theme").click()
+    summary.click()
+    label = plot.locator(".xtick text").first
+    sync_api.expect(label).to_have_css("fill", "rgb(230, 234, 240)")
+    assert plot.locator(".main-svg").first.bounding_box()["width"] == width
+
+
 def test_axes_name_what_is_in_sight(opened):
     page = opened("large", "phone")
     draw_all(page)

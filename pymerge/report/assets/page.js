@@ -7,7 +7,11 @@
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
   const make = (tag, properties = {}, ...children) => {
-    const element = Object.assign(document.createElement(tag), properties);
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(properties)) {
+      if (name in element) element[name] = value;
+      else element.setAttribute(name, value);
+    }
     element.append(...children);
     return element;
   };
@@ -44,7 +48,7 @@
     const numeric = columns.map((_, c) => rows.every((row) => row[c] === null || typeof row[c] === "number"));
     let sorted = { column: -1, way: 1 };
     let limit = ROWS_AT_FIRST;
-    const filter = make("input", { type: "search", placeholder: "Filter rows", ariaLabel: `Filter rows of ${title}` });
+    const filter = make("input", { type: "search", placeholder: "Filter rows", "aria-label": `Filter rows of ${title}` });
     const count = make("output");
     const more = make("button", { type: "button" });
     const body = make("tbody");
@@ -68,7 +72,9 @@
           if (a === null || b === null) return (a === null) - (b === null); // empty cells last, either way
           return way * compare(a, b) || p - q;
         });
-      heads.forEach((head, c) => (head.ariaSort = c !== column ? "none" : way === 1 ? "ascending" : "descending"));
+      heads.forEach((head, c) => {
+        head.setAttribute("aria-sort", c !== column ? "none" : way === 1 ? "ascending" : "descending");
+      });
       body.replaceChildren(
         ...kept.slice(0, limit).map((r) =>
           make("tr", {}, ...rows[r].map((value, c) => {
@@ -89,7 +95,7 @@
       fill();
     });
     const table = make("table", {}, make("caption", { textContent: title }), make("thead", {}, make("tr", {}, ...heads)), body);
-    const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: title }, table);
+    const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": title }, table);
     if (rows.length > FEW) box.append(make("div", { className: "tools" }, filter, count));
     box.append(scroll, more);
     fill();
@@ -133,7 +139,7 @@
     const room = width < 600 ? 14 : 34;
     const axes = {};
     const [left, right] = ranges.x ?? [0, view.x.length - 1];
-    const [low, high] = (ranges.y ?? [0, view.series.length - 1]).toSorted((a, b) => a - b);
+    const [low, high] = [...(ranges.y ?? [0, view.series.length - 1])].sort((a, b) => a - b); // the axis runs down
     if (view.named) axes.x = nameTicks(view.x, left, right, width / 26, room);
     if (view.kind === "heatmap") axes.y = nameTicks(view.series.map(([name]) => name), low, high, height / 18, room);
     return axes;
@@ -194,7 +200,7 @@
   async function drawChart(box, chart) {
     const Plotly = await plotly();
     const [plot, said, values] = [".plot", ".said", "details"].map((part) => box.querySelector(part));
-    const filter = make("input", { type: "search", placeholder: "Filter names", ariaLabel: `Filter names of ${chart.title}` });
+    const filter = make("input", { type: "search", placeholder: "Filter names", "aria-label": `Filter names of ${chart.title}` });
     const bySize = make("input", { type: "checkbox" });
     const names = chart.kind === "heatmap" || !chart.named ? chart.series.map(([name]) => name) : chart.x;
     if (names.length > FEW) {
@@ -260,9 +266,14 @@
     Object.assign(kept, { get: () => store.getItem("theme"), set: (value) => store.setItem("theme", value) });
   } catch {}
 
+  // Charts of closed sections have no size: they are drawn again when their section is opened.
+  function redraw(within) {
+    for (const [box, draw] of drawn) if (within.contains(box) && box.offsetParent) draw();
+  }
+
   function themed() {
     button.textContent = isDark() ? "Light theme" : "Dark theme";
-    for (const draw of drawn.values()) draw();
+    redraw(document);
   }
 
   function openTarget() {
@@ -293,6 +304,9 @@
       },
       { rootMargin: "400px" },
     );
+    document.querySelectorAll("section > details").forEach((section) => {
+      section.addEventListener("toggle", () => redraw(section));
+    });
     document.querySelectorAll("figure, .table").forEach((box) => observer.observe(box));
   }
 
