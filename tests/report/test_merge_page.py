@@ -144,6 +144,11 @@ def test_an_alignment_is_compared_before_and_after(tmp_path):
     section = found(merge_sections(out)[2], "Alignment")
     assert section.charts[0].series == {"before": [pytest.approx(0.2)], "after": [pytest.approx(0.85)]}
     assert section.tables[0].rows[0][:3] == ("layer.0", 8, "6, 7")
+    del summary["align"]["before"], group["before"], group["moved"]  # of a zip
+    (out / "merge.json").write_text(json.dumps(summary))
+    section = found(merge_sections(out)[2], "Alignment")
+    assert section.charts[0].series == {"after": [pytest.approx(0.85)]}
+    assert section.tables[0].rows[0] == ("layer.0", 8, None, None, pytest.approx(0.85))
 
 
 def test_a_large_model_is_a_small_page(tmp_path):
