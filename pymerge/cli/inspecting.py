@@ -11,11 +11,26 @@ import typer
 
 from pymerge import hub
 from pymerge.cli.app import app
-from pymerge.cli.options import AllowPickle, Debug, Download, Memory, Prefer, Threads, budget, reported_errors
+from pymerge.cli.options import (
+    AllowPickle,
+    Debug,
+    Download,
+    Memory,
+    Prefer,
+    Threads,
+    budget,
+    examples,
+    reported_errors,
+)
 from pymerge.errors import OutputError
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "pymerge inspect base/ math/ code/ -o report.html",
+        "pymerge inspect base/ math/ --no-spectra --json found.json",
+    )
+)
 def inspect(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder of the base model.")],
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders of models fine-tuned from it.")],
@@ -36,10 +51,7 @@ def inspect(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
     debug: Debug = False,
 ) -> None:
-    """What fine-tuning changed, how the models agree, and which method that suggests.
-
-    Example: pymerge inspect base math code -o report.html
-    """
+    """What fine-tuning changed, how the models agree, and which method that suggests."""
     with reported_errors(debug), hub.access(download=download):
         from pymerge.engine.plan import Options
         from pymerge.report.inspect_page import sections, subtitle

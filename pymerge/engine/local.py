@@ -249,7 +249,7 @@ def write_folder(
         executor = run_staged(plan, inputs, staged, options)
         seconds = time.monotonic() - started
         checksums, facts, busy = staged.checksums(), staged.facts(), executor.pipeline.busy
-        summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, busy=busy, peak=peak_memory())
+        summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory(), busy=busy)
         staged.commit(lambda folder: side_files(folder, executor, summary))
     log.info("%s: complete after %.1f s", safe_name(str(out)), time.monotonic() - started)
     return summary

@@ -161,7 +161,7 @@ class Places:
 
 def _chart(fact: Fact, found: Mapping[str, Any], models: Sequence[str]) -> Chart | None:
     """Numbers: a heat map of layers and what is in them. Lists of one length: a line a member. Others: None."""
-    places, label = Places(list(found)), "layer"
+    places = Places(list(found))
     lengths = {len(value) if isinstance(value, list) else 0 for value in found.values()}
     if len(lengths) != 1 or not places.columns:
         return None
@@ -188,7 +188,7 @@ def _chart(fact: Fact, found: Mapping[str, Any], models: Sequence[str]) -> Chart
         title=fact.label,
         x=places.columns,
         series=series,
-        x_label=label if places.layered else "tensor",
+        x_label="layer" if places.layered else "tensor",
         y_label="" if kind == "heatmap" else fact.label,
         alt=f"{alt} {fact.meaning}".strip(),
         log_y=fact.log and min(values) > 0,

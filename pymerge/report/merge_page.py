@@ -149,15 +149,18 @@ def _care(summary: Summary) -> Section:
 
 
 def _alignment(found: Mapping[str, Any]) -> Section:
-    """How much more alike the units are in the order that was found."""
-    groups, charts, rows = found.get("groups") or {}, [], []
-    for name, group in groups.items():
-        moved = _words(group.get("moved"))
-        rows.append((safe_name(name), group.get("units"), moved, _mean(group["before"]), _mean(group["after"])))
+    """How much more alike the units are in the order that was found; a zip has no similarity before."""
+    groups, charts = found.get("groups") or {}, []
+    alike = {when: [_mean(group.get(when)) for group in groups.values()] for when in ("before", "after")}
+    rows = [
+        (safe_name(name), group.get("units"), _words(group.get("moved")), before, after)
+        for (name, group), before, after in zip(groups.items(), *alike.values(), strict=True)
+    ]
     if rows:
-        x = [str(row[0]) for row in rows]
-        series = {"before": [row[3] for row in rows], "after": [row[4] for row in rows]}
-        alt = f"Similarity of the units, {found['before']:.3g} before and {found['after']:.3g} after."
+        series = {when: values for when, values in alike.items() if when in found}
+        means = " and ".join(f"{found[when]:.3g} {when}" for when in series)
+        alt = f"Similarity of the units, {means}."
+        x = [row[0] for row in rows]
         charts = [Chart("bar", "Similarity of the units", x, series, "group", "mean similarity", alt)]
     rest = [(key, _words(value)) for key, value in found.items() if key != "groups"]
     tables = [Table("Groups", ("group", "units", "moved", "before", "after"), rows)] if rows else []
@@ -176,8 +179,8 @@ def _day(date: str) -> str:
     return date.replace("T", " ").removesuffix("+00:00") + " UTC"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float] | None) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _words(value: Any) -> str | float | int | None:

@@ -27,14 +27,14 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium, or set CHROMIUM")
 WAIT = 60_000  # milliseconds until what never comes is given up
 sync_api.expect.set_options(timeout=WAIT)
+SANDBOX = [] if os.geteuid() else ["--no-sandbox"]  # root has none
 SIZES = {"wide": (1280, 900), "phone": (390, 844)}
 
 
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as play:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # root has no sandbox
-        found = play.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        found = play.chromium.launch(executable_path=CHROMIUM, args=SANDBOX)
         yield found
         found.close()
 
@@ -223,6 +223,19 @@ def test_closed_sections_are_drawn_when_they_are_opened(opened):
     page.get_by_role("link", name="Checksums").click()
     section.locator("table").wait_for()
     assert section.locator("tbody tr").count() == 200
+
+
+def test_a_chart_whose_section_was_closed_meanwhile_has_size_and_theme_of_the_page(opened):
+    page = opened("hostile", color_scheme="light")
+    draw_all(page)
+    plot = page.locator("figure .plot").first
+    width, summary = plot.bounding_box()["width"], page.locator("summary").first
+    summary.click()
+    page.get_by_role("button", name="dark theme").click()
+    summary.click()
+    label = plot.locator(".xtick text").first
+    sync_api.expect(label).to_have_css("fill", "rgb(230, 234, 240)")
+    assert plot.locator(".main-svg").first.bounding_box()["width"] == width
 
 
 def test_axes_name_what_is_in_sight(opened):

@@ -57,7 +57,7 @@ def test_overview_recipe_and_checksums(merged):
     overview = found(sections, "Overview")
     assert rows(overview.tables[0])["tensors merged"] == (7,)
     (busy,) = overview.charts
-    assert list(busy.x) == ["read", "compute", "write"]
+    assert list(busy.x) == ["read", "compute", "write"] and summary["busy_seconds"]["compute"] > 0
     assert busy.series["seconds"] == [summary["busy_seconds"][stage] for stage in busy.x]
     assert "merge_method: tsv_m" in found(sections, "Recipe").text[0]
     assert [row[1] for row in found(sections, "Recipe").tables[0].rows] == ["model.safetensors"] * 3
@@ -144,6 +144,11 @@ def test_an_alignment_is_compared_before_and_after(tmp_path):
     section = found(merge_sections(out)[2], "Alignment")
     assert section.charts[0].series == {"before": [pytest.approx(0.2)], "after": [pytest.approx(0.85)]}
     assert section.tables[0].rows[0][:3] == ("layer.0", 8, "6, 7")
+    del summary["align"]["before"], group["before"], group["moved"]  # of a zip
+    (out / "merge.json").write_text(json.dumps(summary))
+    section = found(merge_sections(out)[2], "Alignment")
+    assert section.charts[0].series == {"after": [pytest.approx(0.85)]}
+    assert section.tables[0].rows[0] == ("layer.0", 8, None, None, pytest.approx(0.85))
 
 
 def test_a_large_model_is_a_small_page(tmp_path):

@@ -7,7 +7,11 @@
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
   const make = (tag, properties = {}, ...children) => {
-    const element = Object.assign(document.createElement(tag), properties);
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(properties)) {
+      if (name in element) element[name] = value;
+      else element.setAttribute(name, value);
+    }
     element.append(...children);
     return element;
   };
@@ -31,6 +35,8 @@
     const small = Math.abs(value) < 1e-4 || Math.abs(value) >= 1e7;
     return small ? value.toExponential(3) : String(Number(value.toPrecision(5)));
   };
+  const filterBox = (what, of) =>
+    make("input", { type: "search", placeholder: `Filter ${what}`, "aria-label": `Filter ${what} of ${of}` });
   const shown = (value) => (value === null ? "" : typeof value === "number" ? number(value) : String(value));
   const compare = (a, b) =>
     typeof a === "number" && typeof b === "number"
@@ -44,7 +50,7 @@
     const numeric = columns.map((_, c) => rows.every((row) => row[c] === null || typeof row[c] === "number"));
     let sorted = { column: -1, way: 1 };
     let limit = ROWS_AT_FIRST;
-    const filter = make("input", { type: "search", placeholder: "Filter rows", ariaLabel: `Filter rows of ${title}` });
+    const filter = filterBox("rows", title);
     const count = make("output");
     const more = make("button", { type: "button" });
     const body = make("tbody");
@@ -68,7 +74,9 @@
           if (a === null || b === null) return (a === null) - (b === null); // empty cells last, either way
           return way * compare(a, b) || p - q;
         });
-      heads.forEach((head, c) => (head.ariaSort = c !== column ? "none" : way === 1 ? "ascending" : "descending"));
+      heads.forEach((head, c) => {
+        head.setAttribute("aria-sort", c !== column ? "none" : way === 1 ? "ascending" : "descending");
+      });
       body.replaceChildren(
         ...kept.slice(0, limit).map((r) =>
           make("tr", {}, ...rows[r].map((value, c) => {
@@ -88,8 +96,9 @@
       limit = Infinity;
       fill();
     });
-    const table = make("table", {}, make("caption", { textContent: title }), make("thead", {}, make("tr", {}, ...heads)), body);
-    const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: title }, table);
+    const caption = make("caption", { textContent: title });
+    const table = make("table", {}, caption, make("thead", {}, make("tr", {}, ...heads)), body);
+    const scroll = make("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": title }, table);
     if (rows.length > FEW) box.append(make("div", { className: "tools" }, filter, count));
     box.append(scroll, more);
     fill();
@@ -133,7 +142,7 @@
     const room = width < 600 ? 14 : 34;
     const axes = {};
     const [left, right] = ranges.x ?? [0, view.x.length - 1];
-    const [low, high] = (ranges.y ?? [0, view.series.length - 1]).toSorted((a, b) => a - b);
+    const [low, high] = [...(ranges.y ?? [0, view.series.length - 1])].sort((a, b) => a - b); // the axis runs down
     if (view.named) axes.x = nameTicks(view.x, left, right, width / 26, room);
     if (view.kind === "heatmap") axes.y = nameTicks(view.series.map(([name]) => name), low, high, height / 18, room);
     return axes;
@@ -144,12 +153,14 @@
     const places = view.x.map((place) => plain(shown(place)));
     const [xLabel, yLabel] = [plain(view.x_label), plain(view.y_label)];
     if (view.kind === "heatmap") {
-      const z = view.series.map(([, values]) => (view.log_y ? values.map((v) => (v > 0 ? Math.log10(v) : null)) : values));
+      const height = (v) => (!view.log_y ? v : v > 0 ? Math.log10(v) : null);
+      const z = view.series.map(([, values]) => values.map(height));
       const customdata = view.series.map(([name, values]) => values.map((v, i) => [places[i], plain(name), shown(v)]));
       const hovertemplate = "%{customdata[1]}<br>%{customdata[0]}<br>%{customdata[2]}<extra></extra>";
       const ticks = view.log_y ? { tickprefix: "10<sup>", ticksuffix: "</sup>" } : {};
       const colorbar = { thickness: 12, outlinewidth: 0, ...ticks };
-      return [{ type: "heatmap", x: at, y: view.series.map((_, i) => i), z, customdata, hovertemplate, colorscale: "Viridis", colorbar }];
+      const y = view.series.map((_, i) => i);
+      return [{ type: "heatmap", x: at, y, z, customdata, hovertemplate, colorscale: "Viridis", colorbar }];
     }
     return view.series.map(([name, values], s) => {
       const color = view.colours[s % view.colours.length];
@@ -159,7 +170,8 @@
       const common = { name: plain(name), x: at, y, customdata, hovertemplate };
       if (view.kind === "bar" || view.kind === "histogram") return { ...common, type: "bar", marker: { color } };
       const mode = view.kind === "line" ? "lines+markers" : "markers";
-      return { ...common, type: "scatter", mode, line: { width: 1.5, color }, marker: { size: view.kind === "line" ? 4 : 6, color } };
+      const marker = { size: view.kind === "line" ? 4 : 6, color };
+      return { ...common, type: "scatter", mode, line: { width: 1.5, color }, marker };
     });
   }
 
@@ -181,7 +193,12 @@
       bargap: view.kind === "histogram" ? 0 : 0.2,
       showlegend: !map && view.series.length > 1,
       legend: { orientation: "h", yanchor: "bottom", y: 1.02, x: 0 },
-      xaxis: { ...axis, ...x, title: { text: plain(view.x_label) }, ...(view.named ? { range: [-0.5, view.x.length - 0.5] } : {}) },
+      xaxis: {
+        ...axis,
+        ...x,
+        title: { text: plain(view.x_label) },
+        ...(view.named ? { range: [-0.5, view.x.length - 0.5] } : {}),
+      },
       yaxis: {
         ...axis,
         ...y,
@@ -194,12 +211,13 @@
   async function drawChart(box, chart) {
     const Plotly = await plotly();
     const [plot, said, values] = [".plot", ".said", "details"].map((part) => box.querySelector(part));
-    const filter = make("input", { type: "search", placeholder: "Filter names", ariaLabel: `Filter names of ${chart.title}` });
+    const filter = filterBox("names", chart.title);
     const bySize = make("input", { type: "checkbox" });
     const names = chart.kind === "heatmap" || !chart.named ? chart.series.map(([name]) => name) : chart.x;
     if (names.length > FEW) {
       const sortable = chart.named && chart.kind !== "line";
-      plot.before(make("div", { className: "tools" }, filter, ...(sortable ? [make("label", {}, bySize, " largest first")] : [])));
+      const order = sortable ? [make("label", {}, bySize, " largest first")] : [];
+      plot.before(make("div", { className: "tools" }, filter, ...order));
     }
     let view = chart;
     let place = [0, 0]; // [series, point] of the keyboard
@@ -226,8 +244,8 @@
       const held = (value, size) => Math.min(Math.max(value, 0), size - 1);
       place = [held(place[0] + way[0], view.series.length), held(place[1] + way[1], view.x.length)];
       const [s, p] = place;
-      const point = view.kind === "heatmap" ? { curveNumber: 0, pointNumber: [s, p] } : { curveNumber: s, pointNumber: p };
-      Plotly.Fx.hover(plot, [point]);
+      const map = view.kind === "heatmap"; // one trace, its points by row and column
+      Plotly.Fx.hover(plot, [{ curveNumber: map ? 0 : s, pointNumber: map ? [s, p] : p }]);
       const [name, numbers] = view.series[s];
       said.textContent = `${name}, ${shown(view.x[p])}: ${numbers[p] === null ? "no value" : shown(numbers[p])}`;
     }
@@ -260,9 +278,14 @@
     Object.assign(kept, { get: () => store.getItem("theme"), set: (value) => store.setItem("theme", value) });
   } catch {}
 
+  // Charts of closed sections have no size: they are drawn again when their section is opened.
+  function redraw(within) {
+    for (const [box, draw] of drawn) if (within.contains(box) && box.offsetParent) draw();
+  }
+
   function themed() {
     button.textContent = isDark() ? "Light theme" : "Dark theme";
-    for (const draw of drawn.values()) draw();
+    redraw(document);
   }
 
   function openTarget() {
@@ -293,9 +316,15 @@
       },
       { rootMargin: "400px" },
     );
+    document.querySelectorAll("section > details").forEach((section) => {
+      section.addEventListener("toggle", () => redraw(section));
+    });
     document.querySelectorAll("figure, .table").forEach((box) => observer.observe(box));
   }
 
   if (window.DecompressionStream) start();
-  else document.querySelector("main").prepend(make("p", { className: "missing", textContent: "The charts and tables need a browser of 2023 or later." }));
+  else {
+    const textContent = "The charts and tables need a browser of 2023 or later.";
+    document.querySelector("main").prepend(make("p", { className: "missing", textContent }));
+  }
 })();
