@@ -196,8 +196,8 @@ class Sweep:
                 place = list(unravel(first, tensor.shape))
                 texts.append(f"{label}: {bad} of {tensor.numel} entries, the first at {place}")
         raise NonFinite(
-            f"{safe_name(compared.base.name)}: NaN or Inf in {'; '.join(texts)}. Mend the model, or leave the tensor out "
-            "(--exclude, exclude=)"
+            f"{safe_name(compared.base.name)}: NaN or Inf in {'; '.join(texts)}. Mend the model, or leave the "
+            "tensor out (--exclude, exclude=)"
         )
 
 
