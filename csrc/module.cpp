@@ -149,6 +149,22 @@ int64_t delta_signs_host(const py::object& base, const py::sequence& tuned, int6
   return delta_signs(source.view(), params.rule());
 }
 
+py::tuple delta_moments_host(const py::object& base, const py::sequence& tuned, int64_t count) {
+  const HostSource source(base, tuned, count, 0);
+  const auto tasks = static_cast<size_t>(source.tasks());
+  std::vector<double> sums(2 + tasks * (tasks + 1));
+  std::vector<int64_t> counts(3 + tasks * (2 * tasks + kOctaves + 1));
+  double *gram = sums.data() + 2, *l1 = gram + tasks * tasks;
+  int64_t *octaves = counts.data() + 2, *both = octaves + tasks * kOctaves, *opposed = both + tasks * tasks;
+  int64_t* bad = opposed + tasks * tasks;
+  {
+    py::gil_scoped_release release;
+    delta_moments(source.view(), {sums.data(), gram, l1, sums.data() + 1, octaves, both, opposed, counts.data(),
+                                  counts.data() + 1, bad});
+  }
+  return py::make_tuple(to_bytes(sums.data(), sums.size() * 8), to_bytes(counts.data(), counts.size() * 8));
+}
+
 std::pair<int64_t, int64_t> count_nonfinite_host(const py::object& buffer, int64_t count) {
   const Buffer x = parse_buffer("buffer", buffer, count);
   py::gil_scoped_release release;
@@ -288,6 +304,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("delta_l1", &delta_l1_host, base, tuned, count, index0, py::arg("params"));
   m.def("delta_gram", &delta_gram_host, base, tuned, count);
   m.def("delta_signs", &delta_signs_host, base, tuned, count, index0, py::arg("params"));
+  m.def("delta_moments", &delta_moments_host, base, tuned, count);
   m.def("count_nonfinite", &count_nonfinite_host, py::arg("buffer"), count);
   m.def("crc32c", &crc32c_host, py::arg("data"), py::arg("crc") = 0);
   m.def("crc32c_combine", &crc32c_combine_host, py::arg("first"), py::arg("second"), py::arg("second_bytes"));

@@ -95,6 +95,13 @@ def delta_gram(base: _Buffer | None, tuned: Sequence[_Buffer], count: int) -> by
 def delta_signs(
     base: _Buffer | None, tuned: Sequence[_Buffer], count: int, index0: int, params: DeltaParams
 ) -> int: ...
+def delta_moments(base: _Buffer | None, tuned: Sequence[_Buffer], count: int) -> tuple[bytes, bytes]:
+    """Of T tensors, as MomentSums of csrc/cpu/kernels.h, in this order.
+
+    float64 [2 + T T + T]: base, l1_of_sum, gram [T, T] (s <= t), l1 [T];
+    int64 [3 + T (2 T + 33)]: contested, conflicted, octaves [T, 32], both [T, T], opposed [T, T] (s <= t), bad [1 + T]
+    """
+
 def count_nonfinite(buffer: _Buffer, count: int) -> tuple[int, int]:
     """How many, and the index of the first (-1: none)."""
 

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from pymerge.engine.verify import verify
     from pymerge.errors import MergeError
     from pymerge.integrations.mergekit_yaml import run_merge
+    from pymerge.report.inspection import Inspection, inspect
     from pymerge.statistics import Statistics, observe, open_statistics, reset_batch_norm
     from pymerge.tuning import search
 
 __all__ = [
     "Checkpoint",
     "Clusters",
+    "Inspection",
     "MergeError",
     "Options",
     "Permutations",
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "align",
     "find_permutations",
+    "inspect",
     "linalg",
     "merge",
     "methods",
@@ -52,12 +55,14 @@ __all__ = [
 _HOME = {
     "Checkpoint": "pymerge.checkpoint",
     "Clusters": "pymerge.align",
+    "Inspection": "pymerge.report.inspection",
     "MergeError": "pymerge.errors",
     "Options": "pymerge.engine.plan",
     "Permutations": "pymerge.align",
     "Recipe": "pymerge.engine.api",
     "Statistics": "pymerge.statistics",
     "find_permutations": "pymerge.align",
+    "inspect": "pymerge.report.inspection",
     "merge": "pymerge.engine.api",
     "observe": "pymerge.statistics",
     "open_permutations": "pymerge.align",

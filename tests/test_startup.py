@@ -44,7 +44,9 @@ def test_public_names_are_light_until_used():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["merge", "--help"], ["demo", "--help"], ["search", "--help"], ["methods"]], ids=" ".join
+    "arguments",
+    [["--help"], ["merge", "--help"], ["demo", "--help"], ["search", "--help"], ["inspect", "--help"], ["methods"]],
+    ids=" ".join,
 )
 def test_commands_that_only_answer_are_light(arguments):
     assert imported_after(command(*arguments)) == []

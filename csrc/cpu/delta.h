@@ -38,6 +38,9 @@ void delta_l1(const DeltaSource& source, const DeltaRule& rule, int64_t block, d
 void delta_gram(const DeltaSource& source, int64_t block, double* out);
 int64_t delta_signs(const DeltaSource& source, const DeltaRule& rule);
 
+// Adds what is known of all updates to `out`.
+void delta_moments(const DeltaSource& source, const MomentSums& out);
+
 // (how many, index of the first or -1)
 std::pair<int64_t, int64_t> count_nonfinite(Buffer x, int64_t count);
 

@@ -48,6 +48,10 @@ int64_t delta_signs(const DeltaSource& source, const DeltaRule& rule) {
   return kernels().signs(source, rule, 0, source.count, thread_scratch(merge_scratch(source.tasks)));
 }
 
+void delta_moments(const DeltaSource& source, const MomentSums& out) {
+  kernels().moments(source, thread_scratch(moments_scratch(source.tasks)), out);
+}
+
 std::pair<int64_t, int64_t> count_nonfinite(Buffer x, int64_t count) {
   int64_t bad = 0, first = -1;
   for (int64_t at = 0; at < count; at += kBlock) {

@@ -38,6 +38,22 @@ struct MergeTarget {
   bool stream = false;  // stores bypass the caches: for outputs that would only push the inputs out
 };
 
+constexpr int32_t kOctaves = 32, kFirstOctave = -31;  // bins of magnitudes: below 2^-30, 31 powers of two, 1 and above
+
+// What the moments are added to. T tasks; pairs s <= t at [s * T + t].
+struct MomentSums {
+  double* base;         // squares of the base's entries
+  double* gram;         // [T][T] inner products of updates
+  double* l1;           // [T] sums of magnitudes
+  double* l1_of_sum;    // of the sum of all updates
+  int64_t* octaves;     // [T][kOctaves]
+  int64_t* both;        // [T][T] entries that both updates change; s = t: that the update changes
+  int64_t* opposed;     // [T][T] those of them with different signs
+  int64_t* contested;   // entries that at least two updates change
+  int64_t* conflicted;  // those of them that one raises and another one lowers
+  int64_t* bad;         // [1 + T] entries of base and models that are not finite
+};
+
 // Entries [begin, end) of the source throughout; begin a multiple of kBlock.
 struct Kernels {
   // Merges; adds to bad [tasks + 3]. scratch: merge_scratch() floats, 64-byte aligned.
@@ -53,11 +69,18 @@ struct Kernels {
   void (*l1)(const DeltaSource&, const DeltaRule&, int64_t begin, int64_t end, float* scratch, double* out);
   void (*gram)(const DeltaSource&, int64_t begin, int64_t end, float* scratch, double* out);
   int64_t (*signs)(const DeltaSource&, const DeltaRule&, int64_t begin, int64_t end, float* scratch);
+  void (*moments)(const DeltaSource&, float* scratch, const MomentSums&);  // scratch: moments_scratch() floats
   int64_t (*cast)(const float* x, void* y, Dtype dtype, int64_t n);
   int64_t (*count_bad)(Buffer, int64_t n);
 };
 
 inline int64_t merge_scratch(int64_t tasks) { return (tasks + 8) * kBlock + 2 * kDrawSlack; }
+
+// In floats: blocks in float64, partial sums in lanes, three blocks of float32, bytes.
+inline int64_t moments_scratch(int64_t tasks) {
+  return 2 * (tasks + 1) * kBlock + 2 * kBlockLanes * (tasks * tasks + tasks + 3) + 3 * kBlock +
+         (1 + tasks) * kBlock / 4;
+}
 
 namespace baseline {
 const Kernels& kernels();

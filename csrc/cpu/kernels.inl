@@ -335,6 +335,8 @@ int64_t signs(const DeltaSource& source, const DeltaRule& rule, int64_t begin, i
   return total;
 }
 
+#include "moments.inl"
+
 int64_t cast(const float* x, void* y, Dtype dtype, int64_t n) {
   alignas(64) float scratch[kBlock];
   int64_t bad = 0;
@@ -347,7 +349,7 @@ int64_t cast(const float* x, void* y, Dtype dtype, int64_t n) {
 }  // namespace
 
 const Kernels& kernels() {
-  static constexpr Kernels table = {merge, magnitudes, collect, count_equal, l1, gram, signs, cast, count_bad};
+  static constexpr Kernels table = {merge, magnitudes, collect, count_equal, l1, gram, signs, moments, cast, count_bad};
   return table;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,3 +42,19 @@ def info(
         from pymerge.engine.describe import show_info
 
         show_info(fast)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="Folder for each chart as a PNG.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Folder for each chart as an SVG, for papers.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Make a page about a merged model: recipe, times, memory, what the methods noted. Reads merge.json alone."""
+    with reported_errors(debug):
+        from pymerge.report.merge_page import report as make
+
+        for path in make(folder, out, png=png, svg=svg):
+            print(path)

@@ -46,6 +46,7 @@ def show(out: Path, *, all_methods: bool) -> dict[str, Any]:
         "method;\n  esmpp: with its experts, (s) without"
     )
     console.print(f"checkpoints: {out / 'merged'}; figures: {out / 'results.json'}")
+    console.print(f"what a merge did to the model: pymerge report {folder_of(out, 'ace')}")
     if find_spec("matplotlib") is not None:
         console.print(f"picture: {picture.draw(rows, out / 'accuracy.png')}")
     return results

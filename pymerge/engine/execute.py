@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import string_at
@@ -167,7 +168,7 @@ class Executor:
         block = arena.take(sum(item.block_bytes(count) for item, _, count in ranges) + workspace)
         if workspace:
             block.lend(workspace)
-        pieces, at = [], 0
+        pieces, at, started = [], 0, time.perf_counter()
         for item, first, count in ranges:
             self.check_stop()
             # Direct I/O wants memory and file offsets to agree modulo the page size.
@@ -199,6 +200,7 @@ class Executor:
             )
             at = -(-max(at, out + size) // PAGE) * PAGE
             self.progress.advance(item.read_bytes * count // max(1, item.count), item.entry.name)
+        self.pipeline.busy["read"] += time.perf_counter() - started
         return block, pieces
 
     def start(self, batch: Sequence[tuple[Item, int, int]]) -> None:

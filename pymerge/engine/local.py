@@ -237,8 +237,8 @@ def write_folder(
     with staged:  # whatever fails from here on lets go of the staging folder
         executor = run_staged(plan, inputs, staged, options)
         seconds = time.monotonic() - started
-        checksums, facts = staged.checksums(), staged.facts()
-        summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory())
+        checksums, facts, busy = staged.checksums(), staged.facts(), executor.pipeline.busy
+        summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory(), busy=busy)
         if executor.lanes is not None:
             summary["devices"] = executor.lanes.summary()
         staged.commit(lambda folder: side_files(folder, executor, summary))

@@ -7,6 +7,7 @@ The native kernels release the GIL, so threads are enough. Memory is bounded by 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class Pipeline:
         self.pending = 0  # submitted and not yet written
         self.error: BaseException | None = None
         self.closing = False
+        self.busy = {"read": 0.0, "compute": 0.0, "write": 0.0}  # seconds, of all threads together
         workers = [partial(self.compute_loop, self.ready[where]) for where in (*[HOST] * threads, *devices)]
         self.threads = [threading.Thread(target=target, daemon=True) for target in (*workers, self.write_loop)]
 
@@ -109,12 +111,14 @@ class Pipeline:
                 if self.error is not None or (self.closing and not ready):
                     return
                 compute = ready.popleft()
+            started = time.perf_counter()
             try:
                 output = compute()
             except BaseException as error:
                 self.fail(error)
                 return
             with self.changed:
+                self.busy["compute"] += time.perf_counter() - started
                 if output is None:
                     self.pending -= 1
                 elif callable(output):
@@ -130,6 +134,7 @@ class Pipeline:
                 if self.error is not None or (self.closing and not self.finished):
                     return
                 output = self.finished.popleft()
+            started = time.perf_counter()
             try:
                 for segment in output.segments:
                     self.write(segment)
@@ -138,5 +143,6 @@ class Pipeline:
                 self.fail(error)
                 return
             with self.changed:
+                self.busy["write"] += time.perf_counter() - started
                 self.pending -= 1
                 self.changed.notify_all()

@@ -29,8 +29,10 @@ def summary_of(
     *,
     seconds: float,
     peak: int,
+    busy: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What merge.json says. checksums: CRC-32C of each tensor that has entries; facts: what methods note."""
+    """What merge.json says. checksums: CRC-32C of each tensor that has entries; facts: what methods note; busy: seconds
+    that reading, computing and writing took, at the same time and on several threads."""
     return {
         "format": FORMAT,
         "pymerge": __version__,
@@ -49,6 +51,7 @@ def summary_of(
         "bytes_read": plan.read_bytes,
         "bytes_written": plan.write_bytes,
         "seconds": round(seconds, 3),
+        **({"busy_seconds": {stage: round(spent, 3) for stage, spent in busy.items()}} if busy else {}),
         "peak_rss_bytes": peak,
         "per_tensor": {name: dict(facts[name]) for name in plan.layout.slots if name in facts},
         "checksums": {name: f"{checksums.get(name, 0):08x}" for name in plan.layout.slots},

@@ -109,6 +109,7 @@ class SVC(Calibrate):
         found = calibration(rows, self._given(group), self.rank, divisors)
         group.notes.facts.update(svc_alpha=alpha, svc_route=found.route, svc_rank=found.d.rank)
         group.notes.facts.update(svc_silent=found.silent, **_spread(found.eta, alpha))
+        group.notes.facts.update(_spectra(found.d.p, found.eta))
         found.apply(rows)
         return update
 
@@ -145,3 +146,16 @@ def _spread(eta: Tensor, alpha: float) -> dict[str, Any]:
         "svc_amplified": share(eta < 1),
         "svc_at_alpha": share(eta <= alpha * (1 + 1e-12)),  # a mean of alphas may round up
     }
+
+
+def _spectra(p: Tensor, eta: Tensor) -> dict[str, list[float]]:
+    """How large the update is along its directions 1, 2, 4, 8 ..: before, and divided by eta. Of singular directions
+    these are singular values. p [k, n], eta [k]."""
+    at = [2**i - 1 for i in range(len(eta).bit_length())]
+    size = p[at].double().norm(dim=1)
+    after = size / eta[at].to(size)
+    return {"svc_before": [_rounded(x) for x in size.tolist()], "svc_after": [_rounded(x) for x in after.tolist()]}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -154,7 +154,7 @@ def test_alpha_is_one_after_tsv_m() -> None:
 def test_facts() -> None:
     tasks = tasks_of((20, 56), shared=3)
     group = group_of(tasks)
-    SVC().calibrate(0.6 * sum(tasks), group)
+    result = SVC().calibrate(0.6 * sum(tasks), group)
     _, eta = truth(0.6 * sum(tasks), tasks, 1 / 3)
     facts = group.notes.facts
     assert facts["svc_eta_leading"] == pytest.approx(eta[:8].tolist(), rel=1e-4)
@@ -165,6 +165,10 @@ def test_facts() -> None:
     assert facts["svc_amplified"] == float((eta < 1).double().mean()) > 0
     assert (facts["svc_route"], facts["svc_rank"], facts["svc_silent"]) == ("gram", 20, 0.0)
     assert all(isinstance(x, float | int | str | list) for x in facts.values())
+    u, s, _ = torch.linalg.svd(0.6 * sum(tasks).double(), full_matrices=False)
+    at = [0, 1, 3, 7, 15]  # directions 1, 2, 4, 8, 16 of 20
+    assert facts["svc_before"] == pytest.approx(s[at].tolist(), rel=1e-4)
+    assert facts["svc_after"] == pytest.approx((u.mT @ result.double()).norm(dim=1)[at].tolist(), rel=1e-4)
 
 
 @every_shape
