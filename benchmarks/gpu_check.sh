@@ -2,10 +2,10 @@
 # On a machine with a CUDA device, a CUDA build of torch and nvcc: builds pymerge with its CUDA operators in place, runs
 # the tests marked `device`, compute-sanitizer (memcheck, racecheck) over small calls of every kernel, then times the
 # kernels against torch, cuBLAS, cuSOLVER and, where installed, CuPy, by whose NVRTC the operators run their tests once
-# more. No network. Ends within 9 minutes.
+# more; merges whole models on the device, with its peak memory against the plan. No network. Ends within 9 minutes.
 #   bash benchmarks/gpu_check.sh [--out DIR] [--help]
 # DIR (default benchmarks/results) gets cuda.json (elementwise kernels, tests), cuda_linalg.json (dense kernels),
-# cuda_check.json (what every step ended with), cuda_tests.xml and logs. PYTHON is the interpreter (default python3).
+# device_merge.json (whole merges), cuda_check.json (what every step ended with), cuda_tests.xml and logs. PYTHON is the interpreter (default python3).
 # Exit code: 0 when build, tests and benchmarks succeeded and the sanitizer, where it can run, found nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,7 +21,7 @@ PYTHON="${PYTHON:-python3}"
 LIMIT=525  # seconds of 540: what is killed needs a moment to end
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
-rm -f "$out"/cuda.json "$out"/cuda_{linalg,check}.json "$out"/cuda_tests.xml
+rm -f "$out"/cuda.json "$out"/device_merge.json "$out"/cuda_{linalg,check}.json "$out"/cuda_tests.xml
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
 capability="$("$PYTHON" - <<'EOF'
@@ -70,7 +70,9 @@ step build 240 "$PYTHON" setup.py build_ext --inplace || { note build; tail -40 
 note build
 build=$took
 
-mapfile -t tests < <(grep -rl --include='test_*.py' 'mark\.device' tests)  # others may need packages that are not here
+operators=()  # alone, where pymerge's own requirements are not here
+"$PYTHON" -c 'import pydantic, safetensors, threadpoolctl, yaml' 2>/dev/null || operators=(--exclude-dir=engine)
+mapfile -t tests < <(grep -rl "${operators[@]}" --include='test_*.py' 'mark\.device' tests)  # others may need more
 step tests 120 "$PYTHON" -m pytest -m device "${tests[@]}" -q -p no:cacheprovider --junitxml="$out/cuda_tests.xml" || status=1
 note tests
 tail -30 "$out/cuda_tests.log"
@@ -102,6 +104,15 @@ note linalg
 tail -40 "$out/cuda_linalg.log"
 step covariance 30 "$PYTHON" benchmarks/bench_cov_accumulate.py --device cuda --out "$out/cov_accumulate.json" || status=1
 note covariance
+
+if [ "${#operators[@]}" = 0 ]; then
+  step merges 100 "$PYTHON" benchmarks/device_merge.py --out "$out/device_merge.json" || status=1
+  tail -30 "$out/cuda_merges.log"
+else
+  result="not run: pydantic, safetensors, threadpoolctl or PyYAML is not installed" took=0
+  echo "gpu_check: merges: $result"
+fi
+note merges
 
 # The same kernels as a wheel without them gets them: compiled by CuPy's NVRTC, the tests of the operators on top.
 if "$PYTHON" -c 'import cupy' 2>/dev/null; then

@@ -96,6 +96,10 @@ class EvaluationError(MergeError):
     exit_code = 6
 
 
+class DeviceMemoryError(MergeError):
+    """A device ran out of memory in the middle; the work done so far is kept and can be resumed."""
+
+
 class Interrupted(MergeError):
     """Stopped by a signal; the work done so far is kept and can be resumed. exit_code is 128 + signal."""
 

@@ -14,6 +14,7 @@ from pymerge.cli.options import (
     AllowPickle,
     Debug,
     Device,
+    DeviceMemory,
     Download,
     Json,
     Memory,
@@ -22,6 +23,7 @@ from pymerge.cli.options import (
     ShardSize,
     Threads,
     budget,
+    bytes_of,
     examples,
     parse_bytes,
     print_result,
@@ -53,6 +55,7 @@ def merge(
     memory: Memory = None,
     threads: Threads = None,
     device: Device = "cpu",
+    device_memory: DeviceMemory = None,
     shard_size: ShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new model is complete.")] = False,
     restart: Annotated[
@@ -80,9 +83,10 @@ def merge(
 
         described = Recipe.from_yaml(recipe)
         options = Options(
-            memory=budget(memory, described),
+            memory=budget(memory, described, device),
             threads=threads,
             device=device,
+            device_memory=bytes_of(device_memory),
             shard_bytes=parse_bytes(shard_size),
             overwrite=overwrite,
             resume=not restart,
@@ -141,6 +145,7 @@ def plan(
     memory: Memory = None,
     threads: Threads = None,
     device: Device = "cpu",
+    device_memory: DeviceMemory = None,
     shard_size: ShardSize = "5GB",
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
@@ -157,9 +162,10 @@ def plan(
 
         described = Recipe.from_yaml(recipe)
         options = Options(
-            memory=budget(memory, described),
+            memory=budget(memory, described, device),
             threads=threads,
             device=device,
+            device_memory=bytes_of(device_memory),
             shard_bytes=parse_bytes(shard_size),
             allow_pickle=allow_pickle,
             prefer=prefer,

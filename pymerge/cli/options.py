@@ -25,7 +25,12 @@ Memory = Annotated[
     typer.Option(help="Peak memory of the whole program, e.g. 1GB. Default: a quarter of what is free, at most 8 GB."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all processors.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, several (cuda:0,cuda:1,cpu: the CPU takes element-wise work), or auto.")
+]
+DeviceMemory = Annotated[
+    str | None, typer.Option(help="Of each device, e.g. 20GB. Default: four fifths of what is free there.")
+]
 ShardSize = Annotated[str, typer.Option(help="Largest size of an output file.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log what is done; show the Python traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="For machines: a line of JSON twice a second, and at the end.")]
@@ -57,8 +62,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def budget(memory: str | None, recipe: Recipe | None = None) -> int | None:
+def bytes_of(text: str | None) -> int | None:
+    """As `parse_bytes`, where something is given."""
+    return None if text is None else parse_bytes(text)
+
+
+def budget(memory: str | None, recipe: Recipe | None = None, device: str = "cpu") -> int | None:
     """What `--memory` leaves for the merge: the option counts the whole program."""
+    from pymerge.engine.devices import start
     from pymerge.engine.process import resident_memory
 
     if memory is None:
@@ -67,6 +78,7 @@ def budget(memory: str | None, recipe: Recipe | None = None) -> int | None:
         from pymerge.statistics.stream import load_libraries
 
         load_libraries()
+    start(device)
     return parse_bytes(memory) - resident_memory()
 
 

@@ -61,9 +61,7 @@ def merge_to_adapter(
         sink = AdapterSink([item.entry for item in plan.items], matrices, rank)
         stop = Stop()
         with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
-            executor = AdapterExecutor(
-                plan, sink, threads=options.thread_count, device=options.device, progress=progress, stop=stop
-            )
+            executor = AdapterExecutor(plan, sink, threads=options.thread_count, progress=progress, stop=stop)
             with stopped_by_signals(stop, executor):
                 executor.run()
         inputs.check_unchanged()

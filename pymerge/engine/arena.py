@@ -64,18 +64,22 @@ class Block:
 
 
 class Arena:
-    """`size` bytes of page-aligned memory in blocks."""
+    """`size` bytes of page-aligned memory in blocks. beside: an arena that is closed together with this one."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, beside: Arena | None = None) -> None:
         self.size = size // PAGE * PAGE
         self.mapping = mmap.mmap(-1, self.size)
         if hasattr(self.mapping, "madvise"):
             self.mapping.madvise(MADV_HUGEPAGE)
         self.address = address_of(self.mapping)
-        self.changed = threading.Condition()
+        self.changed = threading.Condition() if beside is None else beside.changed
         self.free: list[tuple[int, int]] = [(0, self.size)]  # (start, size), ascending, never adjacent
-        self.closed = False
+        self.closing = threading.Event() if beside is None else beside.closing
         self.high_water = 0  # largest end address ever handed out: what the merge really touched
+
+    @property
+    def closed(self) -> bool:
+        return self.closing.is_set()
 
     def take(self, size: int) -> Block:
         """A block of at least `size` bytes; waits until there is one. Raises when it can never be, or after `close`."""
@@ -105,7 +109,7 @@ class Arena:
     def close(self) -> None:
         """Wake everybody who waits for memory: no more of it will come."""
         with self.changed:
-            self.closed = True
+            self.closing.set()
             self.changed.notify_all()
 
     def discard(self) -> None:

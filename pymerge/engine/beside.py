@@ -37,4 +37,4 @@ def write_beside(folder: Path, executor: Executor) -> dict[str, int]:
         from pymerge.engine.masks import write_masks  # imports torch
 
         return write_masks(folder, plan, executor.steps_of, tasks)
-    return write_experts(folder, plan, executor.device, tasks)
+    return write_experts(folder, plan, tasks)

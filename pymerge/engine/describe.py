@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pymerge.checkpoint import safe_name
+from pymerge.engine.devices import HOST
 from pymerge.engine.observing import observing_bytes
 from pymerge.engine.plan import Item, Options, Plan
 from pymerge.engine.process import resident_memory
@@ -36,10 +37,12 @@ def work_of(item: Item) -> str:
 
 def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
     """The plan in numbers: bytes, memory, estimated seconds, what is copied, the largest items, notes."""
-    compute = sum(item.count * len(item.inputs) / ENTRY_RATE[work_of(item)] for item in plan.items)
-    compute += sum(item.spectral_flops for item in plan.items if item.mode == "generic") / FLOP_RATE
+    here = [item for item in plan.items if item.device == HOST]
+    compute = sum(item.count * len(item.inputs) / ENTRY_RATE[work_of(item)] for item in here)
+    compute += sum(item.spectral_flops for item in here if item.mode == "generic") / FLOP_RATE
     observing = describe_observing(plan)
     compute += observing.get("flops", 0) / FLOP_RATE
+    seconds = max([compute / options.thread_count, *(device.seconds for device in plan.devices)])
     read, write = plan.read_bytes / READ_RATE, plan.write_bytes / WRITE_RATE
     modes: dict[str, int] = {}
     for item in plan.items:
@@ -56,11 +59,12 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
         "shards": len(plan.layout.shards),
         "memory_limit": resident_memory() + options.memory_bytes,
         "threads": options.thread_count,
+        **({"devices": [device.plain() for device in plan.devices]} if plan.devices else {}),
         "seconds": {
             "read": round(read, 2),
-            "compute": round(compute / options.thread_count, 2),
+            "compute": round(seconds, 2),
             "write": round(write, 2),
-            "total": round(STARTUP + max(read, write, compute / options.thread_count), 2),
+            "total": round(STARTUP + max(read, write, seconds), 2),
         },
         "largest": [
             {
@@ -100,7 +104,9 @@ def show_plan(plan: Plan, options: Options) -> None:
         "write", f"{facts['bytes_written'] / 1e9:.2f} GB in {facts['shards']} file(s), about {seconds['write']:.1f} s"
     )
     table.add_row(
-        "compute", f"{facts['flops'] / 1e9:.2f} GFLOP, about {seconds['compute']:.1f} s on {facts['threads']} thread(s)"
+        "compute",
+        f"{facts['flops'] / 1e9:.2f} GFLOP, about {seconds['compute']:.1f} s on {facts['threads']} thread(s)"
+        + "".join(f", {device['name']}" for device in facts.get("devices", ())),
     )
     if observing := facts.get("observing"):
         read, states = observing["bytes_read"] / 1e9, observing["states"] / 1e6
@@ -109,6 +115,12 @@ def show_plan(plan: Plan, options: Options) -> None:
             f"{len(plan.observed)} models side by side, {observing['passes']} pass(es): {read:.2f} GB of weights read, "
             f"{observing['flops'] / 1e9:.2f} GFLOP at most; in memory about {states:.0f} MB of hidden states, "
             f"{observing['moments'] / 1e6:.0f} MB of moments, {observing['weights'] / 1e6:.0f} MB of weights",
+        )
+    for device in facts.get("devices", ()):
+        table.add_row(
+            device["name"],
+            f"{device['items']} items, {device['bytes'] / 1e9:.2f} GB, {device['flops'] / 1e9:.2f} GFLOP, "
+            f"memory at most {device['peak_bytes'] / 1e9:.2f} GB",
         )
     table.add_row("together", f"about {seconds['total']:.1f} s (the three overlap)")
     table.add_row("memory", f"at most {facts['memory_limit'] / 1e9:.2f} GB")

@@ -8,15 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 from ctypes import string_at
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pymerge import _C
 from pymerge.checkpoint import ITEMSIZE, safe_name
 from pymerge.engine.arena import Arena, Block, Closed, address_of, trim
 from pymerge.engine.asking import rule_part, survey_key
 from pymerge.engine.check import FLOATS
+from pymerge.engine.devices import HOST
 from pymerge.engine.feed import Feed
 from pymerge.engine.non_finite import settle_non_finite
+from pymerge.engine.piece import IDENTITY, Piece, segment_of, segments_of
 from pymerge.engine.pipeline import Output, Pipeline, Segment
 from pymerge.engine.plan import Item, Plan
 from pymerge.engine.questions import answered, answered_purify
@@ -29,9 +31,11 @@ from pymerge.ops.delta_rule import DeltaRule, resolve
 from pymerge.ops.native import delta_params
 from pymerge.recipe import Steps
 
+if TYPE_CHECKING:
+    from pymerge.engine.lanes import Job, Lanes, Place
+
 PAGE = 4096
 TRIMMED = 64 << 20  # bytes of workspace from which freed memory is handed back at once: milliseconds, among seconds
-IDENTITY = DeltaRule(weights=(1.0,))  # copies one tensor, changing its dtype
 R = TypeVar("R")
 
 
@@ -46,57 +50,15 @@ class Stop:
     signal_number: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A range of an item, loaded: where its inputs and its output are in memory."""
-
-    item: Item
-    first: int
-    count: int
-    inputs: tuple[tuple[int, str], ...]  # (address, dtype), base first
-    input_views: tuple[memoryview, ...]
-    out: tuple[int, str]
-    out_view: memoryview
-    number: int = 0
-
-    def part(self, first: int, count: int) -> Piece:
-        """The piece cut down to a range of the item's entries."""
-        skip = first - self.first
-        inputs = tuple(
-            (a + skip * ITEMSIZE[t.dtype], d) for (a, d), t in zip(self.inputs, self.item.inputs, strict=True)
-        )
-        start = skip * self.item.out_width
-        view = self.out_view[start : start + count * self.item.out_width]
-        return replace(
-            self, first=first, count=count, inputs=inputs, out=(self.out[0] + start, self.out[1]), out_view=view
-        )
-
-    @property
-    def tile(self) -> Tile:
-        has_base = self.item.mode != "copy" and self.item.entry.base is not None
-        return Tile(
-            base=self.inputs[0] if has_base else None,
-            tuned=list(self.inputs[1:] if has_base else self.inputs),
-            count=self.count,
-            index0=self.first,
-            number=self.number,
-            rule=self.item.rule or IDENTITY,
-        )
-
-    def merge_into(self, out: tuple[int, str], params: _C.DeltaParams) -> list[int]:
-        """Merges by an answered rule; counts of entries that are not finite, as `_C.delta_merge` returns them."""
-        tile, entry = self.tile, self.item.entry
-        subtracted, added = (tile.base if used else None for used in (entry.subtracts, entry.adds))
-        return _C.delta_merge(subtracted, tile.tuned, added, out, self.count, self.first, params)
-
-
 class Executor:
     """One run of a plan into a sink."""
 
-    def __init__(self, plan: Plan, sink: Sink, *, threads: int, device: str, progress: Progress, stop: Stop) -> None:
-        self.plan, self.sink, self.device, self.progress, self.stop = plan, sink, device, progress, stop
+    def __init__(self, plan: Plan, sink: Sink, *, threads: int, progress: Progress, stop: Stop) -> None:
+        self.plan, self.sink, self.progress, self.stop = plan, sink, progress, stop
         self.arena = Arena(plan.arena_bytes)
-        self.pipeline = Pipeline(self.arena, threads, self.write)
+        self.lanes = self.open_lanes()
+        devices = [] if self.lanes is None else list(self.lanes.of)
+        self.pipeline = Pipeline(self.arena, threads, self.write, devices)
         self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in sink.done.items()}
         self.forget_other_tiles()
         self.feed = Feed(plan, self.arena, sink)
@@ -108,7 +70,7 @@ class Executor:
     def run(self) -> None:
         """Everything that is not done yet. Raises Interrupted after a signal, with the finished work kept."""
         try:
-            with self.numeric_threads(), self.pipeline:
+            with self.numeric_threads(), self.lanes or nullcontext(), self.pipeline:
                 for step, items in self.plan.purify_questions:
                     if self.needed(items):
                         self.cleaned[id(step)] = answered_purify(self, step, items)
@@ -143,6 +105,14 @@ class Executor:
         from pymerge.engine.generic import threads_of_numerics
 
         return threads_of_numerics(self.plan.item_threads)
+
+    def open_lanes(self) -> Lanes | None:
+        """The devices beside the CPU that have something to do."""
+        if not any(device.items for device in self.plan.devices):
+            return None
+        from pymerge.engine.lanes import Lanes
+
+        return Lanes(self.plan.devices, self.plan.pinned_bytes, self.arena)
 
     def check_stop(self) -> None:
         if self.stop.signal_number is not None:
@@ -193,8 +163,9 @@ class Executor:
 
     def load(self, ranges: Sequence[tuple[Item, int, int]]) -> tuple[Block, list[Piece]]:
         """Reads the ranges into one block that has room for their outputs too."""
-        workspace = sum(item.workspace for item, _, _ in ranges)
-        block = self.arena.take(sum(item.block_bytes(count) for item, _, count in ranges) + workspace)
+        workspace = sum(item.host_workspace for item, _, _ in ranges)
+        arena = self.arena if ranges[0][0].device == HOST or self.lanes is None else self.lanes.arena
+        block = arena.take(sum(item.block_bytes(count) for item, _, count in ranges) + workspace)
         if workspace:
             block.lend(workspace)
         pieces, at, started = [], 0, time.perf_counter()
@@ -238,7 +209,10 @@ class Executor:
         if item.mode == "swept" and id(item) not in self.params:
             self.answer_swept(item)
         block, pieces = self.load(batch)
-        if len(pieces) == 1 and item.mode == "held":
+        if item.device != HOST:
+            job = self.stage(pieces)
+            self.pipeline.submit(partial(self.compute_on, job, block), device=item.device)
+        elif len(pieces) == 1 and item.mode == "held":
             self.pipeline.submit(partial(self.compute_held, block, pieces[0]))
         else:
             self.pipeline.submit(partial(self.compute, block, pieces))
@@ -252,19 +226,37 @@ class Executor:
 
     def merge_generic(self, pieces: Sequence[Piece]) -> list[Segment]:
         """The pieces' outputs by torch; several pieces are matrices that are merged as one."""
+        return segments_of(pieces, self.merge_at(pieces))
+
+    def merge_at(self, pieces: Sequence[Piece], place: Place | None = None) -> dict[str, Any]:
+        """Computes them, on the CPU or where the place says. Returns what the steps note."""
         from pymerge.engine.generic import merge_generic
 
         item = pieces[0].item
         rule = item.rule
         if rule is not None and item.survey_scope is not None:
             rule = replace(self.answers[item.survey_scope], keep=rule.keep, keys=rule.keys)
-        facts = merge_generic(self.plan, pieces, self.device, self.steps_of(item), rule)
+        facts = merge_generic(self.plan, pieces, self.steps_of(item), rule, place)
         if facts and item.part is not None:
             facts = {item.part.key: facts}
         self.feed.release(piece.item for piece in pieces)
-        if item.workspace >= TRIMMED:
+        if item.host_workspace >= TRIMMED:
             trim()
-        return [segment_of(piece, facts if piece is pieces[0] else {}) for piece in pieces]
+        return facts
+
+    def stage(self, pieces: Sequence[Piece]) -> Job:
+        """Sends pieces to their device."""
+        assert self.lanes is not None
+        return self.lanes.of[pieces[0].item.device].stage(pieces)
+
+    def compute_on(self, job: Job, block: Block) -> Callable[[], Output]:
+        """Merges on a device; what is left to do is to wait for the results."""
+        facts = job.run(partial(self.merge_at, job.pieces, job))
+        return partial(self.collect, job, block, facts)
+
+    def collect(self, job: Job, block: Block, facts: Mapping[str, Any]) -> Output:
+        job.finish()
+        return Output(block, segments_of(job.pieces, facts))
 
     def steps_of(self, item: Item) -> Steps:
         """An item's steps, with the questions answered that have been."""
@@ -364,13 +356,30 @@ class Executor:
 
         return sweep
 
+    def ask(self, batch: Sequence[tuple[Item, int, int]], question: Callable[..., None]) -> None:
+        """Reads a batch and has `question(pieces, place)` answered where they are merged."""
+        block, pieces = self.load(batch)
+        device = pieces[0].item.device
+        job = None if device == HOST else self.stage(pieces)
+
+        def work() -> None:
+            if job is None:
+                question(pieces, None)
+            else:
+                job.run(partial(question, pieces, job))
+                job.finish()
+            self.feed.release(piece.item for piece in pieces)
+            block.release()
+
+        self.pipeline.submit(work, device=device)
+
     def tile(self, piece: Piece) -> tuple[Tile, Any]:
         """What a rule is asked about in a piece, behind the purify steps that are no rule; and what holds it."""
         if piece.item.mode != "generic" or not rule_part(self.steps_of(piece.item))[0]:
             return piece.tile, None
         from pymerge.engine.generic import tile_behind
 
-        return tile_behind(self.plan, piece, self.device, self.steps_of(piece.item))
+        return tile_behind(self.plan, piece, self.steps_of(piece.item))
 
     def answer_swept(self, item: Item) -> None:
         assert item.rule is not None
@@ -385,10 +394,3 @@ class Executor:
         return resolve(
             chain_rule(rule_part(steps)[1], steps.combine, info), SweptSurvey(self.sweep_items(items), tasks)
         )
-
-
-def segment_of(piece: Piece, facts: Mapping[str, Any] | None = None) -> Segment:
-    """The piece's finished output."""
-    width = piece.item.out_width
-    crc = _C.crc32c((piece.out[0], piece.count * width))
-    return Segment(piece.item.entry.name, piece.first * width, piece.out_view, crc, facts or {})

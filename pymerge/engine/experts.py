@@ -95,7 +95,7 @@ def check_experts(plan: Plan) -> list[str]:
     return [text, *([f"fewer rows of statistics than the rank of the experts: {shortened(few)}"] if few else [])]
 
 
-def write_experts(folder: Path, plan: Plan, device: str, metadata: Mapping[str, str]) -> dict[str, int]:
+def write_experts(folder: Path, plan: Plan, metadata: Mapping[str, str]) -> dict[str, int]:
     """Writes experts and prototypes into the folder of the finished weights. Returns the checksum of the file.
 
     metadata  of the file: the models' names
@@ -119,10 +119,11 @@ def write_experts(folder: Path, plan: Plan, device: str, metadata: Mapping[str, 
         shards = [stack.enter_context(open_checkpoint(folder / shard.file)) for shard in plan.layout.shards]
         file = stack.enter_context(SideTensors(folder / EXPERTS, entries, described))
         stack.enter_context(threads_of_numerics(plan.item_threads))
-        pool = ThreadPoolExecutor(plan.at_once, initializer=use_threads, initargs=(plan.item_threads,))
+        at_once = 1 if plan.devices else plan.at_once
+        pool = ThreadPoolExecutor(at_once, initializer=use_threads, initargs=(plan.item_threads,))
         stack.callback(pool.shutdown, cancel_futures=True)
         written = [shards[plan.layout.slots[one.name].shard][one.name] for one in layers]
-        for _ in pool.map(lambda one, merged: write_one(file, one, merged, device), layers, written):
+        for _ in pool.map(lambda one, merged: write_one(file, one, merged, plan.main_device), layers, written):
             pass
     return {EXPERTS: file.checksum}
 

@@ -38,7 +38,7 @@ def main(recipe_path: str, out: str, options: Options) -> None:
         staged = StagedOutput(
             Path(out), plan.layout, identity(recipe, inputs, options, plan), overwrite=True, resume=False
         )
-        Floor(plan, staged, threads=options.thread_count, device="cpu", progress=NoProgress(), stop=Stop()).run()
+        Floor(plan, staged, threads=options.thread_count, progress=NoProgress(), stop=Stop()).run()
         staged.commit(lambda folder: None)
 
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from pymerge import _C
 from pymerge.checkpoint import safe_name
 from pymerge.engine.asking import rule_part
 from pymerge.engine.factored import factored_group, merge_factored, oriented_factors
+from pymerge.engine.lanes import DTYPES, Host
 from pymerge.engine.non_finite import raise_bad_input, raise_overflow
 from pymerge.engine.plan import Plan
 from pymerge.engine.survey import Tile
@@ -31,10 +32,8 @@ from pymerge.ops.finite_cast import finite_cast
 from pymerge.recipe import Steps
 
 if TYPE_CHECKING:
-    from pymerge.engine.execute import Piece
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
+    from pymerge.engine.lanes import Place
+    from pymerge.engine.piece import Piece
 
 _here = threading.local()  # numeric threads that were set in this thread
 
@@ -145,16 +144,18 @@ def parts_of(group: TaskGroup, split: tuple[int, tuple[int, ...]] | None) -> Ite
 
 
 def merge_generic(
-    plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps, rule: DeltaRule | None
+    plan: Plan, pieces: Sequence[Piece], steps: Steps, rule: DeltaRule | None, place: Place | None = None
 ) -> dict[str, Any]:
     """Computes the pieces' outputs; several pieces are matrices that are merged as one, below each other. Returns what
     the steps note for the summary.
 
-    steps  those of the pieces, with every model-wide question answered"""
-    entry = pieces[0].item.entry
+    steps  those of the pieces, with every model-wide question answered
+    place  where they are computed; None: the CPU"""
+    entry, place = pieces[0].item.entry, place or Host()
+    put = partial(store, place=place)
     if pieces[0].item.factored:
-        return merge_factored(plan, pieces[0], load(plan, pieces[0], "cpu"), steps, rule, store)
-    loaded = [load(plan, piece, device) for piece in pieces]
+        return merge_factored(plan, pieces[0], load(plan, pieces[0], place), steps, rule, put)
+    loaded = [load(plan, piece, place) for piece in pieces]
     group = group_of(plan, pieces, loaded)
     try:
         merged = merge_parts(steps, group, rule, pieces[0].item.split, entry.adds)
@@ -166,35 +167,37 @@ def merge_generic(
     at = 0
     for piece, inputs in zip(pieces, loaded, strict=True):
         rows = inputs[-1].shape[0] if len(pieces) > 1 else 0
-        store(plan, piece, merged[at : at + rows] if rows else merged)
+        put(plan, piece, merged[at : at + rows] if rows else merged)
         at += rows
     return facts
 
 
-def survey_pieces(plan: Plan, pieces: Sequence[Piece], device: str, steps: Steps, combine: SurveyedCombine) -> Any:
+def survey_pieces(
+    plan: Plan, pieces: Sequence[Piece], place: Place | None, steps: Steps, combine: SurveyedCombine
+) -> Any:
     """What a combine step with a question finds in what `merge_generic` merges, behind the purify steps."""
     if pieces[0].item.factored:
         use_threads(plan.item_threads)
         return combine.survey(oriented_factors(factored_group(plan, pieces[0].item)))
-    group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
+    group = group_of(plan, pieces, [load(plan, piece, place or Host()) for piece in pieces])
     seen = (oriented(combine, purified(steps.purify, part)) for part in parts_of(group, pieces[0].item.split))
     try:
-        return reduce(combine.join, (combine.survey(part) for part in seen))
+        return reduce(combine.join, (on_host(combine.survey(part)) for part in seen))
     except NumericError as error:
         raise NumericError(f"{safe_name(group.info.name)}: {error}") from error
 
 
-def survey_matrix(plan: Plan, pieces: Sequence[Piece], device: str, step: SurveyedPurify) -> list[Any]:
+def survey_matrix(plan: Plan, pieces: Sequence[Piece], place: Place | None, step: SurveyedPurify) -> list[Any]:
     """What a purify step with a question finds in a matrix (the pieces, one below the other), part by part."""
-    group = group_of(plan, pieces, [load(plan, piece, device) for piece in pieces])
-    return [step.survey(oriented(step, part)) for part in parts_of(group, pieces[0].item.split)]
+    group = group_of(plan, pieces, [load(plan, piece, place or Host()) for piece in pieces])
+    return [on_host(step.survey(oriented(step, part))) for part in parts_of(group, pieces[0].item.split)]
 
 
-def tile_behind(plan: Plan, piece: Piece, device: str, steps: Steps) -> tuple[Tile, list[Tensor]]:
+def tile_behind(plan: Plan, piece: Piece, steps: Steps) -> tuple[Tile, list[Tensor]]:
     """What the rule behind the purify steps that are no rule is asked about, and the tensors that hold it."""
-    group = group_of(plan, [piece], [load(plan, piece, device)])
+    group = group_of(plan, [piece], [load(plan, piece, Host())])
     found = purified_parts(rule_part(steps)[0], group, piece.item.split)
-    tensors = [t.cpu().contiguous() for t in found.tuned]
+    tensors = [t.contiguous() for t in found.tuned]
     assert piece.item.rule is not None
     tile = Tile(
         base=None,
@@ -227,8 +230,15 @@ def group_of(plan: Plan, pieces: Sequence[Piece], loaded: Sequence[Sequence[Tens
     )
 
 
-def load(plan: Plan, piece: Piece, device: str) -> list[Tensor]:
-    """The piece's inputs on the device, base first; views of the arena on the CPU. What follows is numerics."""
+def on_host(answer: Any) -> Any:
+    """An answer that can be joined with those from other devices."""
+    if isinstance(answer, Tensor):
+        return answer.cpu()
+    return type(answer)(map(on_host, answer)) if type(answer) in (tuple, list) else answer
+
+
+def load(plan: Plan, piece: Piece, place: Place) -> list[Tensor]:
+    """The piece's inputs where it is computed, base first; views of the arena on the CPU. What follows is numerics."""
     use_threads(plan.item_threads)
     if plan.recipe.relaxations.get("nonfinite") != "keep":
         if any(_C.count_nonfinite(place, piece.count)[0] for place in piece.inputs):
@@ -237,14 +247,11 @@ def load(plan: Plan, piece: Piece, device: str) -> list[Tensor]:
     row = torch.Size(shape[1:]).numel()
     if piece.count < piece.item.count:
         shape = (piece.count // row, *shape[1:]) if row and piece.count % row == 0 else (piece.count,)
-    return [
-        torch.frombuffer(view, dtype=DTYPES[dtype]).reshape(shape).to(device)
-        for view, (_, dtype) in zip(piece.input_views, piece.inputs, strict=True)
-    ]
+    return [tensor.reshape(shape) for tensor in place.inputs(piece)]
 
 
-def store(plan: Plan, piece: Piece, merged: Tensor) -> None:
-    """Rounds to the output dtype, in the piece's place; raises where a value overflows."""
+def store(plan: Plan, piece: Piece, merged: Tensor, place: Place) -> None:
+    """Rounds to the output dtype; raises where a value overflows."""
     entry, relax = piece.item.entry, plan.recipe.relaxations
     result, bad = finite_cast(merged, DTYPES[entry.dtype])
     if bad and relax.get("overflow") == "clamp":
@@ -252,5 +259,4 @@ def store(plan: Plan, piece: Piece, merged: Tensor) -> None:
         result, _ = finite_cast(merged.clamp(-limit, limit), DTYPES[entry.dtype])
     elif bad and relax.get("nonfinite") != "keep":
         raise_overflow(piece, int(bad), float(merged.abs().max()))
-    out = torch.frombuffer(piece.out_view, dtype=DTYPES[entry.dtype])
-    out.copy_(result.reshape(-1))
+    place.put(piece, result)

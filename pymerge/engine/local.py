@@ -23,6 +23,7 @@ from pymerge.engine.alignment import Alignment, with_found, with_given
 from pymerge.engine.beside import check_beside, write_beside
 from pymerge.engine.check import Entry
 from pymerge.engine.components import check_components
+from pymerge.engine.devices import HOST, names_of, placement
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.layouts import with_layouts
@@ -32,7 +33,7 @@ from pymerge.engine.process import peak_memory
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import packages_of, summary_of
 from pymerge.engine.vocabulary import with_vocabulary
-from pymerge.errors import InputError, Interrupted, MergeError, RecipeError
+from pymerge.errors import DeviceMemoryError, InputError, Interrupted, MergeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.references import split_adapter
 from pymerge.version import __version__
@@ -152,18 +153,6 @@ def state_of(model: Any) -> Mapping[str, Any]:
     return model if isinstance(model, Mapping) else model.state_dict()
 
 
-def check_device(device: str) -> None:
-    """Raises RecipeError where tensors cannot be put on the device."""
-    if device == "cpu":
-        return
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise RecipeError(f"device {device!r} cannot be used here: {' '.join(str(e).split())[:200]}") from e
-
-
 def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
     """What `merge` would do: every check that headers allow, nothing computed."""
     with opened_plan(recipe, options or Options()) as (_, plan):
@@ -173,7 +162,7 @@ def plan_merge(recipe: Recipe, options: Options | None = None) -> Plan:
 @contextmanager
 def opened_plan(recipe: Recipe, options: Options) -> Iterator[tuple[Inputs, Plan]]:
     """The plan, while its inputs are open."""
-    check_device(options.device)
+    names_of(options.device)  # refuses a device that is not here before anything is opened
     with ExitStack() as stack:
         inputs = with_parts(recipe, with_given(recipe, open_inputs(recipe, options, stack)))
         yield inputs, planned(recipe, inputs, options)
@@ -216,7 +205,7 @@ def merge_to_disk(
     Raises a MergeError: before anything is computed for what headers and recipe tell; Interrupted after a signal, when
     the same call resumes."""
     options, out, started = options or Options(), Path(out), time.monotonic()
-    check_device(options.device)
+    names_of(options.device)  # refuses a device that is not here before anything is opened
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
         check_output_path(out, inputs.all, overwrite=options.overwrite)
@@ -250,6 +239,8 @@ def write_folder(
         seconds = time.monotonic() - started
         checksums, facts, busy = staged.checksums(), staged.facts(), executor.pipeline.busy
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory(), busy=busy)
+        if executor.lanes is not None:
+            summary["devices"] = executor.lanes.summary()
         staged.commit(lambda folder: side_files(folder, executor, summary))
     log.info("%s: complete after %.1f s", safe_name(str(out)), time.monotonic() - started)
     return summary
@@ -265,10 +256,13 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,
         "vocabulary": inputs.vocabulary.digest if inputs.vocabulary is not None else None,
         "shard_bytes": options.shard_bytes,
-        "device": options.device,
+        "device": ",".join([device.name for device in plan.devices] or [HOST]),
         "item_threads": plan.item_threads,
         "methods_from": packages_of(plan),
-    } | ({"observing_threads": plan.observing_threads} if plan.observed else {})
+    } | (
+        ({"observing_threads": plan.observing_threads} if plan.observed else {})
+        | ({"placement": placement(plan.items)} if plan.devices else {})
+    )
 
 
 def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Options) -> Executor:
@@ -279,9 +273,7 @@ def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Option
     log.info("%d tensors to merge, %.2f GB to read; begun before: %d", tensors, total, len(staged.done))
     try:
         with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
-            executor = Executor(
-                plan, staged, threads=options.thread_count, device=options.device, progress=progress, stop=stop
-            )
+            executor = Executor(plan, staged, threads=options.thread_count, progress=progress, stop=stop)
             with stopped_by_signals(stop, executor):
                 executor.run()
         inputs.check_unchanged()
@@ -294,7 +286,7 @@ def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Option
         ) from None
     except MergeError as error:
         read_failed = isinstance(error, InputError) and isinstance(error.__cause__, OSError)
-        staged.abort(keep=read_failed)  # a network disk may be back in a minute
+        staged.abort(keep=read_failed or isinstance(error, DeviceMemoryError))  # may be back, or free, in a minute
         raise
     except BaseException:
         staged.abort(keep=True)

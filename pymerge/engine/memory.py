@@ -58,9 +58,7 @@ def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
         _, plan = settled(recipe, open_inputs(recipe, options, stack), options)
         sink = MemorySink([item.entry for item in plan.items])
         with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
-            Executor(
-                plan, sink, threads=options.thread_count, device=options.device, progress=progress, stop=Stop()
-            ).run()
+            Executor(plan, sink, threads=options.thread_count, progress=progress, stop=Stop()).run()
     if isinstance(first, Mapping):
         return sink.tensors
     merged = copy.deepcopy(first)

@@ -11,9 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pymerge.engine.arena import Arena, Block
+from pymerge.engine.devices import HOST, IN_FLIGHT
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,29 @@ class Output:
     segments: Sequence[Segment]
 
 
-Compute = Callable[[], "Output | None"]
+Compute = Callable[[], "Output | Compute | None"]  # what it returns may be what is left to do on the CPU
 Write = Callable[[Segment], None]
 
 
 class Pipeline:
-    """`threads` workers and one writer. Use as a context manager; `drain` before leaving.
+    """`threads` workers on the CPU, one for each other device, and one writer. Use as a context manager; `drain` before
+    leaving.
 
     At most `ahead` pieces of work wait or run when another is submitted: reading further ahead would only touch more
     memory, and the first touch of a page costs as much as reading it."""
 
-    def __init__(self, arena: Arena, threads: int, write: Write) -> None:
+    def __init__(self, arena: Arena, threads: int, write: Write, devices: Sequence[str] = ()) -> None:
         self.arena, self.write = arena, write
-        self.ahead = 2 * threads + 2
+        self.ahead = 2 * threads + IN_FLIGHT * len(devices) + 2
         self.changed = threading.Condition()
-        self.ready: deque[Compute] = deque()
+        self.ready: dict[str, deque[Compute]] = {where: deque() for where in (HOST, *devices)}
         self.finished: deque[Output] = deque()
         self.pending = 0  # submitted and not yet written
         self.error: BaseException | None = None
         self.closing = False
         self.busy = {"read": 0.0, "compute": 0.0, "write": 0.0}  # seconds, of all threads together
-        targets = [self.compute_loop] * threads + [self.write_loop]
-        self.threads = [threading.Thread(target=target, daemon=True) for target in targets]
+        workers = [partial(self.compute_loop, self.ready[where]) for where in (*[HOST] * threads, *devices)]
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (*workers, self.write_loop)]
 
     def __enter__(self) -> Pipeline:
         for thread in self.threads:
@@ -66,20 +69,21 @@ class Pipeline:
     def __exit__(self, *exc: object) -> None:
         with self.changed:
             self.closing = True
-            self.ready.clear()
+            for queue in self.ready.values():
+                queue.clear()
             self.changed.notify_all()
         for thread in self.threads:
             thread.join()
 
-    def submit(self, compute: Compute, *, first: bool = False) -> None:
+    def submit(self, compute: Compute, *, first: bool = False, device: str = HOST) -> None:
         """Queue work; `first` puts it before everything that waits (the rest of a tensor that is in memory)."""
         self.raise_error()
         with self.changed:
             if first:
-                self.ready.appendleft(compute)
+                self.ready[device].appendleft(compute)
             else:
                 self.changed.wait_for(lambda: self.pending < self.ahead or self.error is not None)
-                self.ready.append(compute)
+                self.ready[device].append(compute)
             self.pending += 1
             self.changed.notify_all()
 
@@ -100,13 +104,13 @@ class Pipeline:
             self.changed.notify_all()
         self.arena.close()
 
-    def compute_loop(self) -> None:
+    def compute_loop(self, ready: deque[Compute]) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.ready or self.closing or self.error is not None)
-                if self.error is not None or (self.closing and not self.ready):
+                self.changed.wait_for(lambda: ready or self.closing or self.error is not None)
+                if self.error is not None or (self.closing and not ready):
                     return
-                compute = self.ready.popleft()
+                compute = ready.popleft()
             started = time.perf_counter()
             try:
                 output = compute()
@@ -117,6 +121,8 @@ class Pipeline:
                 self.busy["compute"] += time.perf_counter() - started
                 if output is None:
                     self.pending -= 1
+                elif callable(output):
+                    self.ready[HOST].appendleft(output)
                 else:
                     self.finished.append(output)
                 self.changed.notify_all()

@@ -8,9 +8,9 @@ sweeps over it in tiles otherwise.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard
 
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, Checkpoint, Layout, MemoryTensor, plan_layout
@@ -24,12 +24,13 @@ from pymerge.engine.asking import (
     survey_scope,
 )
 from pymerge.engine.check import Entry, check, tensor_counts
+from pymerge.engine.devices import HOST, Device, devices_of, placed, refuse_device, remarks
 from pymerge.engine.expert_matrices import Part
 from pymerge.engine.factored import factored_item, rank_sum, weight_under
+from pymerge.engine.joined import joined
 from pymerge.engine.observing import observing_bytes
+from pymerge.engine.options import Options
 from pymerge.engine.parts import Parts, check_parts
-from pymerge.engine.process import available_memory
-from pymerge.engine.progress import Shown
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
@@ -63,6 +64,7 @@ class Item:
     workspace: int = 0  # bytes that the steps of a generic item take beside inputs and output, for a tile
     part: Part | None = None  # what of experts stored as one it is
     factored: bool = False  # adapters, merged by their factors: of the models only the weight under them is read
+    device: str = HOST  # where a generic item is computed
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,8 +113,22 @@ class Item:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory while the item is worked on: a tile of it, or all of it."""
-        return self.block_bytes(self.count if self.mode == "held" else min(self.tile, self.count)) + self.workspace
+        """Memory of this computer while the item is worked on: a tile of it, or all of it."""
+        tile = self.count if self.mode == "held" else min(self.tile, self.count)
+        return self.block_bytes(tile) + self.host_workspace
+
+    @property
+    def host_workspace(self) -> int:
+        return self.workspace if self.device == HOST else 0
+
+    def resident_bytes(self, count: int) -> int:
+        """Bytes of the inputs and the output of `count` entries."""
+        return sum(self.input_bytes(count)) + count * self.out_width
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of a device while the item is worked on there."""
+        return self.resident_bytes(min(self.tile, self.count)) + self.workspace
 
     @property
     def flops(self) -> int:
@@ -150,29 +166,6 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a merge is run: nothing here changes a byte of the result on one device."""
-
-    memory: int | None = None  # bytes on top of what the process holds; None: a quarter of what is free, at most 8 GB
-    threads: int | None = None  # compute threads; None: the processors this process may use
-    device: str = "cpu"
-    shard_bytes: int = 5_000_000_000
-    overwrite: bool = False
-    resume: bool = True
-    allow_pickle: bool = False
-    prefer: Literal["single", "sharded"] | None = None
-    progress: Shown = None  # a bar; None: where standard error is a terminal; "json": lines on standard output
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.memory if self.memory is not None else min(available_memory() // 4, 8_000_000_000)
-
-    @property
-    def thread_count(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What will happen, in order."""
 
@@ -190,6 +183,13 @@ class Plan:
     at_once: int = 1  # generic items that are worked on side by side
     observed: tuple[LiveStatistics, ...] = ()  # of the models that run over their samples during the merge
     observing_threads: int = 1  # numeric threads of one model's run, likewise
+    devices: tuple[Device, ...] = ()  # beside the CPU, with what comes to them
+    pinned_bytes: int = 0  # memory of this computer for what comes to devices, beside arena_bytes
+
+    @property
+    def main_device(self) -> str:
+        """Where matrices are computed beside the plan's items."""
+        return self.devices[0].name if self.devices else HOST
 
     @property
     def read_bytes(self) -> int:
@@ -210,9 +210,12 @@ class Planner:
 
     def __init__(self, recipe: Recipe, options: Options, reserved: int = 0) -> None:
         self.recipe, self.options, self.reserved = recipe, options, reserved
-        self.arena_bytes = options.memory_bytes - SLACK - reserved
+        self.devices, self.host = devices_of(options.device, options.device_memory)
+        self.arenas = 2 if self.devices else 1  # of the same size, see Plan.pinned_bytes
+        self.arena_bytes = (options.memory_bytes - SLACK - reserved) // self.arenas
         if self.arena_bytes < SMALLEST_ARENA:
-            self.refuse(SLACK + SMALLEST_ARENA, "a merge that observes its models" if reserved else "a merge")
+            what = "a merge that observes its models" if reserved else "a merge"
+            self.refuse(SLACK + self.arenas * SMALLEST_ARENA, what)
 
     def refuse(self, needed: int, what: str) -> NoReturn:
         left, needed = self.options.memory_bytes, needed + self.reserved
@@ -254,7 +257,7 @@ class Planner:
             )
         item = replace(item, rule=rule)
         if (factored := factored_item(item, info, self.arena_bytes)) is not None:
-            return self.fitting(factored)
+            return self.fitting([factored], entry.name)[0]
         if rule is None or before or not self.streams(steps):
             return self.generic(item, info)
         item = replace(item, mode="tiles", tile=TILE)
@@ -267,7 +270,7 @@ class Planner:
 
     def streams(self, steps: Steps) -> bool:
         """Whether an element-wise rule runs on the byte buffers of the stream."""
-        return not steps.calibrate and self.options.device == "cpu"
+        return not steps.calibrate and self.host
 
     def generic(self, item: Item, info: TensorInfo) -> Item:
         """An item of steps that are no rule: a whole tensor, or blocks of rows or entries where all steps allow it."""
@@ -275,15 +278,35 @@ class Planner:
         assert steps is not None
         row = math.prod(info.shape[1:])
         together = max(1, min(item.count, math.lcm(*(self.together(step, item, row) for step in steps.all))))
-        tile = max(together, TILE // max(1, together) * together)
-        while tile > together and self.sized(item, info, tile).peak_bytes > self.arena_bytes // 4:
-            tile = max(together, tile // 2 // together * together)
-        return self.fitting(self.sized(item, info, max(1, min(tile, item.count))))
+        cut = partial(self.cut, info=info, together=together)
+        # A rule that is asked about the model behind matrices' steps is asked on the CPU.
+        if self.devices and (item.rule is None or not rule_part(steps)[0]):
+            found = cut(replace(item, device=self.devices[0].name))
+            if not self.host or self.taken([found]) <= 1:
+                return self.fitting([found], item.entry.name)[0]
+        return self.fitting([cut(item)], item.entry.name)[0]
 
-    def fitting(self, item: Item) -> Item:
-        if item.peak_bytes > self.arena_bytes:
-            self.refuse(item.peak_bytes + SLACK, item.entry.name)
-        return item
+    def cut(self, item: Item, info: TensorInfo, together: int) -> Item:
+        """The item with the largest tile, of so many entries or a multiple, that leaves room for several in flight."""
+        tile = max(together, TILE // max(1, together) * together)
+        while tile > together and self.taken([self.sized(item, info, tile)]) > 1 / 4:
+            tile = max(together, tile // 2 // together * together)
+        return self.sized(item, info, max(1, min(tile, item.count)))
+
+    def taken(self, items: Sequence[Item]) -> float:
+        """What items that are worked on at once take, as a share of what there is."""
+        share = sum(item.peak_bytes for item in items) / self.arena_bytes
+        if items[0].device == HOST:
+            return share
+        return max(share, sum(item.device_bytes for item in items) / max(device.memory for device in self.devices))
+
+    def fitting(self, items: list[Item], name: str) -> list[Item]:
+        """Raises RecipeError where there is no room for items that are worked on at once."""
+        if sum(item.peak_bytes for item in items) > self.arena_bytes:
+            self.refuse(self.arenas * sum(item.peak_bytes for item in items) + SLACK, name)
+        if items[0].device != HOST and self.taken(items) > 1:
+            refuse_device(self.devices, sum(item.device_bytes for item in items), name)
+        return items
 
     def together(self, step: Method, item: Item, row: int) -> int:
         """Entries that a step must see at once: it sees multiples of them."""
@@ -323,35 +346,6 @@ class Planner:
         return replace(item, tile=max(1, tile))
 
 
-def joined(planner: Planner, items: Sequence[Item]) -> list[Item]:
-    """Matrices that are merged as one moved together, in the order of the recipe; the first carries the workspace of
-    all."""
-    groups: dict[int, list[Item]] = {}
-    for item in items:
-        if item.entry.join is not None:
-            groups.setdefault(item.entry.join[0], []).append(item)
-    ordered: list[Item] = []
-    for item in items:
-        if item.entry.join is None:
-            ordered.append(item)
-        elif groups[item.entry.join[0]][0] is item:
-            ordered += one_matrix(planner, groups[item.entry.join[0]])
-    return ordered
-
-
-def one_matrix(planner: Planner, items: Sequence[Item]) -> list[Item]:
-    first, *others = sorted(items, key=lambda item: item.entry.join or ())
-    shape = (sum(item.entry.shape[0] for item in items), first.entry.shape[1])
-    info = TensorInfo(name=first.entry.name, shape=shape, tasks=len(first.entry.tuned))
-    assert first.entry.steps is not None
-    workspace = planner.workspace(first.entry.steps, info) + sum(item.read_bytes for item in items)
-    members = [replace(first, workspace=workspace), *(replace(item, workspace=0) for item in others)]
-    needed = sum(item.peak_bytes for item in members)
-    if needed > planner.arena_bytes:
-        planner.refuse(needed + SLACK, f"{first.entry.name}, joined")
-    return members
-
-
 def make_plan(
     recipe: Recipe,
     base: Checkpoint | None,
@@ -381,20 +375,23 @@ def make_plan(
     for i, item in enumerate(items):
         if item.rule is not None and item.entry.steps is not None:
             items[i] = replace(item, survey_scope=numbers.get(survey_key(item.entry.steps)))
-    items = joined(planner, items)
-    largest = max((item.peak_bytes for item in items if item.mode == "generic"), default=0)
-    at_once = max(1, min(options.thread_count, planner.arena_bytes // largest)) if largest else options.thread_count
+    items, devices = placed(joined(planner, items), planner.devices)
+    hosted = [item.peak_bytes for item in items if item.mode == "generic" and item.device == HOST]
+    at_once = max(1, min(options.thread_count, planner.arena_bytes // max(hosted))) if hosted else options.thread_count
+    beside = len(devices) if devices and not hosted else at_once  # how many compute with threads of the CPU
     return Plan(
         recipe=recipe,
         items=tuple(items),
         layout=layout,
         arena_bytes=planner.arena_bytes,
-        notes=notes,
-        item_threads=options.thread_count // at_once,
+        notes=[*notes, *remarks(items, devices)],
+        item_threads=max(1, options.thread_count // beside),
         at_once=at_once,
         observed=live,
         observing_threads=max(1, options.thread_count // max(1, len(live))),
         surveys=tuple(groups.values()),
         purify_questions=purify_questions(items),
+        devices=devices,
+        pinned_bytes=min(planner.arena_bytes, sum(i.block_bytes(i.count) for i in items if i.device != HOST)),
         questions=tuple(by_steps([i for i in items if i.mode == "generic" and asks_model(i.entry.steps)]).values()),
     )

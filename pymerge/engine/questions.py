@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pymerge.engine.ranges import batches, tiles
@@ -13,8 +12,9 @@ from pymerge.methods.base import Combine, Purify
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 
 if TYPE_CHECKING:
-    from pymerge.engine.arena import Block
-    from pymerge.engine.execute import Executor, Piece
+    from pymerge.engine.execute import Executor
+    from pymerge.engine.lanes import Place
+    from pymerge.engine.piece import Piece
     from pymerge.engine.plan import Item
     from pymerge.recipe import Steps
 
@@ -37,17 +37,14 @@ def sweep(executor: Executor, combine: SurveyedCombine, items: Sequence[Item]) -
     answers: list[Any] = []
     joining = threading.Lock()
 
-    def work(block: Block, pieces: Sequence[Piece]) -> None:
-        steps = executor.steps_of(pieces[0].item)
-        found = survey_pieces(executor.plan, pieces, executor.device, steps, combine)
-        executor.feed.release(piece.item for piece in pieces)
-        block.release()
+    def question(pieces: Sequence[Piece], place: Place | None) -> None:
+        found = survey_pieces(executor.plan, pieces, place, executor.steps_of(pieces[0].item), combine)
         with joining:
             answers[:] = [combine.join(answers[0], found) if answers else found]
 
     ranges = ((item, *tile) for item in items for tile in tiles(item, item.first, item.count))
     for batch in batches(executor.feed.order(ranges)):
-        executor.pipeline.submit(partial(work, *executor.load(batch)))
+        executor.ask(batch, question)
     executor.pipeline.drain()
     return answers[0]
 
@@ -59,16 +56,13 @@ def answered_purify(executor: Executor, step: SurveyedPurify, items: Sequence[It
     answers: list[Any] = []
     joining = threading.Lock()
 
-    def work(block: Block, pieces: Sequence[Piece]) -> None:
-        found = survey_matrix(executor.plan, pieces, executor.device, step)
-        executor.feed.release(piece.item for piece in pieces)
-        block.release()
+    def question(pieces: Sequence[Piece], place: Place | None) -> None:
+        found = survey_matrix(executor.plan, pieces, place, step)
         with joining:
             for one in found:
                 answers[:] = [step.join(answers[0], one) if answers else one]
 
     for batch in batches(executor.feed.order((item, item.first, item.count) for item in items if item.count)):
-        block, pieces = executor.load(batch)
-        executor.pipeline.submit(partial(work, block, pieces))
+        executor.ask(batch, question)
     executor.pipeline.drain()
     return step.decide(answers[0] if answers else None)

@@ -32,7 +32,7 @@ from pymerge.recipe.references import named_models, names_in
 from pymerge.recipe.yaml_text import read_documents as documents_in
 
 # Other values give the same model, within rounding: no reason to merge again.
-NOT_COMPARED: Final = ("device", "item_threads", "observing_threads")
+NOT_COMPARED: Final = ("device", "placement", "item_threads", "observing_threads")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ NO_EFFECT: Final = {
     "allow_crimes": "models are merged by the names and shapes of their tensors, whatever the architecture",
     "low_cpu_memory": "memory is bounded by --memory",
     "read_to_gpu": "tensors reach the device in bounded pieces",
-    "multi_gpu": "one device",
     "clone_tensors": "every tensor of the output is written by itself",
     "async_write": "reading, merging and writing overlap always",
     "write_threads": "reading, merging and writing overlap always",
@@ -128,12 +127,7 @@ class MergekitOptions:
         )
 
     def _device(self) -> str:
-        device = self.device or ("cuda" if self.cuda or self.gpu_rich else "cpu")
-        if device != "auto":
-            return device
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device or ("auto" if self.multi_gpu else "cuda" if self.cuda or self.gpu_rich else "cpu")
 
     def remarks(self) -> list[str]:
         """What was asked for and is not done, where that matters."""

@@ -121,5 +121,5 @@ def resolve(rule: DeltaRule, survey: Survey) -> DeltaRule:
         rescales = tuple(a / b if a >= 1e-7 and b >= 1e-7 else 1.0 for a, b in survey.l1(rule))
         rule = replace(rule, rescales=rescales)
     if rule.elect == "authors":
-        rule = replace(rule, tie_sign=1 if survey.signs(rule) > 0 else -1)
+        rule = replace(rule, tie_sign=1 if survey.signs(rule) > 0 else -1, elect="mergekit")
     return replace(rule, top=None, skip=None, rescale="none")

@@ -31,7 +31,7 @@ models:
 parameters: {density: 0.5, lambda: "1e0"}
 dtype: float32
 """
-IDLE = ["--allow-crimes", "--low-cpu-memory", "--read-to-gpu", "--multi-gpu", "--clone-tensors", "--async-write"]
+IDLE = ["--allow-crimes", "--low-cpu-memory", "--read-to-gpu", "--clone-tensors", "--async-write"]
 IDLE += ["--write-threads", "4", "--lora-merge-cache", "x", "--lora-merge-dtype", "float16", "-vv"]
 
 
@@ -250,8 +250,8 @@ def test_every_form_of_options(models) -> None:
     )
     assert MergekitOptions(gpu_rich=True).for_merge(overwrite=False).device == "cuda"
     assert MergekitOptions(cuda=True, device="cuda:1").for_merge(overwrite=False).device == "cuda:1"
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    assert MergekitOptions(device="auto").for_merge(overwrite=False).device == auto
+    for all_of_them in (MergekitOptions(device="auto"), MergekitOptions(cuda=True, multi_gpu=True)):
+        assert all_of_them.for_merge(overwrite=False).device == "auto"
     assert MergekitOptions(quiet=True, restart=True).for_merge(overwrite=False).resume is False
     with pytest.raises(RecipeError, match="unknown option 'cudo': did you mean cuda?"):
         pymerge.run_merge(TEXT, "never", {"cudo": True})
