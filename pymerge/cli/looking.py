@@ -44,7 +44,7 @@ def info(
         show_info(fast)
 
 
-@app.command()
+@app.command(epilog=examples("pymerge report merged/", "pymerge report merged/ -o ties.html --svg figures/"))
 def report(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),

@@ -15,7 +15,7 @@ from tests.docs.world import World  # noqa: E402
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # "demo" takes minutes: tests/demo runs it on a shorter schedule.
-RUN_HERE = ("align", "extract-lora", "info", "inspect", "merge", "methods", "observe", "plan", "search", "verify")
+RUN_HERE = tuple("align extract-lora info inspect merge methods observe plan report search verify".split())
 
 
 def examples_of(name: str) -> list[str]:
@@ -33,7 +33,7 @@ def test_the_examples_of_a_command_run(name: str, tmp_path: Path, monkeypatch: p
     (tmp_path / "evaluate.py").write_text("def accuracy(folder):\n    return 1.0\n")
     world = World(tmp_path)
     lines = examples_of(name)
-    if name == "verify":
+    if name in ("report", "verify"):
         lines = [*examples_of("merge")[:1], *lines]
     for line in lines:
         world.need(line)
