@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pymerge.checkpoint import Checkpoint
 from pymerge.remote.blocks import BLOCKS
 from pymerge.remote.files import RemoteFile
 
-LARGEST = 256 << 20  # bytes; more do not make a merge faster
-SHARE = 4  # of the budget at most one in so many
+if TYPE_CHECKING:
+    from pymerge.engine.plan import Options
+    from pymerge.statistics import Statistics
+
+LARGEST, SMALLEST = 256 << 20, 4 << 20  # bytes; more do not make a merge faster
+LEAST = 64 << 20  # bytes that any merge needs beside
+SHARE = 4  # at most one in so many of those that are left
 
 
-def read_ahead(checkpoints: Iterable[Checkpoint | None], memory: int) -> int:
-    """Bytes that blocks read ahead may take beside the arena; from here on they keep to it. 0: all inputs are local."""
-    streams = {
-        id(checkpoint)
-        for checkpoint in checkpoints
-        if checkpoint is not None and any(isinstance(file, RemoteFile) for file in checkpoint.files)
-    }
+def offline(
+    options: Options,
+    base: Checkpoint | None,
+    models: Sequence[Checkpoint],
+    fisher: Sequence[Checkpoint],
+    statistics: Sequence[Statistics],
+) -> Options:
+    """The options with the memory that the network leaves. Blocks that are read ahead keep to their share from here on;
+    where all inputs are local there is none."""
+    given = (base, *models, *fisher, *(found.file for found in statistics))
+    streams = {id(c) for c in given if c is not None and any(isinstance(file, RemoteFile) for file in c.files)}
     if not streams:
-        return 0
-    limit = min(LARGEST, memory // SHARE)
-    BLOCKS.plan(limit, len(streams))
-    return limit
+        return options
+    share = max(SMALLEST, min(LARGEST, (options.memory_bytes - LEAST) // SHARE))
+    BLOCKS.plan(share, len(streams))
+    return replace(options, memory=options.memory_bytes - share)

@@ -26,7 +26,7 @@ from pymerge.engine.asking import (
 from pymerge.engine.check import Entry, check, tensor_counts
 from pymerge.engine.expert_matrices import Part
 from pymerge.engine.factored import factored_item, rank_sum, weight_under
-from pymerge.engine.network import read_ahead
+from pymerge.engine.network import offline
 from pymerge.engine.observing import observing_bytes
 from pymerge.engine.parts import Parts, check_parts
 from pymerge.engine.process import available_memory
@@ -371,9 +371,9 @@ def make_plan(
     entries, notes = check(*given) if parts is None else check_parts(recipe, parts)
     entries = change(entries) if change is not None else entries
     live: Any = tuple(found for found in statistics if found.live)
-    network = read_ahead((base, *models, *fisher, *(found.file for found in statistics)), options.memory_bytes)
-    planner = Planner(recipe, options, sum(observing_bytes(live).values()) + network)
-    items, components = planner.items(entries), (base if base is not None else models[0]).components
+    planner = Planner(recipe, offline(options, base, models, fisher, statistics), sum(observing_bytes(live).values()))
+    items = planner.items(entries)
+    components = (base if base is not None else models[0]).components
     layout = plan_layout([(e.name, e.dtype, e.shape) for e in entries], options.shard_bytes, None, components)
     surveyed = [i for i in items if i.rule is not None and i.entry.steps and survey_scope(i.entry.steps) == "model"]
     groups = by_steps(surveyed)

@@ -35,7 +35,7 @@ MAX_SMALL = 100_000_000  # bytes of one
 MAX_ALL = 500_000_000  # bytes of those of one model
 MAX_FILES = 10_000
 MAX_DEPTH = 4
-FIRST_ATTEMPTS = 2  # where nothing has been reached yet, failures seldom pass
+FIRST_ATTEMPTS = 1  # where nothing has been reached yet; file systems try again by themselves
 
 
 @dataclass(frozen=True)

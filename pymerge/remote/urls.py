@@ -51,8 +51,9 @@ def file_system(url: str) -> tuple[Any, str]:
     Raises   InputError: no such protocol, a package that is missing, a URL that holds a secret."""
     if _PASSWORD.search(url) or (url.lower().startswith("http") and "?" in url):
         raise InputError(
-            f"{re.sub('//.*', '//...', url, flags=re.DOTALL)}: a URL must hold no password, signature or query: recipes are copied into merge.json. Give credentials "
-            "where the protocol's library looks for them (environment, configuration files)"
+            f"{url.partition('//')[0]}//...: a URL must hold no password, signature or query, since recipes are "
+            "copied into merge.json. Give credentials where the protocol's library looks for them (environment, "
+            "configuration files)"
         )
     try:
         from fsspec.core import url_to_fs
