@@ -373,8 +373,7 @@ def make_plan(
     entries = change(entries) if change is not None else entries
     live: Any = tuple(found for found in statistics if found.live)
     planner = Planner(recipe, offline(options, base, models, fisher, statistics), sum(observing_bytes(live).values()))
-    items = planner.items(entries)
-    components = (base if base is not None else models[0]).components
+    items, components = planner.items(entries), (base if base is not None else models[0]).components
     layout = plan_layout([(e.name, e.dtype, e.shape) for e in entries], options.shard_bytes, None, components)
     surveyed = [i for i in items if i.rule is not None and i.entry.steps and survey_scope(i.entry.steps) == "model"]
     groups = by_steps(surveyed)
