@@ -7,6 +7,7 @@
 #   make test-fusion-bench  the FusionBench adapter with FusionBench itself, in an environment of its own
 #   make test-mergekit  pymerge inside mergekit and pymerge against it, in an environment of its own
 #   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
+#   make test-remote  models on S3, read from moto's server on this machine, in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
@@ -29,10 +30,11 @@ NATIVE := $(wildcard csrc/* csrc/*/*)
 FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
 ATHERIS ?= atheris>=2.3
 RUNS ?= 5000
+REMOTE ?= s3fs>=2024.6 moto[server]>=5
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components fuzz sanitize \
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-remote fuzz sanitize \
 	fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
@@ -73,6 +75,14 @@ test-components: $(VENV)/.installed
 	$(VENV)-components/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
 		$(COMPONENTS) pydantic PyYAML rich typer scipy threadpoolctl pytest
 	$(VENV)-components/bin/python -m pytest tests/integrations/test_components_live.py $(PYTEST_ARGS)
+
+# Likewise.
+test-remote: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-remote
+	$(VENV)-remote/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(VENV)-remote/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
+		$(foreach package,$(REMOTE),"$(package)") pydantic PyYAML rich typer scipy threadpoolctl safetensors pytest
+	$(VENV)-remote/bin/python -m pytest tests/checkpoint/test_remote*.py $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed
 	$(PYTHON) -m venv $(VENV)-fuzz
