@@ -35,6 +35,7 @@ from pymerge.engine.vocabulary import with_vocabulary
 from pymerge.errors import InputError, Interrupted, MergeError, RecipeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.references import split_adapter
+from pymerge.remote.blocks import BLOCKS
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
@@ -311,6 +312,7 @@ def stopped_by_signals(stop: Stop, executor: Executor) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         stop.signal_number = number
         executor.arena.close()
+        BLOCKS.interrupt()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

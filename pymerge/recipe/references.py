@@ -16,7 +16,7 @@ from pymerge import hub
 from pymerge.errors import InputError
 from pymerge.recipe.problems import Problems
 from pymerge.remote.mirror import local_of
-from pymerge.remote.urls import is_url
+from pymerge.remote.urls import is_collapsed, is_url
 
 KEYS_OF_REFERENCE = ("model", "lora", "override_architecture", "path", "revision")
 NONE: Mapping[str, str] = {}
@@ -96,6 +96,8 @@ def _folder(part: str, raw: str, where: str, problems: Problems) -> str | None:
     if at and _is_known(name):
         text = f"{name} is a folder here, which has no revisions: give the folder that holds {revision!r}"
         problems.add(where, f"{what}: {text}")
+    elif is_collapsed(part):
+        problems.add(where, f"{what}: a URL that has lost a slash, as pathlib makes it: give it as text")
     elif not hub.is_name(name) or (at and not revision):
         problems.add(where, f"{what}: no such file or folder (paths start from {os.getcwd()})")
     else:

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Protocol
+
+from pymerge.errors import InputError
 
 REQUESTS = 10  # in flight at once: as many connections as the S3 library keeps
 LARGEST_BLOCK = 8 << 20  # from here on a request costs little beside its bytes
 SMALLEST_BLOCK = 1 << 16
 USUAL = 64 << 20  # bytes, until a plan says otherwise
+PATIENCE = 0.25  # seconds after which a wait looks whether it is to end
 
 
 class Source(Protocol):
@@ -39,12 +43,37 @@ class Block:
     unread: int
 
 
+class Fetchers:
+    """Threads that fetch blocks, from the first one on. A program that ends does not wait for them."""
+
+    def __init__(self) -> None:
+        self.asked: SimpleQueue[Block] = SimpleQueue()
+        self.threads: list[threading.Thread] = []
+
+    def submit(self, block: Block) -> None:
+        if not self.threads:
+            self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(REQUESTS)]
+            for thread in self.threads:
+                thread.start()
+        self.asked.put(block)
+
+    def work(self) -> None:
+        while True:
+            block = self.asked.get()
+            if block.data.set_running_or_notify_cancel():
+                try:
+                    block.data.set_result(block.source.fetch(block.begin, block.end))
+                except BaseException as error:
+                    block.data.set_exception(error)
+            del block  # its bytes go when it is read, not when the next one is asked for
+
+
 class Blocks:
     """The blocks of all remote files that are open. For any number of threads."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.pool = ThreadPoolExecutor(REQUESTS, "pymerge-remote")  # starts threads when it has work
+        self.fetchers = Fetchers()
         self.held: OrderedDict[tuple[int, int], Block] = OrderedDict()  # least recently used first
         self.plan(USUAL, 1)
 
@@ -54,6 +83,7 @@ class Blocks:
         Each of them may have one block half read and `ahead` blocks waiting; the one that is being read has the rest.
         While a block arrives the library that fetches it may hold it twice."""
         with self.lock:
+            self.interrupted = False
             self.ahead = max(1, REQUESTS // max(1, streams))
             self.most = max(1, streams) * (self.ahead + 1) + REQUESTS
             size = limit // (self.most + REQUESTS) // SMALLEST_BLOCK * SMALLEST_BLOCK
@@ -69,7 +99,7 @@ class Blocks:
         while at < end:
             block = self.wanted(source, source.origin + (at - source.origin) // size * size, until, size)
             try:
-                data = block.data.result()
+                data = self.arrived(block)
             except BaseException:
                 with self.lock:
                     self.forget([(id(source), block.begin)])
@@ -78,6 +108,18 @@ class Blocks:
             view[at - offset : at - offset + len(part)] = part
             at += len(part)
             self.used(block, len(part), at)
+
+    def arrived(self, block: Block) -> bytes:
+        while True:
+            try:
+                return block.data.result(PATIENCE)
+            except TimeoutError:
+                if self.interrupted:
+                    raise InputError("stopped while a block was on its way") from None
+
+    def interrupt(self) -> None:
+        """Whoever waits for a block need not wait any longer, until the next plan."""
+        self.interrupted = True
 
     def wanted(self, source: Source, begin: int, until: int, size: int) -> Block:
         """The block that begins there, on its way like those behind it up to `until` for which there is room."""
@@ -96,7 +138,9 @@ class Blocks:
 
     def started(self, source: Source, begin: int, size: int) -> Block:
         end = min(begin + size, source.size)
-        return Block(source, begin, end, self.pool.submit(source.fetch, begin, end), end - begin)
+        block = Block(source, begin, end, Future(), end - begin)
+        self.fetchers.submit(block)
+        return block
 
     def make_room(self, *, needed: bool) -> bool:
         """Room for one more block: what was passed by goes first; what waits to be read only where it is needed."""

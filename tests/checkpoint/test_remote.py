@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from pymerge.checkpoint.sidefiles import COPIED  # noqa: E402
 from pymerge.errors import (  # noqa: E402
     ChangedInput,
     InputError,
+    Interrupted,
     MergeError,
     OutputError,
     RecipeError,
@@ -213,6 +215,27 @@ def test_an_interrupted_merge_resumes(tmp_path: Path) -> None:
     mirror._mirrors.clear()  # as in another process
     FarFileSystem.reads.clear()
     pymerge.merge(far[0], far[1:], method="ties", out=tmp_path / "far")
+    pymerge.merge(str(base), [str(m) for m in models], method="ties", out=tmp_path / "near")
+    assert files(tmp_path / "far") == files(tmp_path / "near")
+
+
+def test_ctrl_c_does_not_wait_for_the_network(tmp_path: Path) -> None:
+    base, models = family(tmp_path, 2, SHAPES)
+    far = [upload(path) for path in (base, *models)]
+    recipe, silent = pymerge.Recipe.from_kwargs(far[0], far[1:], "ties"), threading.Event()
+
+    def hang(path: str, start: int, data: bytes) -> bytes:
+        os.kill(os.getpid(), signal.SIGINT)
+        silent.wait(60)
+        return data
+
+    FarFileSystem.spoil = hang
+    with pytest.raises(Interrupted, match="the same command continues"):
+        recipe.run(tmp_path / "far")
+    FarFileSystem.spoil = None
+    assert not silent.is_set() and (tmp_path / "far.partial").is_dir()
+    silent.set()
+    recipe.run(tmp_path / "far")
     pymerge.merge(str(base), [str(m) for m in models], method="ties", out=tmp_path / "near")
     assert files(tmp_path / "far") == files(tmp_path / "near")
 
