@@ -49,6 +49,7 @@ class WeightFile:
             raise InputError(f"{safe_name(str(path), 400)}: cannot be read: {e.strerror}") from e
         found = os.fstat(self.fd)
         self.size, self.mtime_ns, self.digest = found.st_size, found.st_mtime_ns, ""
+        self.metadata: Mapping[str, str] = {}
 
     def read(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes from `offset` on."""
@@ -244,7 +245,7 @@ class Checkpoint(Mapping[str, AnyTensor]):
 
     @property
     def files(self) -> tuple[WeightFile | RemoteFile, ...]:
-        """The weight files: path, size, mtime_ns (of a remote one its version), digest (hash of the header)."""
+        """The weight files: path, size, mtime_ns (or a remote version), digest (hash of the header), metadata."""
         return tuple(self._files)
 
     @property
@@ -363,7 +364,7 @@ def open_checkpoint(
 
 def _entries(file: WeightFile | RemoteFile) -> Mapping[str, TensorEntry]:
     header = read_header(file.read, file.size, shown(file.path))
-    file.digest = header.digest
+    file.digest, file.metadata = header.digest, header.metadata
     return header.tensors
 
 

@@ -97,7 +97,7 @@ def _folder(part: str, raw: str, where: str, problems: Problems) -> str | None:
         text = f"{name} is a folder here, which has no revisions: give the folder that holds {revision!r}"
         problems.add(where, f"{what}: {text}")
     elif is_collapsed(part):
-        problems.add(where, f"{what}: a URL that has lost a slash, as pathlib makes it: give it as text")
+        problems.add(where, f"{what}: a URL that pathlib has taken a slash of: give it as text, s3://...")
     elif not hub.is_name(name) or (at and not revision):
         problems.add(where, f"{what}: no such file or folder (paths start from {os.getcwd()})")
     else:

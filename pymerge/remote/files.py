@@ -86,6 +86,7 @@ class RemoteFile:
     def __init__(self, found: RemoteObject, path: Path) -> None:
         self.found, self.path = found, path
         self.size, self.mtime_ns, self.digest = found.size, found.version, ""
+        self.metadata: Mapping[str, str] = {}
         self.origin = self.position = found.origin
         self.closed = False
 

@@ -26,8 +26,8 @@ PLACES = {
     "gs": "Google's usual ones: GOOGLE_APPLICATION_CREDENTIALS, gcloud auth application-default login",
     "hf": "HF_TOKEN, hf auth login",
 }
-PACKAGES = {"s3": "'pymerge[remote]'", "gs": "gcsfs", "az": "adlfs", "hf": "'pymerge[hf]'"}
-SAME = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az"}
+PACKAGES = {"s3": "'pymerge[remote]'", "gs": "gcsfs", "az": "adlfs", "hf": "'pymerge[hf]'", "http": "aiohttp requests"}
+SAME = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az", "https": "http"}
 
 
 def is_url(text: str) -> bool:

@@ -40,6 +40,8 @@ from tests.adapters import random_factors, write_adapter  # noqa: E402
 from tests.checkpoint.raw import write_raw, write_sharded, write_tensors  # noqa: E402
 from tests.checkpoint.remote import ROOT, FarFileSystem, clear, register, upload, weight_bytes_read  # noqa: E402
 from tests.components import flat, random_model, tuned_model, write_pipeline  # noqa: E402
+from tests.engine.observed import SHAPES as OBSERVED_SHAPES  # noqa: E402
+from tests.engine.observed import saved, statistics_of  # noqa: E402
 from tests.hub_cache import cache_model  # noqa: E402
 from tests.models import family, interrupted_after, random_tensors, same, tuned_from, write_model  # noqa: E402
 
@@ -318,6 +320,15 @@ def test_files_beside_the_models(tmp_path: Path) -> None:
     assert files(tmp_path / "far") == files(tmp_path / "near")
 
 
+def test_statistics(tmp_path: Path) -> None:
+    base, models = family(tmp_path, 2, OBSERVED_SHAPES)
+    given = saved([statistics_of(i, path=model) for i, model in enumerate(models)], tmp_path)
+    for out, where in (("near", str), ("far", upload)):
+        found = [where(path) for path in given]
+        pymerge.merge(where(base), [where(m) for m in models], method="regmean", statistics=found, out=tmp_path / out)
+    assert files(tmp_path / "far") == files(tmp_path / "near")
+
+
 def test_the_local_file_system_of_fsspec(tmp_path: Path) -> None:
     base, models = family(tmp_path, 2, SHAPES)
     pymerge.merge(f"distant://{base}", [f"distant://{m}" for m in models], method="ties", out=tmp_path / "far")
@@ -452,6 +463,7 @@ def test_empty_tensors_and_headers_alone(tmp_path: Path) -> None:
 
 def test_output_and_samples_are_local(tmp_path: Path) -> None:
     base, models = family(tmp_path, 1)
+    assert "taken a slash" in refused(str(Path("s3://bucket/model")))
     for out in ("s3://bucket/out", Path("s3://bucket/out")):
         with pytest.raises(OutputError, match="written to local folders"):
             pymerge.merge(str(base), [str(models[0])], method="ties", out=out)
