@@ -320,6 +320,7 @@ def stopped_by_signals(stop: Stop, executor: Executor) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        BLOCKS.interrupt(False)
 
 
 def write_side_files(

@@ -32,6 +32,7 @@ def offline(
     streams = {id(c) for c in given if c is not None and any(isinstance(file, RemoteFile) for file in c.files)}
     if not streams:
         return options
-    share = max(SMALLEST, min(LARGEST, (options.memory_bytes - LEAST) // SHARE))
+    left = max(SMALLEST, min(LARGEST, (options.memory_bytes - LEAST) // SHARE))
+    share = 1 << (left.bit_length() - 1)  # in steps: a budget raised by what a plan says is lacking seldom moves it
     BLOCKS.plan(share, len(streams))
     return replace(options, memory=options.memory_bytes - share)

@@ -2,8 +2,8 @@
 memory.
 
 A file is cut into blocks from its first byte of data on. Who reads a range has all its blocks fetched at once, as far
-as there is room; who reads on where it stopped before, finds the next ones on their way. A block is dropped when all of
-it has been read, so whoever reads a file from front to back has each byte fetched once.
+as there is room; who reads on where it stopped before, finds the next ones on their way. Blocks that were read past
+make room for others, the longest unused first, so whoever reads files from front to back has each byte fetched once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ class Block:
     begin: int
     end: int
     data: Future[bytes]
-    unread: int
 
 
 class Fetchers:
@@ -65,7 +64,7 @@ class Fetchers:
                     block.data.set_result(block.source.fetch(block.begin, block.end))
                 except BaseException as error:
                     block.data.set_exception(error)
-            del block  # its bytes go when it is read, not when the next one is asked for
+            del block  # or its bytes would stay until the next one is asked for
 
 
 class Blocks:
@@ -75,6 +74,7 @@ class Blocks:
         self.lock = threading.Lock()
         self.fetchers = Fetchers()
         self.held: OrderedDict[tuple[int, int], Block] = OrderedDict()  # least recently used first
+        self.interrupted = False
         self.plan(USUAL, 1)
 
     def plan(self, limit: int, streams: int) -> None:
@@ -83,7 +83,6 @@ class Blocks:
         Each of them may have one block half read and `ahead` blocks waiting; the one that is being read has the rest.
         While a block arrives the library that fetches it may hold it twice."""
         with self.lock:
-            self.interrupted = False
             self.ahead = max(1, REQUESTS // max(1, streams))
             self.most = max(1, streams) * (self.ahead + 1) + REQUESTS
             size = limit // (self.most + REQUESTS) // SMALLEST_BLOCK * SMALLEST_BLOCK
@@ -107,7 +106,7 @@ class Blocks:
             part = memoryview(data)[at - block.begin : end - block.begin]
             view[at - offset : at - offset + len(part)] = part
             at += len(part)
-            self.used(block, len(part), at)
+            source.position = at
 
     def arrived(self, block: Block) -> bytes:
         while True:
@@ -117,9 +116,9 @@ class Blocks:
                 if self.interrupted:
                     raise InputError("stopped while a block was on its way") from None
 
-    def interrupt(self) -> None:
-        """Whoever waits for a block need not wait any longer, until the next plan."""
-        self.interrupted = True
+    def interrupt(self, stopped: bool = True) -> None:
+        """Whether those who wait for a block are to give up."""
+        self.interrupted = stopped
 
     def wanted(self, source: Source, begin: int, until: int, size: int) -> Block:
         """The block that begins there, on its way like those behind it up to `until` for which there is room."""
@@ -138,7 +137,7 @@ class Blocks:
 
     def started(self, source: Source, begin: int, size: int) -> Block:
         end = min(begin + size, source.size)
-        block = Block(source, begin, end, Future(), end - begin)
+        block = Block(source, begin, end, Future())
         self.fetchers.submit(block)
         return block
 
@@ -152,13 +151,6 @@ class Blocks:
                 return needed
             self.forget([key])
         return True
-
-    def used(self, block: Block, count: int, position: int) -> None:
-        with self.lock:
-            block.source.position = position
-            block.unread -= count
-            if block.unread <= 0:
-                self.forget([(id(block.source), block.begin)])
 
     def drop(self, source: Source) -> None:
         """Nothing more of this file is asked for."""

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,16 @@ def test_adapters(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     pymerge.merge(under, [reference], method="task_arithmetic", out=tmp_path / "far")
     pymerge.merge(str(base), [f"{base}+{adapter}"], method="task_arithmetic", out=tmp_path / "local")
     assert files(tmp_path / "far") == files(tmp_path / "local")
+
+
+def test_the_base_of_adapters_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "LARGEST_BLOCK", 4 * BLOCK)  # the base has more of them than are held
+    shapes = {f"layers.{i:02}.up.weight": (256, 512) for i in range(16)}
+    base = write_model(tmp_path / "base", random_tensors(0, shapes))
+    adapters = [write_adapter(tmp_path / f"lora{i}", random_factors(i, shapes), base) for i in range(3)]
+    merge_far(tmp_path, base, adapters, method="dare_linear", density=0.5)
+    requests = Counter(begin for name, begin, _ in FarFileSystem.reads if name.endswith("base/model.safetensors"))
+    assert len(requests) > 32 and set(requests.values()) == {1}
 
 
 def test_files_beside_the_models(tmp_path: Path) -> None:
