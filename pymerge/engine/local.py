@@ -26,6 +26,7 @@ from pymerge.engine.components import check_components
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.layouts import with_layouts
+from pymerge.engine.network import network_notes
 from pymerge.engine.parts import Parts, with_parts
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.process import peak_memory
@@ -189,7 +190,7 @@ def planned(
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
     check_components(recipe, inputs.base, *models)
     plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change, inputs.parts))
-    plan = replace(plan, notes=[*plan.notes, *inputs.notes])
+    plan = replace(plan, notes=[*plan.notes, *inputs.notes, *network_notes(inputs.all)])
     if inputs.vocabulary is not None:
         vocabulary = inputs.vocabulary
         plan = replace(plan, notes=[*vocabulary.notes, *plan.notes], vocabulary=vocabulary.summary)

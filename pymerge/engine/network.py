@@ -29,10 +29,21 @@ def offline(
     """The options with the memory that the network leaves. Blocks that are read ahead keep to their share from here on;
     where all inputs are local there is none."""
     given = (base, *models, *fisher, *(found.file for found in statistics))
-    streams = {id(c) for c in given if c is not None and any(isinstance(file, RemoteFile) for file in c.files)}
+    streams = {id(checkpoint) for checkpoint in given if checkpoint is not None and is_far(checkpoint)}
     if not streams:
         return options
     left = max(SMALLEST, min(LARGEST, (options.memory_bytes - LEAST) // SHARE))
     share = 1 << (left.bit_length() - 1)  # in steps: a budget raised by what a plan says is lacking seldom moves it
     BLOCKS.plan(share, len(streams))
     return replace(options, memory=options.memory_bytes - share)
+
+
+def is_far(checkpoint: Checkpoint) -> bool:
+    return any(isinstance(file, RemoteFile) for file in checkpoint.files)
+
+
+def network_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """What a plan says where inputs are remote."""
+    far = sum(map(is_far, checkpoints))
+    text = f"{far} of {len(checkpoints)} inputs read over the network; a plan's seconds are those of disks"
+    return [text] if far else []

@@ -104,6 +104,7 @@ def test_same_bytes_as_a_local_merge(method: str, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "far" / "merge.json").read_text())
     assert summary["inputs"][0]["path"] == f"{ROOT}/sharded" and "resolved" not in summary
     assert "/pymerge-remote-" not in json.dumps(summary)
+    assert any("inputs read over the network" in note for note in summary["notes"])
 
 
 def test_components_of_a_pipeline(tmp_path: Path) -> None:
