@@ -249,6 +249,11 @@ class Checkpoint(Mapping[str, AnyTensor]):
         return tuple(self._files)
 
     @property
+    def where(self) -> str:
+        """The path, or the URL that it stands for."""
+        return "in memory" if self.path is None else shown(self.path)
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self._tensors.values())
 
@@ -277,7 +282,7 @@ class Checkpoint(Mapping[str, AnyTensor]):
         if self.path is None:
             return {"memory": self._token}
         return {
-            "path": os.path.realpath(self.path) if not is_remote(self.path) else shown(self.path),
+            "path": self.where if is_remote(self.path) else os.path.realpath(self.path),
             "files": [[self.name_of(f.path), f.size, f.mtime_ns, f.digest] for f in self._files],
         } | ({"notes": list(self.notes)} if self.notes else {})
 
@@ -308,7 +313,7 @@ class Checkpoint(Mapping[str, AnyTensor]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"Checkpoint({'in memory' if self.path is None else str(self.path)}, {len(self)} tensors)"
+        return f"Checkpoint({self.where}, {len(self)} tensors)"
 
 
 def open_checkpoint(
