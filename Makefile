@@ -8,6 +8,7 @@
 #   make test-mergekit  pymerge inside mergekit and pymerge against it, in an environment of its own
 #   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
 #   make test-browser the report pages in headless Chromium (installed by apt where it is missing and root asks)
+#   make test-remote  models on S3, read from moto's server on this machine, in an environment of its own
 #   make docs         the documentation site in build/docs, by mkdocs in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -33,10 +34,11 @@ NATIVE := $(wildcard csrc/* csrc/*/*)
 FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
 ATHERIS ?= atheris>=2.3
 RUNS ?= 5000
+REMOTE ?= s3fs>=2024.6 moto[server]>=5
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-browser docs fuzz sanitize \
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-remote test-browser docs fuzz sanitize \
 	fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
@@ -86,6 +88,13 @@ test-browser: $(VENV)/.installed
 	[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome || [ "$$(id -u)" != 0 ] \
 		|| ! command -v apt-get || { apt-get update -qq && apt-get install -y -qq chromium; }
 	$(VENV)-browser/bin/python -m pytest tests/report/test_browser.py $(PYTEST_ARGS)
+# Imported from the source tree too.
+test-remote: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-remote
+	$(VENV)-remote/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(VENV)-remote/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
+		$(foreach package,$(REMOTE),"$(package)") pydantic PyYAML rich typer scipy threadpoolctl safetensors pytest
+	$(VENV)-remote/bin/python -m pytest tests/checkpoint/test_remote*.py $(PYTEST_ARGS)
 
 # Methods and API are read from pymerge as it is installed; mkdocs sees only the pages.
 docs: $(VENV)/.installed

@@ -49,6 +49,11 @@ def access(cache_dir: str | os.PathLike[str] | None = None, *, download: bool = 
         _access.reset(token)
 
 
+def downloads() -> bool:
+    """Whether what is not in the cache may be fetched."""
+    return _access.get().download
+
+
 def is_name(text: str) -> bool:
     """Whether text has the form of a name on the Hub: `name` or `owner/name`."""
     return NAME.fullmatch(text) is not None and len(text) <= 200 and not text.endswith(NO_NAMES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pymerge"
-BELOW_RECIPE = {"methods", "align", "statistics", "checkpoint", "linalg", "ops", "hub", "errors"}
+BELOW_RECIPE = {"methods", "align", "statistics", "checkpoint", "linalg", "ops", "remote", "hub", "errors"}
 BELOW_ENGINE = BELOW_RECIPE | {"recipe"}
 BELOW_REPORT = BELOW_ENGINE | {"vocabulary", "engine"}
 # `version` is a leaf like `errors`: a string. `_C` is the native host module: buffers, checksums, files.
@@ -14,14 +14,15 @@ BELOW_REPORT = BELOW_ENGINE | {"vocabulary", "engine"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "hub": {"errors"},
+    "remote": {"hub", "errors"},
     "version": set(),
     "ops": {"errors", "_C"},
     "linalg": {"ops", "errors"},
-    "checkpoint": {"ops", "hub", "errors", "_C"},
+    "checkpoint": {"ops", "remote", "hub", "errors", "_C"},
     "statistics": {"linalg", "ops", "errors", "checkpoint"},
     "align": {"linalg", "ops", "errors", "checkpoint", "statistics"},
     "methods": {"linalg", "ops", "errors"},
-    "recipe": {"methods", "align", "statistics", "hub", "errors"},
+    "recipe": {"methods", "align", "statistics", "remote", "hub", "errors"},
     "vocabulary": {"recipe", "checkpoint", "errors"},
     "engine": BELOW_ENGINE | {"vocabulary", "version", "_C"},
     "report": BELOW_REPORT | {"version"},

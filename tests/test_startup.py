@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-HEAVY = ("torch", "transformers", "scipy", "sklearn", "mergekit", "peft", "ray")
+HEAVY = ("torch", "transformers", "scipy", "sklearn", "mergekit", "peft", "ray", "fsspec")
 REPORT = f"""
 import json, sys
 print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]), file=sys.__stderr__)

@@ -49,7 +49,7 @@ def open_model(model: Model, label: str, stack: ExitStack) -> Opened:
         return Opened(source=model, weights=open_checkpoint(tensors_of(model)), config=to_dict(), label=label)
     weights = open_checkpoint(model)
     if not isinstance(model, Mapping) or weights is model and weights.path is not None:
-        label = safe_name(str(weights.path))
+        label = safe_name(weights.where)
     if weights is not model:  # one that was given open stays open
         stack.callback(weights.close)
     return Opened(

@@ -50,13 +50,10 @@ def open_permutations(path: str | os.PathLike[str]) -> Permutations | Clusters:
     """What `save` has written, checked.
 
     Raises   InputError (no such file, another format, index vectors that do not fit the groups), CorruptFile"""
-    from safetensors import safe_open
-
     if os.path.isdir(path):
         raise InputError(f"{path}: a folder, no file of permutations; make one with `pymerge align`")
     with open_checkpoint(path) as file:
-        with safe_open(path, "pt") as opened:
-            metadata = opened.metadata() or {}
+        metadata = file.files[0].metadata
         if metadata.get("pymerge_permutations") != FORMAT:
             found = metadata.get("pymerge_permutations", "none")
             raise InputError(

@@ -14,6 +14,7 @@ from typing import Any
 from pymerge.checkpoint.header import name_list, safe_name
 from pymerge.checkpoint.index import PICKLED, Prefer, Source, check_relative, parse_json_file, read_json_object, resolve
 from pymerge.errors import AmbiguousModel, CorruptFile, InputError
+from pymerge.remote.mirror import shown
 
 PIPELINE, MODULES = "model_index.json", "modules.json"
 STEMS = ("model", "diffusion_pytorch_model")  # of weight files: of transformers, of diffusers
@@ -36,7 +37,7 @@ def _of_pipeline(path: Path) -> dict[str, str]:
     found = {}
     for name, value in read_json_object(path, MAX_LIST).items():
         if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
-            check_relative(name, str(path))
+            check_relative(name, shown(path))
             found[name] = ".".join(value)
     return found
 
@@ -46,13 +47,13 @@ def _of_modules(path: Path) -> dict[str, str]:
     if not isinstance(modules, list) or not all(
         isinstance(m, dict) and all(isinstance(m.get(key, ""), str) for key in ("path", "type")) for m in modules
     ):
-        raise CorruptFile(f"{path}: expected a list of modules with paths")
+        raise CorruptFile(f"{shown(path)}: expected a list of modules with paths")
     found = {}
     for module in modules:
         name = module.get("path", "").rstrip("/")
         name = "" if name == "." else name
         if name:
-            check_relative(name, str(path))
+            check_relative(name, shown(path))
         found[name] = module.get("type", "")
     return found
 
@@ -67,7 +68,9 @@ def component_folders(folder: Path) -> dict[str, Path]:
             inside = sorted(os.path.relpath(at, folder) for at, _, _ in os.walk(folder / name)) if name else ["."]
             found |= {"" if at == "." else at.replace(os.sep, "/"): folder / at for at in inside}
         elif kind.rsplit(".", 1)[-1] != "Normalize":  # has nothing to keep
-            raise InputError(f"{folder}: lists {safe_name(name)} ({kind}), which is not there. Download it again")
+            raise InputError(
+                f"{shown(folder)}: lists {safe_name(name)} ({kind}), which is not there. Download it again"
+            )
     return found
 
 
@@ -94,7 +97,7 @@ def sources(path: Path, *, allow_pickle: bool, prefer: Prefer | None) -> list[tu
         ]
         if other and not any(name in stems for name in inside):
             raise InputError(
-                f"{path}: weights under names that pymerge does not read: {name_list(other)}. It reads "
+                f"{shown(path)}: weights under names that pymerge does not read: {name_list(other)}. It reads "
                 f"{' and '.join(f'{stem}.safetensors' for stem in STEMS)}, whole or in shards with an index"
             )
     files = {name: path / name / _weight_file(path / name, prefer) for name in stems}
@@ -126,11 +129,13 @@ def _weight_file(folder: Path, prefer: Prefer | None) -> str:
     safe = [file for file in choices if ".safetensors" in file]
     variants = sorted({variant_of(file) for file in safe})
     if len(variants) > 1 and variants[0]:
-        raise AmbiguousModel(f"{folder}: holds the variants {', '.join(variants)} and no weights without one: keep one")
+        raise AmbiguousModel(
+            f"{shown(folder)}: holds the variants {', '.join(variants)} and no weights without one: keep one"
+        )
     files = [file for file in safe if variant_of(file) == variants[0]] if safe else choices
     if len(files) > 1 and prefer is None:
         raise AmbiguousModel(
-            f"{folder}: holds {' and '.join(files)}, and one of them is stale. Delete it, or choose: prefer 'single' "
-            "or 'sharded'"
+            f"{shown(folder)}: holds {' and '.join(files)}, and one of them is stale. Delete it, or choose: prefer "
+            "'single' or 'sharded'"
         )
     return next((file for file in files if file.endswith(".json") == (prefer == "sharded")), files[0])

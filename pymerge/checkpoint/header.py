@@ -14,7 +14,7 @@ import json
 import os
 import reprlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -129,14 +129,13 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def read_header(fd: int, path: str | os.PathLike[str]) -> Header:
-    """Read and check the header of an open safetensors file.
+def read_header(read: Callable[[int, int], bytes], size: int, path: str | os.PathLike[str]) -> Header:
+    """Read and check the header of an open safetensors file of `size` bytes. read(n, offset): up to n of them.
 
     Raises   CorruptFile (rows S01-S09 of the fault list), UnsupportedDtype (S10); both name the file and the
              tensors."""
     where = safe_name(os.fspath(path), 400)
-    size = os.fstat(fd).st_size
-    prefix = os.pread(fd, 64, 0)
+    prefix = read(64, 0)
     if prefix.startswith(_LFS):
         raise CorruptFile(f"{where}: this is a git-lfs pointer, not the weights: run git lfs pull")
     if size < 8 or len(prefix) < 8:
@@ -148,7 +147,7 @@ def read_header(fd: int, path: str | os.PathLike[str]) -> Header:
         )
     if 8 + length > size:
         raise CorruptFile(f"{where}: the header says it is {length} bytes long, but the file has {size} bytes")
-    raw = os.pread(fd, length, 8)
+    raw = read(length, 8)
     if len(raw) != length:
         raise CorruptFile(f"{where}: only {len(raw)} of {length} header bytes could be read")
     header = parse_header(raw, size, where)

@@ -18,6 +18,8 @@ from typing import Any, Literal
 from pymerge.checkpoint.header import name_list, parse_json, safe_name
 from pymerge.checkpoint.layout import Layout
 from pymerge.errors import AmbiguousModel, CorruptFile, InconsistentIndex, InputError, UnsafeFile, UnsafePath
+from pymerge.remote.mirror import is_remote, shown
+from pymerge.remote.urls import is_collapsed
 
 Prefer = Literal["single", "sharded"]
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -213,6 +215,11 @@ def check_index(source: Source, held: Mapping[Path, list[str]]) -> None:
 
 
 def _require_pickle_allowed(files: list[Path], allow_pickle: bool) -> None:
+    if is_remote(files[0]):
+        raise UnsafeFile(
+            f"{_shown(files[0])}: pickled weights are read from local files only: their pickle is checked as a whole. "
+            "Use the model's .safetensors files, or copy it to a local folder first"
+        )
     if not allow_pickle:
         raise UnsafeFile(
             f"{_shown(files[0])}: pickled weights can run code when loaded. Use the model's .safetensors files, or "
@@ -237,8 +244,10 @@ def _absent(path: str) -> str:
             "downloads nothing; "
             f"fetch it first: hf download {path.split('@')[0]} --local-dir {path.split('@')[0].split('/')[1]}"
         )
+    if is_collapsed(path):
+        return f"{safe_name(path, 400)}: a URL; here a local path is needed: name it in a recipe, or copy it first"
     return f"{safe_name(path, 400)}: no such file or folder"
 
 
 def _shown(path: Path) -> str:
-    return safe_name(os.fspath(path), 400)
+    return safe_name(shown(path), 400)

@@ -22,6 +22,7 @@ from pymerge.checkpoint.index import read_json_object
 from pymerge.checkpoint.read import AnyTensor, Checkpoint, open_checkpoint
 from pymerge.checkpoint.tied import feeds_head
 from pymerge.errors import CorruptFile, InputError, ShapeMismatch
+from pymerge.remote.mirror import is_remote, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -143,7 +144,8 @@ class AdapterCheckpoint(Checkpoint):
 
     def fingerprint(self) -> dict[str, Any]:
         path, config = self.adapter_config.folder, self.adapter_config.digest
-        return super().fingerprint() | {"path": os.path.realpath(path), "adapter_config": config}
+        where = shown(path) if is_remote(path) else os.path.realpath(path)
+        return super().fingerprint() | {"path": where, "adapter_config": config}
 
     def close(self) -> None:
         for checkpoint in self._closed_with_this:
@@ -155,7 +157,7 @@ def base_of_adapter(folder: str | os.PathLike[str]) -> str:
     or one that is not here."""
     config = AdapterConfig.read(Path(folder))
     named, revision = config.raw.get("base_model_name_or_path"), config.raw.get("revision")
-    text = f"{safe_name(os.fspath(folder), 400)}: an adapter whose base, {safe_name(str(named), 400)!r}"
+    text = f"{_shown(Path(folder))}: an adapter whose base, {safe_name(str(named), 400)!r}"
     if not isinstance(named, str) or not (os.path.exists(named) or hub.is_name(named)):
         raise InputError(f"{text}, is no folder here: give the base, as base_model or as `base+adapter`")
     if os.path.exists(named):
@@ -274,4 +276,4 @@ def _adapted(config: AdapterConfig, module: str, weight: AnyTensor, sides: Mappi
 
 
 def _shown(path: Path) -> str:
-    return safe_name(os.fspath(path), 400)
+    return safe_name(shown(path), 400)

@@ -11,13 +11,20 @@ from pymerge import _C
 from pymerge.checkpoint.header import safe_name
 from pymerge.checkpoint.read import Checkpoint
 from pymerge.errors import OutputError
+from pymerge.remote.urls import is_collapsed
 
 _MODEL_FILES = ("config.json", "merge.json", "model_index.json", "model.safetensors", "model.safetensors.index.json")
 
 
 def real_output(out: str | os.PathLike[str]) -> Path:
     """The folder that `out` names, links followed: the staging folder must lie beside the real one, on its file
-    system."""
+    system.
+
+    Raises   OutputError for a URL."""
+    if is_collapsed(os.fspath(out)):
+        raise OutputError(
+            f"{_shown(out)}: output is written to local folders: give one, and copy it there when the merge is done"
+        )
     return Path(os.path.realpath(out))
 
 

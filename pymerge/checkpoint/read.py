@@ -29,6 +29,8 @@ from pymerge.checkpoint.moved import MovedTensor
 from pymerge.checkpoint.rows import RowsTensor
 from pymerge.checkpoint.stacked import PartTensor, StackedTensor, TurnedTensor
 from pymerge.errors import ChangedInput, InputError, UnsupportedDtype
+from pymerge.remote.files import RemoteFile
+from pymerge.remote.mirror import is_remote, local_of, open_remote, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +49,11 @@ class WeightFile:
             raise InputError(f"{safe_name(str(path), 400)}: cannot be read: {e.strerror}") from e
         found = os.fstat(self.fd)
         self.size, self.mtime_ns, self.digest = found.st_size, found.st_mtime_ns, ""
+        self.metadata: Mapping[str, str] = {}
+
+    def read(self, count: int, offset: int) -> bytes:
+        """Up to `count` bytes from `offset` on."""
+        return os.pread(self.fd, count, offset)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on."""
@@ -92,7 +99,7 @@ class LazyTensor(ByteTensor):
 
     __slots__ = ("_source", "dtype", "name", "nbytes", "offset", "shape")
 
-    def __init__(self, name: str, entry: TensorEntry, source: WeightFile) -> None:
+    def __init__(self, name: str, entry: TensorEntry, source: WeightFile | RemoteFile) -> None:
         self.name = name
         self.dtype, self.shape, self.offset, self.nbytes = entry
         self._source = source
@@ -213,7 +220,7 @@ class Checkpoint(Mapping[str, AnyTensor]):
         path: Path | None,
         folder: Path | None,
         tensors: Mapping[str, AnyTensor],
-        files: list[WeightFile],
+        files: list[WeightFile | RemoteFile],
         *,
         pickled: bool = False,
     ) -> None:
@@ -237,9 +244,14 @@ class Checkpoint(Mapping[str, AnyTensor]):
         return name in self._tensors
 
     @property
-    def files(self) -> tuple[WeightFile, ...]:
-        """The weight files: path, size, mtime_ns, digest (hash of the header)."""
+    def files(self) -> tuple[WeightFile | RemoteFile, ...]:
+        """The weight files: path, size, mtime_ns (or a remote version), digest (hash of the header), metadata."""
         return tuple(self._files)
+
+    @property
+    def where(self) -> str:
+        """The path, or the URL that it stands for."""
+        return "in memory" if self.path is None else shown(self.path)
 
     @property
     def nbytes(self) -> int:
@@ -270,7 +282,7 @@ class Checkpoint(Mapping[str, AnyTensor]):
         if self.path is None:
             return {"memory": self._token}
         return {
-            "path": os.path.realpath(self.path),
+            "path": self.where if is_remote(self.path) else os.path.realpath(self.path),
             "files": [[self.name_of(f.path), f.size, f.mtime_ns, f.digest] for f in self._files],
         } | ({"notes": list(self.notes)} if self.notes else {})
 
@@ -301,14 +313,14 @@ class Checkpoint(Mapping[str, AnyTensor]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"Checkpoint({'in memory' if self.path is None else str(self.path)}, {len(self)} tensors)"
+        return f"Checkpoint({self.where}, {len(self)} tensors)"
 
 
 def open_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any], *, allow_pickle: bool = False, prefer: Prefer | None = None
 ) -> Checkpoint:
     """Open a model: a Hugging Face folder, a .safetensors file, an index file, a PEFT adapter folder (over
-    the base that it names), or a mapping from names to tensors.
+    the base that it names), the URL of one of them, or a mapping from names to tensors.
 
     allow_pickle  read pytorch_model*.bin too, with a loader that builds tensors only
     prefer        "single" or "sharded", for a folder that holds both
@@ -317,6 +329,8 @@ def open_checkpoint(
         return source
     if isinstance(source, Mapping):
         return _from_mapping(source)
+    if isinstance(source, str):
+        source = local_of(source)
     from pymerge.checkpoint.lora import is_adapter, open_adapter  # made of checkpoints
 
     if is_adapter(source):
@@ -324,21 +338,22 @@ def open_checkpoint(
     path = Path(source)
     parts = sources(path, allow_pickle=allow_pickle, prefer=prefer)
     with contextlib.ExitStack() as on_error:
-        files: list[WeightFile] = []
+        files: list[WeightFile | RemoteFile] = []
         tensors: dict[str, AnyTensor] = {}
         names = [component for component, _ in parts]
         for component, found in parts:
             held: dict[Path, list[str]] = {}
             for at in found.files:
-                file = WeightFile(at)
+                file = open_remote(at) or WeightFile(at)
                 on_error.callback(file.close)
                 files.append(file)
-                here = _pickled_entries(file) if found.pickled else _entries(file)
+                here = _pickled_entries(file) if found.pickled and isinstance(file, WeightFile) else _entries(file)
                 held[at] = list(here)
                 for own, entry in here.items():
                     name = f"{component}/{own}" if component else own
                     if component_of(name, names) != component:
-                        raise InputError(f"{path}: {safe_name(name)} in {at.name} is named like another component's")
+                        where = f"{shown(path)}: {safe_name(name)} in {at.name}"
+                        raise InputError(f"{where} is named like another component's")
                     tensors[name] = LazyTensor(name, entry, file)
             check_index(found, held)
         folder = path if path.is_dir() else parts[0][1].folder
@@ -352,9 +367,9 @@ def open_checkpoint(
     return checkpoint
 
 
-def _entries(file: WeightFile) -> Mapping[str, TensorEntry]:
-    header = read_header(file.fd, file.path)
-    file.digest = header.digest
+def _entries(file: WeightFile | RemoteFile) -> Mapping[str, TensorEntry]:
+    header = read_header(file.read, file.size, shown(file.path))
+    file.digest, file.metadata = header.digest, header.metadata
     return header.tensors
 
 

@@ -110,8 +110,8 @@ def merge(
 
 @app.command("extract-lora", epilog=examples("pymerge extract-lora math/ base/ --rank 16 -o math-lora/"))
 def extract_lora(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned model.")],
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of its base.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, or URL, of the fine-tuned model.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder, or URL, of its base.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Adapter folder to write; must not exist.")],
     rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Of the factors of each matrix.")] = 32,
     exclude: Annotated[list[str] | None, typer.Option(help="Name patterns of tensors to leave at the base.")] = None,

@@ -42,7 +42,11 @@ Prefer = Annotated[
 ]
 
 Download = Annotated[
-    bool, typer.Option("--download", help="Fetch models named as on the Hugging Face Hub that are not in its cache.")
+    bool,
+    typer.Option(
+        "--download",
+        help="Fetch models named as on the Hugging Face Hub that are not in its cache; read hf:// in place.",
+    ),
 ]
 
 

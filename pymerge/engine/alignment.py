@@ -23,6 +23,7 @@ from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.align import METHOD, Align, parse_align
 from pymerge.recipe.problems import Problems
 from pymerge.recipe.references import split_adapter
+from pymerge.remote.mirror import is_remote
 
 if TYPE_CHECKING:
     from pymerge.align import Clusters, Permutations
@@ -76,6 +77,11 @@ def with_given(recipe: Recipe, inputs: Inputs) -> Inputs:
             )
         check_spec(align, anchor, model)
         for ref, _ in sources(recipe, inputs) if has_samples(align) else ():
+            if not ref.in_memory and is_remote(ref.local):
+                raise RecipeError(
+                    f"align: {ref.path}: samples run through local models: copy it first, or align by the weights "
+                    "alone, without data"
+                )
             if not ref.in_memory and split_adapter(ref.local) is not None:
                 raise RecipeError(
                     f"align: {ref.path}: samples run through whole models: merge the adapter into its base first, or "

@@ -82,7 +82,7 @@ class Executor:
                 for batch in batches(self.feed.order(self.todo())):
                     self.start(batch)
                 self.pipeline.drain()
-        except Closed:
+        except (Closed, InputError):  # what was being read over the network is not waited for
             self.check_stop()
             self.pipeline.raise_error()
             raise

@@ -27,6 +27,7 @@ from pymerge.engine.devices import HOST, names_of, placement
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.inputs import live_statistics, opened_statistics
 from pymerge.engine.layouts import with_layouts
+from pymerge.engine.network import network_notes
 from pymerge.engine.parts import Parts, with_parts
 from pymerge.engine.plan import Options, Plan, make_plan
 from pymerge.engine.process import peak_memory
@@ -36,6 +37,7 @@ from pymerge.engine.vocabulary import with_vocabulary
 from pymerge.errors import DeviceMemoryError, InputError, Interrupted, MergeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.references import split_adapter
+from pymerge.remote.blocks import BLOCKS
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
@@ -177,7 +179,7 @@ def planned(
     models, beside = (inputs.models, inputs.labels), (inputs.fisher, inputs.statistics)
     check_components(recipe, inputs.base, *models)
     plan = check_beside(make_plan(recipe, inputs.base, *models, options, *beside, change, inputs.parts))
-    plan = replace(plan, notes=[*plan.notes, *inputs.notes])
+    plan = replace(plan, notes=[*plan.notes, *inputs.notes, *network_notes(inputs.all)])
     if inputs.vocabulary is not None:
         vocabulary = inputs.vocabulary
         plan = replace(plan, notes=[*vocabulary.notes, *plan.notes], vocabulary=vocabulary.summary)
@@ -303,6 +305,7 @@ def stopped_by_signals(stop: Stop, executor: Executor) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         stop.signal_number = number
         executor.arena.close()
+        BLOCKS.interrupt()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -310,6 +313,7 @@ def stopped_by_signals(stop: Stop, executor: Executor) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        BLOCKS.interrupt(False)
 
 
 def write_side_files(

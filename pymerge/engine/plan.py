@@ -28,6 +28,7 @@ from pymerge.engine.devices import HOST, Device, devices_of, placed, refuse_devi
 from pymerge.engine.expert_matrices import Part
 from pymerge.engine.factored import factored_item, rank_sum, weight_under
 from pymerge.engine.joined import joined
+from pymerge.engine.network import offline
 from pymerge.engine.observing import observing_bytes
 from pymerge.engine.options import Options
 from pymerge.engine.parts import Parts, check_parts
@@ -365,9 +366,8 @@ def make_plan(
     entries, notes = check(*given) if parts is None else check_parts(recipe, parts)
     entries = change(entries) if change is not None else entries
     live: Any = tuple(found for found in statistics if found.live)
-    planner = Planner(recipe, options, sum(observing_bytes(live).values()))
-    items = planner.items(entries)
-    components = (base if base is not None else models[0]).components
+    planner = Planner(recipe, offline(options, base, models, fisher, statistics), sum(observing_bytes(live).values()))
+    items, components = planner.items(entries), (base if base is not None else models[0]).components
     layout = plan_layout([(e.name, e.dtype, e.shape) for e in entries], options.shard_bytes, None, components)
     surveyed = [i for i in items if i.rule is not None and i.entry.steps and survey_scope(i.entry.steps) == "model"]
     groups = by_steps(surveyed)

@@ -9,6 +9,7 @@ from dataclasses import field as make_field
 from typing import Any
 
 from pymerge.recipe.problems import Problems
+from pymerge.remote.urls import is_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,9 @@ def parse_data(raw: Any, where: str, problems: Problems, *, python: bool, must_e
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         problems.add(where, f"must be a path, or {{path, {', '.join(OPTIONS)}}}, got {raw!r}")
         return None
-    if must_exist and not os.path.exists(path):
+    if is_url(os.fspath(path)):
+        problems.add(where, f"{os.fspath(path)}: samples are read from local files: copy it first")
+    elif must_exist and not os.path.exists(path):
         problems.add(where, f"{os.fspath(path)}: no such file or folder (paths start from {os.getcwd()})")
     for name, value in options.items():
         if name not in OPTIONS:

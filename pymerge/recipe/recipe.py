@@ -24,6 +24,7 @@ from pymerge.recipe.problems import Problems
 from pymerge.recipe.python_api import python_mapping
 from pymerge.recipe.schema import Parsed, parse_recipe
 from pymerge.recipe.steps import Steps
+from pymerge.remote.mirror import is_remote
 
 DTYPE_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -121,10 +122,14 @@ class Recipe(Parsed):
 
     @property
     def resolved(self) -> dict[str, dict[str, str | None]]:
-        """Where the models are that the recipe gives by other than their path, and the commit of those in the Hub's
-        cache."""
+        """Where the models are that the recipe gives by other than their path or URL, and the commit of those in the
+        Hub's cache."""
         given = [*([self.base] if self.base is not None else []), *self.listed]
-        return {m.path: {"path": m.found, "commit": commit_of(m.found)} for m in given if m.found is not None}
+        return {
+            m.path: {"path": m.found, "commit": commit_of(m.found)}
+            for m in given
+            if m.found is not None and not any(map(is_remote, m.found.split("+")))
+        }
 
     @property
     def other_rows(self) -> bool:

@@ -1,7 +1,7 @@
-"""What a recipe's reference to a model means: a path, a name on the Hub, with a revision, with an adapter on it.
+"""What a recipe's reference to a model means: a path, a URL, a name on the Hub, with a revision, with an adapter on it.
 
 Text that exists as a path is that path, whatever characters it has; else `model@revision+adapter@revision`, each part a
-path or a name on the Hugging Face Hub.
+path, a URL (then without `@revision`) or a name on the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 from pymerge import hub
 from pymerge.errors import InputError
 from pymerge.recipe.problems import Problems
+from pymerge.remote.mirror import local_of
+from pymerge.remote.urls import is_collapsed, is_url
 
 KEYS_OF_REFERENCE = ("model", "lora", "override_architecture", "path", "revision")
 NONE: Mapping[str, str] = {}
@@ -71,10 +73,12 @@ def parse_reference(raw: Any, where: str, problems: Problems, *, must_exist: boo
 
 
 def _parts(text: str) -> tuple[str, ...]:
-    """The model, and the adapter where there is one: cut where most of both is known, else at the first plus."""
+    """The model, and the adapter where there is one: cut where most of both is known, else at the first plus. A URL is
+    cut only in front of what is known, since it may have a plus of its own."""
     if _is_known(text):
         return (text,)
-    return max(_cuts(text), key=lambda parts: sum(map(_is_known, parts)), default=(text,))
+    cuts = [parts for parts in _cuts(text) if not is_url(text) or _is_known(parts[1]) or is_url(parts[1])]
+    return max(cuts, key=lambda parts: sum(_is_known(part) or is_url(part) for part in parts), default=(text,))
 
 
 def _is_known(part: str) -> bool:
@@ -86,10 +90,14 @@ def _folder(part: str, raw: str, where: str, problems: Problems) -> str | None:
     if _is_known(part):
         return _named.get().get(part, part)
     what = raw if part == raw else f"{raw}: {part}"
+    if is_url(part):
+        return _of_url(part, where, problems)
     name, at, revision = part.partition("@")
     if at and _is_known(name):
         text = f"{name} is a folder here, which has no revisions: give the folder that holds {revision!r}"
         problems.add(where, f"{what}: {text}")
+    elif is_collapsed(part):
+        problems.add(where, f"{what}: a URL that pathlib has taken a slash of: give it as text, s3://...")
     elif not hub.is_name(name) or (at and not revision):
         problems.add(where, f"{what}: no such file or folder (paths start from {os.getcwd()})")
     else:
@@ -98,6 +106,19 @@ def _folder(part: str, raw: str, where: str, problems: Problems) -> str | None:
         except InputError as e:
             problems.add(where, f"{what}: {e} (paths start from {os.getcwd()})")
     return None
+
+
+def _of_url(url: str, where: str, problems: Problems) -> str | None:
+    """The local path that a URL stands for; what is wrong is a problem."""
+    try:
+        path = local_of(url)
+    except InputError as e:
+        problems.add(where, str(e))
+        return None
+    if not os.path.exists(path):
+        problems.add(where, f"{url}: no such file or folder")
+        return None
+    return path
 
 
 def _text_of(raw: dict[Any, Any], where: str, problems: Problems) -> str | None:

@@ -167,11 +167,8 @@ def open_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Open a statistics file; moments are read when asked for.
 
     Raises   InputError (not a statistics file, another format), CorruptFile."""
-    from safetensors import safe_open
-
     file = open_checkpoint(path)
-    with safe_open(path, "pt") as opened:
-        metadata = opened.metadata() or {}
+    metadata = file.files[0].metadata
     if metadata.get("pymerge_statistics") != FORMAT:
         file.close()
         found = metadata.get("pymerge_statistics", "none")

@@ -10,6 +10,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,7 +30,7 @@ def header(data: bytes) -> None:
     fd = os.memfd_create("fuzz")
     try:
         os.write(fd, data)
-        found = read_header(fd, "fuzz")
+        found = read_header(partial(os.pread, fd), os.fstat(fd).st_size, "fuzz")
     finally:
         os.close(fd)
     (length,) = struct.unpack("<Q", data[:8])
