@@ -96,6 +96,12 @@ class EvaluationError(MergeError):
     exit_code = 6
 
 
+class ClusterError(MergeError):
+    """The machines that a merge runs on cannot be reached, or were lost; the work done so far is kept."""
+
+    exit_code = 7
+
+
 class Interrupted(MergeError):
     """Stopped by a signal; the work done so far is kept and can be resumed. exit_code is 128 + signal."""
 
