@@ -94,31 +94,31 @@ def needed(options: Options) -> dict[str, float]:
 
 def run_on(cluster: Cluster, plan: Plan, inputs: Inputs, staged: StagedOutput, options: Options) -> Share:
     """Works through a plan on the cluster; what is done is kept or removed as in a local merge."""
-    import ray  # pyright: ignore[reportMissingImports]
-
     stop = Stop()
     with kept_or_removed(staged):
         with make_progress(plan.read_bytes, options.progress) as progress:
-            job = Job(
-                recipe=plan.recipe,
-                options=options,
-                units=inputs.alignment.units if inputs.alignment is not None else None,
-                folder=os.getcwd(),
-                staging=staged.staging,
-                identity=staged.identity,
-                plan=digest_of(plan),
-                number=uuid.uuid4().hex,
-            )
-            answers = Answers()
             executor = Share(
-                plan, staged, answers=answers, threads=1, device=options.device, progress=progress, stop=stop
+                plan, staged, answers=Answers(), threads=1, device=options.device, progress=progress, stop=stop
             )
             with stopped_by_signals(stop, executor):
-                run = Run(cluster, ray.put(job), executor, options.thread_count)
+                run = Run(cluster, cluster.put(job_of(plan, inputs, staged, options)), executor, options.thread_count)
                 run.ask()
                 run.merge()
         inputs.check_unchanged()
         return executor
+
+
+def job_of(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Options) -> Job:
+    return Job(
+        recipe=plan.recipe,
+        options=options,
+        units=inputs.alignment.units if inputs.alignment is not None else None,
+        folder=os.getcwd(),
+        staging=staged.staging,
+        identity=staged.identity,
+        plan=digest_of(plan),
+        number=uuid.uuid4().hex,
+    )
 
 
 class Run:
@@ -138,7 +138,7 @@ class Run:
         cost = partial(merge_seconds, threads=self.threads)
         shares = cut(items, cost, self.cluster.places)
         shares.sort(key=lambda share: -sum(cost(items[n]) for n in share))  # the longest end last if they begin last
-        done, answers = staged.done, self.put(self.answers)
+        done, answers = staged.done, self.cluster.put(self.answers)
         calls = [
             (self.job, answers, [numbers[n] for n in share], done_of([items[n] for n in share], done))
             for share in shares
@@ -186,7 +186,7 @@ class Run:
             found[n] = answer
             self.advance(items[i] for i in shares[n])
 
-        answers = self.put(self.answers)
+        answers = self.cluster.put(self.answers)
         calls = [(self.job, answers, kind, number, share, *more) for share, more in zip(shares, asked, strict=True)]
         self.cluster.run(ask_share, calls, take, self.executor.check_stop)
         return [found[n] for n in sorted(found) if found[n] is not None]
@@ -194,11 +194,6 @@ class Run:
     def advance(self, items: Iterable[Item]) -> None:
         for item in items:
             self.executor.progress.advance(item.read_bytes, item.entry.name)
-
-    def put(self, value: Any) -> Any:
-        import ray  # pyright: ignore[reportMissingImports]
-
-        return ray.put(value)
 
 
 class SharedSurvey(SweptSurvey):

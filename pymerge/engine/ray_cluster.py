@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,14 +27,14 @@ def connected(address: str | None) -> Iterator[None]:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise RecipeError("the engine ray needs Ray: pip install 'pymerge[ray]'") from None
-    if address is not None and "://" in address:
-        raise RecipeError(f"{address}: start the merge on a machine of the cluster, with --address auto or HOST:PORT")
     if ray.is_initialized():
         yield
         return
     try:
+        if address not in (None, "auto"):
+            knock(address)
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except (OSError, RuntimeError, ValueError) as e:
         where = "on this machine" if address in (None, "auto") else f"at {address}"
         raise ClusterError(
             f"no Ray cluster answers {where} ({' '.join(str(e).split())[:200]}): start one with `ray start --head`"
@@ -42,6 +43,14 @@ def connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def knock(address: str) -> None:
+    """Raises OSError where nothing listens: Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or "/" in host:
+        raise RecipeError(f"{address}: must be auto or HOST:PORT, of a cluster that this machine belongs to")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def processors() -> int:
@@ -78,6 +87,12 @@ class Cluster:
                 f"no node of the Ray cluster has {words(self.need)} for a worker (nodes: {said}): lower --threads or "
                 "--memory, which are those of one worker"
             )
+
+    def put(self, value: Any) -> Any:
+        """The value as an argument of many calls, sent to a node once."""
+        import ray  # pyright: ignore[reportMissingImports]
+
+        return ray.put(value)
 
     def run(
         self,
@@ -151,6 +166,11 @@ def result_of(reference: Any) -> Any:
             f"{' '.join(str(error).split())[:400]}; begun {RETRIES + 1} times. What is finished is kept: the same "
             "command continues it"
         ) from None
+    return unpacked(found)
+
+
+def unpacked(found: Any) -> Any:
+    """What a worker found; raises the error that it sent in its place."""
     if isinstance(found, Failure):
         raise found.error from found.cause
     return found
