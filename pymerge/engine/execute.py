@@ -96,8 +96,7 @@ class Executor:
         self.plan, self.sink, self.device, self.progress, self.stop = plan, sink, device, progress, stop
         self.arena = Arena(plan.arena_bytes)
         self.pipeline = Pipeline(self.arena, threads, self.write)
-        self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in sink.done.items()}
-        self.forget_other_tiles()
+        self.look()
         self.feed = Feed(plan, self.arena, sink)
         self.answers: list[DeltaRule] = []  # of the model-wide surveys
         self.decided: dict[tuple[int, ...], Combine] = {}  # survey_key of steps with a question -> what goes on
@@ -159,6 +158,11 @@ class Executor:
         self.feed.wrote(segment.name, len(segment.view))
 
     # what is left to do
+
+    def look(self) -> None:
+        """At what the sink has."""
+        self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in self.sink.done.items()}
+        self.forget_other_tiles()
 
     def forget_other_tiles(self) -> None:
         """Tensors that an earlier run cut into other tiles (another memory budget) are merged again as a whole."""

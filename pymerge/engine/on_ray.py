@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from itertools import chain
@@ -32,11 +32,11 @@ from pymerge.engine.plan import Item, Options, Plan
 from pymerge.engine.process import resident_memory
 from pymerge.engine.progress import make_progress
 from pymerge.engine.questions import answered, model_rule
-from pymerge.engine.ray_cluster import Cluster, connected, processors
+from pymerge.engine.ray_cluster import RETRIES, Cluster, connected, processors
 from pymerge.engine.ray_worker import Job, ask_share, merge_share
-from pymerge.engine.shares import Answers, Share, cut, digest_of, merge_seconds, question_seconds
+from pymerge.engine.shares import Answers, Share, cut, digest_of, looks, merge_seconds, question_seconds
 from pymerge.engine.survey import SweptSurvey
-from pymerge.errors import RecipeError
+from pymerge.errors import ClusterError, RecipeError
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.recipe import ModelRef, Recipe
@@ -129,11 +129,21 @@ class Run:
         self.answers = Answers()
 
     def merge(self) -> None:
-        """Everything that is not done yet."""
+        """Everything that is not done yet. A worker that is told to stop returns what it has; the rest goes round
+        again."""
+        for _ in range(1 + RETRIES):
+            self.executor.look()
+            left = {id(item) for item, _, _ in self.executor.todo()}
+            if not left:
+                return
+            self.merge_items([n for n, item in enumerate(self.executor.plan.items) if id(item) in left])
+        raise ClusterError(
+            "workers are stopped again and again; what is finished is kept: the same command continues it"
+        )
+
+    def merge_items(self, numbers: Sequence[int]) -> None:
         plan, staged = self.executor.plan, self.executor.sink
         assert isinstance(staged, StagedOutput)
-        left = {id(item) for item, _, _ in self.executor.todo()}
-        numbers = [n for n, item in enumerate(plan.items) if id(item) in left]
         items = [plan.items[n] for n in numbers]
         cost = partial(merge_seconds, threads=self.threads)
         shares = cut(items, cost, self.cluster.places)
@@ -146,7 +156,8 @@ class Run:
 
         def take(number: int, segments: Sequence[Segment]) -> None:
             staged.adopt(segments)
-            self.advance(items[n] for n in shares[number])
+            for item in (items[n] for n in shares[number]):
+                self.executor.progress.advance(item.read_bytes * looks(item), item.entry.name)
 
         self.cluster.run(merge_share, calls, take, self.executor.check_stop)
 
@@ -184,16 +195,13 @@ class Run:
 
         def take(n: int, answer: Any) -> None:
             found[n] = answer
-            self.advance(items[i] for i in shares[n])
+            for item in (items[i] for i in shares[n]):
+                self.executor.progress.advance(item.read_bytes, item.entry.name)
 
         answers = self.cluster.put(self.answers)
         calls = [(self.job, answers, kind, number, share, *more) for share, more in zip(shares, asked, strict=True)]
         self.cluster.run(ask_share, calls, take, self.executor.check_stop)
         return [found[n] for n in sorted(found) if found[n] is not None]
-
-    def advance(self, items: Iterable[Item]) -> None:
-        for item in items:
-            self.executor.progress.advance(item.read_bytes, item.entry.name)
 
 
 class SharedSurvey(SweptSurvey):

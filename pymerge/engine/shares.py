@@ -56,11 +56,16 @@ class Share(Executor):
         return super().todo() if self.question is None else iter(())
 
 
+def looks(item: Item) -> int:
+    """How often the process that merges an item reads it."""
+    return 1 + (item.rule_reads if item.mode == "swept" else 0)
+
+
 def merge_seconds(item: Item, threads: int) -> float:
     """Estimate for one process; only ratios matter."""
-    read = item.read_bytes * (1 + (item.rule_reads if item.mode == "swept" else 0))
     compute = item.count * len(item.inputs) / ENTRY_RATE[work_of(item)]
     compute += item.spectral_flops / FLOP_RATE if item.mode == "generic" else 0.0
+    read = item.read_bytes * looks(item)
     return max(read / READ_RATE, item.count * item.out_width / WRITE_RATE, compute / threads)
 
 

@@ -5,9 +5,11 @@ With processes and nodes that are lost: test_ray.py, which needs Ray."""
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import signal
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,11 +26,11 @@ from pymerge.engine.local import merge_to_disk, opened_plan
 from pymerge.engine.on_ray import Run, SharedSurvey, job_of, merge_on_ray, run_on
 from pymerge.engine.plan import SLACK, Options
 from pymerge.engine.progress import NoProgress
-from pymerge.engine.ray_cluster import Cluster, unpacked
+from pymerge.engine.ray_cluster import Cluster, knock, unpacked
 from pymerge.engine.ray_worker import Failure
 from pymerge.engine.shares import Answers, Share, cut
 from pymerge.engine.survey import SweptSurvey
-from pymerge.errors import InputError, Interrupted, MergeError, NonFinite, OutputError, RecipeError
+from pymerge.errors import ClusterError, InputError, Interrupted, MergeError, NonFinite, OutputError, RecipeError
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.recipe import Recipe
 from tests.adapters import SHAPES as ADAPTED
@@ -133,6 +135,30 @@ def test_adapters(tmp_path: Path, method: str) -> None:
     both(tmp_path, Recipe.from_kwargs(base, models, method))
 
 
+def test_models_in_another_order_of_units(tmp_path: Path) -> None:
+    """Permutations are searched for once; the workers get them."""
+    shapes = {"0.weight": (16, 8), "0.bias": (16,), "2.weight": (16, 16), "2.bias": (16,), "4.weight": (3, 16)}
+    models = [write_model(tmp_path / f"m{i}", random_tensors(i, shapes)) for i in range(2)]
+    align = {"method": "mudsc", "spec": "chain"}
+    recipe = Recipe.from_kwargs(None, models, "linear", weight=0.5, align=align)
+    both(tmp_path, recipe)
+    groups = json.loads((tmp_path / "shared" / "merge.json").read_text())["align"]["groups"]
+    assert sum(sum(group["moved"]) for group in groups.values()) > 0
+
+
+def test_slices_by_paths_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"model_type": "test", "num_hidden_layers": 3, "tie_word_embeddings": False}
+    for i, name in enumerate("ab"):
+        shapes = {"model.embed_tokens.weight": (9, 8), **{f"model.layers.{j}.w": (8, 8) for j in range(3)}}
+        write_model(tmp_path / name, random_tensors(i, shapes), config)
+    monkeypatch.chdir(tmp_path)
+    slices = [
+        {"sources": [{"model": "./a", "layer_range": [0, 2]}]},
+        {"sources": [{"model": "./b", "layer_range": [1, 3]}]},
+    ]
+    both(tmp_path, Recipe.from_dict({"merge_method": "passthrough", "slices": slices}))
+
+
 def test_what_is_sent_does_not_grow_with_the_models(tmp_path: Path) -> None:
     sent = []
     for width in (32, 512):
@@ -218,29 +244,30 @@ def test_a_signal_keeps_what_is_finished(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_stopped_returns_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray cancels by a SIGINT in the worker."""
-    recipe, write, written = recipe_of(tmp_path, "tsv_m"), Executor.write, []
+    """Ray cancels by a SIGINT in the worker; nodes that are shut down send SIGTERM. The rest goes round again."""
+    recipe, start, started = recipe_of(tmp_path, "tsv_m"), Executor.start, []
+    merge_to_disk(recipe, tmp_path / "whole", OPTIONS)
 
-    def stopped(self: Executor, segment: Any) -> None:
-        write(self, segment)
-        written.append(segment.name)
-        if len(written) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+    def stopped(self: Executor, batch: Any) -> None:
+        started.append(batch)
+        if len(started) in (2, 5, 8):
+            os.kill(os.getpid(), signal.SIGTERM)
+        start(self, batch)
 
-    monkeypatch.setattr(Executor, "write", stopped)
-    taken: list[Any] = []
+    monkeypatch.setattr(Executor, "start", stopped)
+    in_shares(recipe, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
-    class One(InTurn):
-        places = 1  # type: ignore[assignment]
 
+def test_workers_that_are_stopped_again_and_again(tmp_path: Path) -> None:
+    class Stopped(InTurn):
         def run(self, function: Any, calls: Sequence[Any], take: Any, check: Any) -> None:
-            call = (*calls[0][:2], [n for c in calls for n in c[2]], {})  # all in one share
-            taken.extend(function(*call))
-            raise KeyboardInterrupt
+            for n, _ in enumerate(calls):
+                take(n, [])
 
-    with pytest.raises(KeyboardInterrupt):
-        in_shares(recipe, tmp_path / "out", One())
-    assert {s.name for s in taken} == set(written) and 1 <= len(taken) < len(SHAPES) - 1
+    with pytest.raises(ClusterError, match="stopped again and again; what is finished is kept"):
+        in_shares(recipe_of(tmp_path, "tsv_m"), tmp_path / "out", Stopped())
+    assert (tmp_path / "out.partial" / "journal").exists()
 
 
 # errors
@@ -396,6 +423,23 @@ def test_a_survey_in_shares_finds_what_a_sweep_finds(tmp_path: Path, ranks: tupl
     if ranks == (3000, 5000) and not keep_ties:
         index = array("q", found["here"][0].index)
         assert 0 < index[0] < 20_000  # a threshold with ties was really split
+
+
+def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, models = family(tmp_path, 2)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RecipeError, match=r"^the engine ray needs Ray: pip install 'pymerge\[ray\]'$"):
+        pymerge.merge(base, models, method="ties", out=tmp_path / "out", engine="ray")
+    with pytest.raises(RecipeError, match="the engine ray merges folders into a whole model"):
+        pymerge.merge(read_model(base), [read_model(m) for m in models], method="ties", engine="ray")
+    with pytest.raises(RecipeError, match="the engine ray merges folders into a whole model"):
+        pymerge.merge(base, models, method="ties", out=tmp_path / "out", engine="ray", as_adapter=4)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "http://head:1/x"])
+def test_addresses_that_no_cluster_can_have(address: str) -> None:
+    with pytest.raises(RecipeError, match="must be auto or HOST:PORT"):
+        knock(address)
 
 
 def test_a_failure_can_be_sent() -> None:
