@@ -121,9 +121,9 @@ class Cluster:
         try:
             while waiting:
                 ready, waiting = ray.wait(waiting, timeout=POLL)
-                check()
                 for reference in ready:
                     take(numbers[reference], result_of(reference))
+                check()
                 if ready or self.places:
                     since = time.monotonic()
                 elif time.monotonic() - since > PATIENCE:

@@ -84,7 +84,7 @@ def cut(items: Sequence[Item], seconds: Callable[[Item], float], places: int, *,
         join = item.entry.join if joins else None
         together.setdefault(("item", number) if join is None else ("join", join[0]), []).append(number)
     costs = {key: sum(seconds(items[n]) for n in group) for key, group in together.items()}
-    most = min(LONGEST, sum(costs.values()) / (PER_PLACE * places))
+    most = min(LONGEST, sum(costs.values()) / (PER_PLACE * max(1, places)))  # 0: all nodes are lost just now
     shares: list[list[int]] = []
     filled = 0.0
     for key, group in together.items():

@@ -195,9 +195,7 @@ def test_begun_in_shares_and_finished_here_and_the_other_way_round(tmp_path: Pat
     assert files(tmp_path / "out") == whole
     with interrupted_after(4):
         merge_to_disk(recipe, tmp_path / "again", OPTIONS)
-    asked: list[str] = []
-    cluster = InTurn(lambda n: asked.append(str(n)))
-    in_shares(recipe, tmp_path / "again", cluster)
+    in_shares(recipe, tmp_path / "again")
     assert files(tmp_path / "again") == whole
 
 
