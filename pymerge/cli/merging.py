@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from pymerge.cli.options import (
     Debug,
     Device,
     Download,
+    Json,
     Memory,
     Prefer,
     RecipePath,
@@ -22,14 +23,31 @@ from pymerge.cli.options import (
     Threads,
     budget,
     engine_of,
+    examples,
     parse_bytes,
     print_result,
+    progress_of,
     reported_errors,
 )
+from pymerge.engine.progress import print_event
 from pymerge.errors import RecipeError
 
+SUMMED = ("tensors", "bytes_read", "bytes_written", "seconds", "peak_rss_bytes", "notes")  # of merge.json, by --json
 
-@app.command()
+
+def print_adapter(out: Path, found: dict[str, Any], quiet: bool, as_json: bool) -> None:
+    from pymerge.engine.adapter_out import describe_adapter
+
+    if as_json:
+        kept = {key: found[key] for key in ("r", "matrices", "whole", "left_out", "error", "notes")}
+        print_event("merged", out=str(out), **kept)
+    elif not quiet:
+        print(describe_adapter(out, found))
+
+
+@app.command(
+    epilog=examples("pymerge merge recipe.yaml merged/", "pymerge merge recipe.yaml merged/ --memory 8GB --overwrite")
+)
 def merge(
     recipe: RecipePath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
@@ -56,6 +74,7 @@ def merge(
         typer.Option(help="auto or HOST:PORT. Default: a cluster that runs here, else a new one."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Merge the models of RECIPE into the folder OUT.
@@ -76,23 +95,25 @@ def merge(
             resume=not restart,
             allow_pickle=allow_pickle,
             prefer=prefer,
-            progress=False if quiet else None,
+            progress=progress_of(quiet, as_json),
         )
         if as_adapter:
             if engine != "local":
                 raise RecipeError("--as-adapter goes with the engine local")
-            from pymerge.engine.adapter_out import describe_adapter, merge_to_adapter
+            from pymerge.engine.adapter_out import merge_to_adapter
 
             found = merge_to_adapter(described, out, rank, options)
-            return None if quiet else print(describe_adapter(out, found))
+            return print_adapter(out, found, quiet, as_json)
         if rank is not None:
             raise RecipeError("--rank goes with --as-adapter")
         summary = merge_to_disk(described, out, options)
-        if not quiet:
+        if as_json:
+            print_event("merged", out=str(out), **{key: summary[key] for key in SUMMED})
+        elif not quiet:
             print_result(out, summary)
 
 
-@app.command("extract-lora")
+@app.command("extract-lora", epilog=examples("pymerge extract-lora math/ base/ --rank 16 -o math-lora/"))
 def extract_lora(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned model.")],
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of its base.")],
@@ -104,11 +125,12 @@ def extract_lora(
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write what MODEL has more than BASE as a LoRA adapter: the best of that rank for each matrix."""
     with reported_errors(debug):
-        from pymerge.engine.adapter_out import describe_adapter, extract
+        from pymerge.engine.adapter_out import extract
         from pymerge.engine.plan import Options
 
         options = Options(
@@ -116,14 +138,13 @@ def extract_lora(
             threads=threads,
             allow_pickle=allow_pickle,
             prefer=prefer,
-            progress=False if quiet else None,
+            progress=progress_of(quiet, as_json),
         )
         found = extract(model, base, out, rank, exclude=exclude or [], options=options)
-        if not quiet:
-            print(describe_adapter(out, found))
+        print_adapter(out, found, quiet, as_json)
 
 
-@app.command()
+@app.command(epilog=examples("pymerge plan recipe.yaml", "pymerge plan recipe.yaml --memory 8GB --json"))
 def plan(
     recipe: RecipePath,
     memory: Memory = None,
@@ -159,13 +180,15 @@ def plan(
             show_plan(planned, options)
 
 
-@app.command()
+@app.command(epilog=examples("pymerge verify merged/", "pymerge verify merged/ --load --against recipe.yaml"))
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` wrote.")],
     load: Annotated[bool, typer.Option("--load", help="Load it with its library too.")] = False,
     against: Annotated[Path | None, typer.Option(help="A recipe: is it what that makes of its inputs now?")] = None,
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Read a merged model again: checksums of every tensor, headers, finite values, agreement with config.json."""
@@ -173,6 +196,10 @@ def verify(
         from pymerge.engine.plan import Options
         from pymerge.engine.verify import verify as check
 
-        found = check(out, load=load, against=against, options=Options(allow_pickle=allow_pickle, prefer=prefer))
+        options = Options(allow_pickle=allow_pickle, prefer=prefer, progress=progress_of(quiet, as_json))
+        found = check(out, load=load, against=against, options=options)
+        if as_json:
+            return print_event("verified", out=str(out), **found)
         of_recipe, loads = f", of {against}" if against else "", ", loads" if load else ""
-        print(f"{out}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB, all as written{of_recipe}{loads}")
+        if not quiet:
+            print(f"{out}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB, all as written{of_recipe}{loads}")

@@ -8,11 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from pymerge.cli.app import app
-from pymerge.cli.options import Debug, parse_bytes, reported_errors
+from pymerge.cli.options import Debug, examples, parse_bytes, reported_errors
 from pymerge.errors import RecipeError
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "pymerge observe math/ --data math.jsonl -o math.stats.safetensors",
+        "pymerge observe math/ --data math.jsonl -o math.stats.safetensors --stream --samples 64",
+    )
+)
 def observe(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned model.")],
     data: Annotated[
@@ -30,17 +35,21 @@ def observe(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read weights module by module: for models that do not fit in memory.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     debug: Debug = False,
 ) -> None:
     """Run MODEL over a few samples and keep what its linear layers see, for methods that need statistics."""
     with reported_errors(debug):
+        from pymerge.engine.progress import status_shown
         from pymerge.statistics.observing import observe as run
         from pymerge.statistics.samples import batches_of
 
         at_once = samples if stream else batch_size
         batches = batches_of(model, data, samples=samples, length=length, batch_size=at_once, field=field)
         dtype = "float64" if float64 else "float32"
-        found = run(model, batches, targets=targets or (), dtype=dtype, stream_to=out if stream else None)
+        with status_shown(False if quiet else None, f"running {model}") as progress:
+            stream_to = out if stream else None
+            found = run(model, batches, targets=targets or (), dtype=dtype, stream_to=stream_to, progress=progress)
         if not stream:
             found.save(out)
         rows = max(found.rows.values())
@@ -48,7 +57,12 @@ def observe(
         print(f"{out}: {len(found.modules)} layers, {holders} distinct inputs, {rows} rows")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "pymerge align a/ b/ -o perms.safetensors",
+        "pymerge align a/ b/ --data samples.jsonl -o perms.safetensors",
+    )
+)
 def align(
     models: Annotated[list[str], typer.Argument(metavar="A B [C ..]", help="Folders; all are brought to A's order.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, perms.safetensors.")],
@@ -83,12 +97,17 @@ def align(
             raise RecipeError(f"--out {out}: must end in .safetensors")
         from pymerge.engine.alignment import find, parsed_search
         from pymerge.engine.describe import show_alignment
-        from pymerge.engine.progress import sweeps_shown
+        from pymerge.engine.progress import status_shown
 
         asked = {"data": data, "samples": samples, "length": length, "field": field, "alpha": alpha, "mode": mode}
         search = parsed_search(asked | {"spec": spec, "seed": seed, "tie_heads": tie_heads})
-        with sweeps_shown(False if quiet else None) as progress:
-            found = find(models, search, memory=parse_bytes(memory), progress=progress)
+        with status_shown(False if quiet else None, "activations and first matches") as show:
+
+            def swept(sweep: int, similarity: float) -> None:
+                if show is not None:
+                    show(f"sweep {sweep}: similarity {similarity:.4f}")
+
+            found = find(models, search, memory=parse_bytes(memory), progress=swept)
         found.save(out)
         if not quiet:
             show_alignment(found)

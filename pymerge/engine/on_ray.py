@@ -96,7 +96,7 @@ def run_on(cluster: Cluster, plan: Plan, inputs: Inputs, staged: StagedOutput, o
     """Works through a plan on the cluster; what is done is kept or removed as in a local merge."""
     stop = Stop()
     with kept_or_removed(staged):
-        with make_progress(plan.read_bytes, options.progress) as progress:
+        with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             executor = Share(
                 plan, staged, answers=Answers(), threads=1, device=options.device, progress=progress, stop=stop
             )
