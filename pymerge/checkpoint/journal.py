@@ -90,6 +90,13 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[Segment]]:
     return records[0]["identity"], [s for found in segments.values() for s in found]
 
 
+def read_identity(path: Path) -> dict[str, Any] | None:
+    """The identity of a journal; None where there is none. Raises OSError."""
+    with open(path, "rb") as file:
+        record = _record(file.readline().removesuffix(b"\n"))
+    return record.get("identity") if record is not None else None
+
+
 def rewrite_journal(path: Path, identity: dict[str, Any], segments: list[Segment]) -> None:
     """Replace the journal by one that vouches for `segments` only, in one step."""
     fresh = path.with_name(path.name + ".new")

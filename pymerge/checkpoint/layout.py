@@ -6,6 +6,7 @@ written first and each tensor then goes straight to its own place, in any order.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -61,6 +62,13 @@ class Layout:
     def disk_size(self) -> int:
         """Bytes of all shard files, headers included."""
         return sum(shard.size for shard in self.shards)
+
+    def digest(self) -> str:
+        """Equal for equal files: their names and headers."""
+        digest = hashlib.blake2b(digest_size=16)
+        for shard in self.shards:
+            digest.update(shard.file.encode() + shard.header)
+        return digest.hexdigest()
 
     def indexes(self) -> dict[str, dict[str, Any]]:
         """Path -> what model.safetensors.index.json of several shards must say; none for a shard that is alone."""

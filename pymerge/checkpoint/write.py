@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,6 +58,7 @@ class StagedOutput:
         self.path = place.check_output_path(out_path, inputs, overwrite=overwrite)
         self.staging = place.staging_of(self.path)
         self.layout = layout
+        self.identity = normal_form({**identity, "layout": layout.digest()})
         self._overwrite = overwrite
         self._mutex, self._flushing = threading.Lock(), threading.Lock()
         self._pending: list[Segment] = []
@@ -71,7 +71,7 @@ class StagedOutput:
         try:
             self._lock_fd = lock_staging(self.staging, layout)
             place.check_free(self.path, overwrite)  # again, now that nobody else can be committing
-            self._open(normal_form({**identity, "layout": _digest(layout)}), resume)
+            self._open(resume)
         except OSError as e:
             self._give_up()
             self._fail(e, "the output cannot be prepared")
@@ -112,6 +112,18 @@ class StagedOutput:
                 self._flush()
             finally:
                 self._flushing.release()
+
+    def adopt(self, segments: Sequence[Segment]) -> None:
+        """Vouch for segments that another process has put on disk (SharedOutput)."""
+        with self._mutex:
+            for segment in segments:
+                self._segments.setdefault(segment.name, {})[segment.start] = segment
+        with self._flushing:
+            try:
+                if segments and self._journal is not None:
+                    self._journal.append(list(segments))
+            except OSError as e:
+                self._fail(e, "the journal cannot be written")
 
     def read_into(self, name: str, view: memoryview) -> None:
         """Fill `view` with a tensor that has been written."""
@@ -191,14 +203,14 @@ class StagedOutput:
     def __exit__(self, *exc: object) -> None:
         self.abort(keep=not self._disk_full)
 
-    def _open(self, identity: dict[str, Any], resume: bool) -> None:
-        found = resume_staging(self.staging, self.layout, identity) if resume else None
+    def _open(self, resume: bool) -> None:
+        found = resume_staging(self.staging, self.layout, self.identity) if resume else None
         if found is not None:
             self._shards, self._journal, segments = found
             for segment in segments:
                 self._segments.setdefault(segment.name, {})[segment.start] = segment
         else:
-            self._shards, self._journal = start_staging(self.staging, self.layout, identity)
+            self._shards, self._journal = start_staging(self.staging, self.layout, self.identity)
 
     def _give_up(self) -> None:
         """Preparing failed: leave no staging folder behind, unless an interrupted merge lies in it."""
@@ -237,13 +249,18 @@ class StagedOutput:
             self._lock_fd = -1
 
     def _fail(self, e: OSError, what: str) -> NoReturn:
-        if e.errno in _FULL:
-            self._disk_full = True
-            raise OutputError(
-                f"{self.path}: {what}: the disk is full or the file too large for it ({e.strerror}); "
-                f"the output takes {self.layout.disk_size} bytes"
-            ) from e
-        raise OutputError(f"{self.path}: {what}: {e.strerror or e}") from e
+        self._disk_full |= e.errno in _FULL
+        raise write_error(e, self.path, what, self.layout) from e
+
+
+def write_error(e: OSError, path: Path, what: str, layout: Layout) -> OutputError:
+    """What is said when an output at `path` cannot be written."""
+    if e.errno in _FULL:
+        return OutputError(
+            f"{path}: {what}: the disk is full or the file too large for it ({e.strerror}); "
+            f"the output takes {layout.disk_size} bytes"
+        )
+    return OutputError(f"{path}: {what}: {e.strerror or e}")
 
 
 def _covers(segments: list[tuple[int, int, int]], nbytes: int) -> bool:
@@ -253,10 +270,3 @@ def _covers(segments: list[tuple[int, int, int]], nbytes: int) -> bool:
             return False
         reached += count
     return reached == nbytes
-
-
-def _digest(layout: Layout) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for shard in layout.shards:
-        digest.update(shard.file.encode() + shard.header)
-    return digest.hexdigest()

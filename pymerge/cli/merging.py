@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ from pymerge.cli.options import (
     Threads,
     budget,
     bytes_of,
+    engine_of,
     examples,
     parse_bytes,
     print_result,
@@ -68,6 +69,13 @@ def merge(
         bool, typer.Option("--as-adapter", help="Write a LoRA adapter of the base in place of a whole model.")
     ] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="Of that adapter. Default: that of the merged ones.")] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="ray: on a Ray cluster; memory and threads are a worker's.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="auto or HOST:PORT. Default: a cluster that runs here, else a new one."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -76,8 +84,7 @@ def merge(
 
     OUT appears complete or not at all. An interrupted merge continues when the same command is given again.
     """
-    with reported_errors(debug), hub.access(download=download):
-        from pymerge.engine.local import merge_to_disk
+    with reported_errors(debug), hub.access(download=download), engine_of(engine, address) as merge_to_disk:
         from pymerge.engine.plan import Options
         from pymerge.recipe import Recipe
 
@@ -95,6 +102,8 @@ def merge(
             progress=progress_of(quiet, as_json),
         )
         if as_adapter:
+            if engine != "local":
+                raise RecipeError("--as-adapter goes with the engine local")
             from pymerge.engine.adapter_out import merge_to_adapter
 
             found = merge_to_adapter(described, out, rank, options)

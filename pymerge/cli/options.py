@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pymerge.errors import MergeError
+from pymerge.errors import MergeError, RecipeError
 
 if TYPE_CHECKING:
     from pymerge.engine.progress import Shown
@@ -84,6 +84,22 @@ def budget(memory: str | None, recipe: Recipe | None = None, device: str = "cpu"
         load_libraries()
     start(device)
     return parse_bytes(memory) - resident_memory()
+
+
+@contextmanager
+def engine_of(name: str, address: str | None) -> Iterator[Callable[..., dict[str, Any]]]:
+    """The function that merges to disk, connected before the memory of this process is counted."""
+    if name == "local":
+        if address is not None:
+            raise RecipeError("--address goes with --engine ray")
+        from pymerge.engine.local import merge_to_disk
+
+        yield merge_to_disk
+        return
+    from pymerge.engine.on_ray import connected, merge_on_ray
+
+    with connected(address):
+        yield merge_on_ray
 
 
 def print_result(out: Path, summary: Mapping[str, Any], said: Sequence[str] = ()) -> None:

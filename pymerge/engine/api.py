@@ -5,20 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pymerge import recipe
 from pymerge.engine.local import merge_to_disk
 from pymerge.engine.plan import Options
 from pymerge.errors import RecipeError
 
+Engine = Literal["local", "ray"]
+
 
 class Recipe(recipe.Recipe):
     """A merge as data: `Recipe.from_yaml("recipe.yaml").run("merged/")`."""
 
-    def run(self, out: str | Path, options: Options | None = None) -> dict[str, Any]:
-        """Merge from disk into the folder `out`; the summary is returned and written to out/merge.json."""
-        return merge_to_disk(self, out, options)
+    def run(
+        self, out: str | Path, options: Options | None = None, *, engine: Engine = "local", address: str | None = None
+    ) -> dict[str, Any]:
+        """Merge from disk into the folder `out`; the summary is returned and written to out/merge.json.
+
+        engine   ray: on the Ray cluster at `address` (auto, or HOST:PORT; None: one that runs here, else a new one);
+                 memory and threads of the options are then those of one worker"""
+        if engine == "local":
+            return merge_to_disk(self, out, options)
+        from pymerge.engine.on_ray import merge_on_ray
+
+        return merge_on_ray(self, out, options, address=address)
 
 
 def merge(
@@ -29,6 +40,8 @@ def merge(
     out: str | Path | None = None,
     as_adapter: int | bool = False,
     options: Options | None = None,
+    engine: Engine = "local",
+    address: str | None = None,
     **parameters: Any,
 ) -> Any:
     """Merge fine-tuned models (and their base, or None) into one.
@@ -39,6 +52,7 @@ def merge(
                   (PEFT adapter folders are models too: of the base given, else of the base that they name)
     as_adapter    the result is a LoRA adapter of the base: of this rank, or, True, of that of the merged adapters
     options       memory budget, threads, device, overwriting (pymerge.Options)
+    engine        ray: folders are merged on the Ray cluster at `address`; see Recipe.run
     parameters    hyperparameters of the method (one value, or a list with one a model), `purify`, `calibrate`, `dtype`,
                   `out_dtype`, `exclude`, `include`, `seed`, `relax`, `tokenizer_source`, `tokenizer`, `chat_template`;
                   see pymerge.methods.describe(method).
@@ -54,6 +68,8 @@ def merge(
         raise RecipeError("base and models must be all paths or all models in memory")
     if all(on_disk) and out is None:
         raise RecipeError("merging folders needs out=: the folder to write")
+    if engine != "local" and (as_adapter is not False or not all(on_disk)):
+        raise RecipeError(f"the engine {engine} merges folders into a whole model")
     described = Recipe.from_kwargs(base, models, method, **parameters)
     if as_adapter is not False and out is not None and all(on_disk):
         from pymerge.engine.adapter_out import merge_to_adapter
@@ -62,7 +78,7 @@ def merge(
     if as_adapter is not False:
         raise RecipeError("as_adapter= is for models on disk and needs out=")
     if out is not None and all(on_disk):
-        return described.run(out, options)
+        return described.run(out, options, engine=engine, address=address)
     if out is not None:
         raise RecipeError("out= is for models on disk: save the merged state dict yourself, or give paths")
     from pymerge.engine.memory import merge_in_memory

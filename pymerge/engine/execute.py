@@ -21,12 +21,12 @@ from pymerge.engine.non_finite import settle_non_finite
 from pymerge.engine.piece import IDENTITY, Piece, segment_of, segments_of
 from pymerge.engine.pipeline import Output, Pipeline, Segment
 from pymerge.engine.plan import Item, Plan
-from pymerge.engine.questions import answered, answered_purify
+from pymerge.engine.questions import answered, answered_purify, model_rule, sweep
 from pymerge.engine.ranges import batches, tiles
 from pymerge.engine.sink import Sink
 from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
 from pymerge.errors import InputError, Interrupted
-from pymerge.methods.base import Combine, ElementWiseCombine, Purify, TensorInfo, chain_rule
+from pymerge.methods.base import Combine, Purify
 from pymerge.ops.delta_rule import DeltaRule, resolve
 from pymerge.ops.native import delta_params
 from pymerge.recipe import Steps
@@ -59,8 +59,7 @@ class Executor:
         self.lanes = self.open_lanes()
         devices = [] if self.lanes is None else list(self.lanes.of)
         self.pipeline = Pipeline(self.arena, threads, self.write, devices)
-        self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in sink.done.items()}
-        self.forget_other_tiles()
+        self.look()
         self.feed = Feed(plan, self.arena, sink)
         self.answers: list[DeltaRule] = []  # of the model-wide surveys
         self.decided: dict[tuple[int, ...], Combine] = {}  # survey_key of steps with a question -> what goes on
@@ -71,14 +70,7 @@ class Executor:
         """Everything that is not done yet. Raises Interrupted after a signal, with the finished work kept."""
         try:
             with self.numeric_threads(), self.lanes or nullcontext(), self.pipeline:
-                for step, items in self.plan.purify_questions:
-                    if self.needed(items):
-                        self.cleaned[id(step)] = answered_purify(self, step, items)
-                for steps, items in self.plan.surveys:
-                    self.answers.append(self.survey_model(steps, items))
-                for steps, items in self.plan.questions:
-                    if any(item.count and not self.is_done(item, item.first, item.count) for item in items):
-                        self.decided[survey_key(steps)] = answered(self, steps, items)
+                self.ask()
                 for batch in batches(self.feed.order(self.todo())):
                     self.start(batch)
                 self.pipeline.drain()
@@ -90,12 +82,26 @@ class Executor:
             self.feed.stop()
             self.arena.discard()
 
+    def ask(self) -> None:
+        """Answers the plan's questions that are still needed."""
+        for step, items in self.plan.purify_questions:
+            if self.needed(items):
+                self.cleaned[id(step)] = answered_purify(self, step, items)
+        for steps, items in self.plan.surveys:
+            survey = SweptSurvey(self.sweep_items(items), len(items[0].entry.tuned))
+            self.answers.append(model_rule(self.plan, steps, items, survey))
+        for steps, items in self.plan.questions:
+            if self.left(items):
+                self.decided[survey_key(steps)] = answered(steps, partial(sweep, self, items))
+
+    def left(self, items: Sequence[Item]) -> bool:
+        """Whether something of the items is not merged yet."""
+        return any(item.count and not self.is_done(item, item.first, item.count) for item in items)
+
     def needed(self, items: Sequence[Item]) -> bool:
         """Whether the answer for these items is still asked for: by what is left to do, or by a file beside."""
-        return any(
-            (item.count and not self.is_done(item, item.first, item.count))
-            or (item.entry.steps is not None and bool(item.entry.steps.combine.beside))
-            for item in items
+        return self.left(items) or any(
+            item.entry.steps is not None and item.entry.steps.combine.beside for item in items
         )
 
     def numeric_threads(self) -> AbstractContextManager[Any]:
@@ -123,6 +129,11 @@ class Executor:
         self.feed.wrote(segment.name, len(segment.view))
 
     # what is left to do
+
+    def look(self) -> None:
+        """At what the sink has."""
+        self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in self.sink.done.items()}
+        self.forget_other_tiles()
 
     def forget_other_tiles(self) -> None:
         """Tensors that an earlier run cut into other tiles (another memory budget) are merged again as a whole."""
@@ -356,7 +367,7 @@ class Executor:
 
         return sweep
 
-    def ask(self, batch: Sequence[tuple[Item, int, int]], question: Callable[..., None]) -> None:
+    def pose(self, batch: Sequence[tuple[Item, int, int]], question: Callable[..., None]) -> None:
         """Reads a batch and has `question(pieces, place)` answered where they are merged."""
         block, pieces = self.load(batch)
         device = pieces[0].item.device
@@ -385,12 +396,3 @@ class Executor:
         assert item.rule is not None
         survey = SweptSurvey(self.sweep_items([item]), len(item.entry.tuned))
         self.params[id(item)] = delta_params(resolve(item.rule, survey))
-
-    def survey_model(self, steps: Steps, items: Sequence[Item]) -> DeltaRule:
-        """The rule of the concatenation of all items, answered."""
-        assert isinstance(steps.combine, ElementWiseCombine)
-        tasks = len(items[0].entry.tuned)
-        info = TensorInfo(name="", shape=(sum(item.count for item in items),), tasks=tasks, seed=self.plan.recipe.seed)
-        return resolve(
-            chain_rule(rule_part(steps)[1], steps.combine, info), SweptSurvey(self.sweep_items(items), tasks)
-        )

@@ -34,7 +34,7 @@ from pymerge.engine.process import peak_memory
 from pymerge.engine.progress import make_progress
 from pymerge.engine.summary import packages_of, summary_of
 from pymerge.engine.vocabulary import with_vocabulary
-from pymerge.errors import DeviceMemoryError, InputError, Interrupted, MergeError
+from pymerge.errors import ClusterError, DeviceMemoryError, InputError, Interrupted, MergeError
 from pymerge.recipe import ModelRef, Recipe
 from pymerge.recipe.references import split_adapter
 from pymerge.remote.blocks import BLOCKS
@@ -83,6 +83,9 @@ class Inputs:
     def reference(self) -> Checkpoint:
         """Gives the output its names, order, side files."""
         return self.all[0]
+
+
+Run = Callable[[Plan, Inputs, StagedOutput, Options], Executor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +203,15 @@ def settled(recipe: Recipe, inputs: Inputs, options: Options) -> tuple[Inputs, P
 
 
 def merge_to_disk(
-    recipe: Recipe, out: str | Path, options: Options | None = None, extras: Extras | None = None
+    recipe: Recipe,
+    out: str | Path,
+    options: Options | None = None,
+    extras: Extras | None = None,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """Merges into the folder `out`, which appears complete or not at all. Returns the summary written to merge.json.
+
+    run      what works through the plan, in place of this process
 
     Raises a MergeError: before anything is computed for what headers and recipe tell; Interrupted after a signal, when
     the same call resumes."""
@@ -218,7 +227,7 @@ def merge_to_disk(
             write_side_files(folder, recipe, inputs, executor, summary, extras)
 
         same = identity(recipe, inputs, options, plan)
-        return write_folder(out, plan, inputs, options, same, side_files, started=started)
+        return write_folder(out, plan, inputs, options, same, side_files, started=started, run=run)
 
 
 def write_folder(
@@ -230,6 +239,7 @@ def write_folder(
     side_files: Callable[[Path, Executor, dict[str, Any]], None],
     *,
     started: float,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """Runs a plan into a folder. Returns the summary, as `side_files`, which gets the staging folder, leaves it.
 
@@ -237,7 +247,7 @@ def write_folder(
     started  on time.monotonic's clock"""
     staged = StagedOutput(out, plan.layout, same, overwrite=options.overwrite, resume=options.resume, inputs=inputs.all)
     with staged:  # whatever fails from here on lets go of the staging folder
-        executor = run_staged(plan, inputs, staged, options)
+        executor = (run or run_staged)(plan, inputs, staged, options)
         seconds = time.monotonic() - started
         checksums, facts, busy = staged.checksums(), staged.facts(), executor.pipeline.busy
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory(), busy=busy)
@@ -268,18 +278,25 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
 
 
 def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Options) -> Executor:
-    """Runs the plan; keeps what is done after a signal or a crash, removes it after an error that is sure to recur, and
-    where an input has changed: nobody can tell which tensors are of which."""
+    """Runs the plan in this process."""
     stop = Stop()
     tensors, total = len(plan.layout.slots), plan.read_bytes / 1e9
     log.info("%d tensors to merge, %.2f GB to read; begun before: %d", tensors, total, len(staged.done))
-    try:
+    with kept_or_removed(staged):
         with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             executor = Executor(plan, staged, threads=options.thread_count, progress=progress, stop=stop)
             with stopped_by_signals(stop, executor):
                 executor.run()
         inputs.check_unchanged()
         return executor
+
+
+@contextmanager
+def kept_or_removed(staged: StagedOutput) -> Iterator[None]:
+    """Keeps what is done after a signal or a crash, removes it after an error that is sure to recur, and where an input
+    has changed: nobody can tell which tensors are of which."""
+    try:
+        yield
     except Interrupted as error:
         staged.abort(keep=True)
         raise Interrupted(
@@ -288,7 +305,7 @@ def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Option
         ) from None
     except MergeError as error:
         read_failed = isinstance(error, InputError) and isinstance(error.__cause__, OSError)
-        staged.abort(keep=read_failed or isinstance(error, DeviceMemoryError))  # may be back, or free, in a minute
+        staged.abort(keep=read_failed or isinstance(error, ClusterError | DeviceMemoryError))  # may be back in a minute
         raise
     except BaseException:
         staged.abort(keep=True)

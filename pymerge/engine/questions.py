@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pymerge.engine.asking import rule_part
 from pymerge.engine.ranges import batches, tiles
-from pymerge.methods.base import Combine, Purify
+from pymerge.methods.base import Combine, ElementWiseCombine, Purify, TensorInfo, chain_rule
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
+from pymerge.ops.delta_rule import DeltaRule, Survey, resolve
 
 if TYPE_CHECKING:
     from pymerge.engine.execute import Executor
     from pymerge.engine.lanes import Place
     from pymerge.engine.piece import Piece
-    from pymerge.engine.plan import Item
+    from pymerge.engine.plan import Item, Plan
     from pymerge.recipe import Steps
 
 
-def answered(executor: Executor, steps: Steps, items: Sequence[Item]) -> Combine:
+def answered(steps: Steps, ask: Callable[[SurveyedCombine], Any]) -> Combine:
     """What the combine step becomes when it knows the answers for all items. One sweep a question, nothing is kept of
-    them: an interrupted merge asks again and gets the same answers."""
+    them: an interrupted merge asks again and gets the same answers.
+
+    ask   the joined answer of all items"""
     combine = steps.combine
     while isinstance(combine, SurveyedCombine):
-        combine = combine.decide(sweep(executor, combine, items) if combine.rounds else None)
+        combine = combine.decide(ask(combine) if combine.rounds else None)
     return combine
 
 
-def sweep(executor: Executor, combine: SurveyedCombine, items: Sequence[Item]) -> Any:
+def model_rule(plan: Plan, steps: Steps, items: Sequence[Item], survey: Survey) -> DeltaRule:
+    """The rule of the concatenation of all items, answered."""
+    assert isinstance(steps.combine, ElementWiseCombine)
+    entries, tasks = sum(item.count for item in items), len(items[0].entry.tuned)
+    info = TensorInfo(name="", shape=(entries,), tasks=tasks, seed=plan.recipe.seed)
+    return resolve(chain_rule(rule_part(steps)[1], steps.combine, info), survey)
+
+
+def sweep(executor: Executor, items: Sequence[Item], combine: SurveyedCombine) -> Any:
     """The answer for all entries, joined from those of the tiles as they come."""
     from pymerge.engine.generic import survey_pieces
 
@@ -44,13 +56,18 @@ def sweep(executor: Executor, combine: SurveyedCombine, items: Sequence[Item]) -
 
     ranges = ((item, *tile) for item in items for tile in tiles(item, item.first, item.count))
     for batch in batches(executor.feed.order(ranges)):
-        executor.ask(batch, question)
+        executor.pose(batch, question)
     executor.pipeline.drain()
     return answers[0]
 
 
 def answered_purify(executor: Executor, step: SurveyedPurify, items: Sequence[Item]) -> Purify:
-    """What the purify step becomes when it knows the answers for all matrices, those merged as one taken as one."""
+    """What the purify step becomes when it knows the answers for all matrices."""
+    return step.decide(sweep_matrices(executor, items, step))
+
+
+def sweep_matrices(executor: Executor, items: Sequence[Item], step: SurveyedPurify) -> Any:
+    """The joined answer of all matrices, those merged as one taken as one; None where there are none."""
     from pymerge.engine.generic import survey_matrix
 
     answers: list[Any] = []
@@ -63,6 +80,6 @@ def answered_purify(executor: Executor, step: SurveyedPurify, items: Sequence[It
                 answers[:] = [step.join(answers[0], one) if answers else one]
 
     for batch in batches(executor.feed.order((item, item.first, item.count) for item in items if item.count)):
-        executor.ask(batch, question)
+        executor.pose(batch, question)
     executor.pipeline.drain()
-    return step.decide(answers[0] if answers else None)
+    return answers[0] if answers else None

@@ -10,7 +10,7 @@ import math
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import add
 from typing import Protocol, TypeVar
@@ -161,11 +161,7 @@ class SweptSurvey:
         """For each task in `split`: the index behind the last of the `split[t]` ties that belong to the first k."""
         if not split:
             return {}
-        counts = self.sweep(
-            lambda tile: _C.delta_count_equal(
-                tile.base, tile.tuned, tile.count, tile.index0, *mask(tile, rule), list(theta)
-            )
-        )
+        counts = self.count_ties(theta, rule)
         wanted: dict[int, list[tuple[int, int]]] = {}  # tile number -> (task, position among the ties of that tile)
         for t, need in split.items():
             number, left = 0, need - 1
@@ -173,6 +169,20 @@ class SweptSurvey:
                 left -= counts[number][t]
                 number += 1
             wanted.setdefault(number, []).append((t, left))
+        return dict(self.find_ties(theta, wanted, rule))
+
+    def count_ties(self, theta: array[float], rule: DeltaRule) -> list[Sequence[int]]:
+        """Entries of each task that equal its threshold, tile by tile."""
+        return self.sweep(
+            lambda tile: _C.delta_count_equal(
+                tile.base, tile.tuned, tile.count, tile.index0, *mask(tile, rule), list(theta)
+            )
+        )
+
+    def find_ties(
+        self, theta: array[float], wanted: Mapping[int, Sequence[tuple[int, int]]], rule: DeltaRule
+    ) -> list[tuple[int, int]]:
+        """(task, index behind it) of the ties wanted: tile number -> (task, position among the tile's ties)."""
 
         def find(tile: Tile) -> list[tuple[int, int]]:
             keep, keys = mask(tile, rule)
@@ -185,16 +195,20 @@ class SweptSurvey:
                 found.append((t, where + 1))
             return found
 
-        return {t: cut for found in self.sweep(find, only=wanted) for t, cut in found}
+        return [tie for found in self.sweep(find, only=wanted) for tie in found]
 
     def l1(self, rule: DeltaRule) -> list[tuple[float, float]]:
+        return add_l1(self.l1_parts(rule), self.tasks)
+
+    def l1_parts(self, rule: DeltaRule) -> list[bytes]:
         params = delta_params(rule)
-        return add_l1(
-            self.sweep(lambda tile: _C.delta_l1(tile.base, tile.tuned, tile.count, tile.index0, params)), self.tasks
-        )
+        return self.sweep(lambda tile: _C.delta_l1(tile.base, tile.tuned, tile.count, tile.index0, params))
 
     def gram(self) -> list[list[float]]:
-        return add_gram(self.sweep(lambda tile: _C.delta_gram(tile.base, tile.tuned, tile.count)), self.tasks)
+        return add_gram(self.gram_parts(), self.tasks)
+
+    def gram_parts(self) -> list[bytes]:
+        return self.sweep(lambda tile: _C.delta_gram(tile.base, tile.tuned, tile.count))
 
     def signs(self, rule: DeltaRule) -> int:
         def count(tile: Tile) -> int:

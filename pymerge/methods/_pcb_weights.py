@@ -18,19 +18,28 @@ CLIPPED = 1e-4  # share of the entries that are clipped at either end
 
 def first_question(ratio: float, scale: float) -> OrderStatistics:
     """The borders of each task's magnitudes; then those of its scores; then the merge."""
+    then = partial(ask_scores, ratio=ratio, scale=scale)
+    return OrderStatistics(values=magnitudes_of, places=borders_of_magnitudes, then=then)
 
-    def borders_of_magnitudes(entries: int) -> tuple[int, ...]:
-        return int(entries * CLIPPED), int(entries * (1 - CLIPPED) - 1)
 
-    def borders_of_scores(entries: int) -> tuple[int, ...]:
-        return min(int(entries * (1 - ratio)), entries - 1), entries - 1
+def borders_of_magnitudes(entries: int) -> tuple[int, ...]:
+    return int(entries * CLIPPED), int(entries * (1 - CLIPPED) - 1)
 
-    def ask_scores(magnitudes: Found) -> Combine:
-        scores = partial(scores_of, magnitudes=magnitudes)
-        merge = partial(PcbMerge, magnitudes=magnitudes, scale=scale)
-        return OrderStatistics(values=scores, places=borders_of_scores, then=lambda found: merge(scores=found))
 
-    return OrderStatistics(values=magnitudes_of, places=borders_of_magnitudes, then=ask_scores)
+def borders_of_scores(entries: int, ratio: float) -> tuple[int, ...]:
+    return min(int(entries * (1 - ratio)), entries - 1), entries - 1
+
+
+def ask_scores(magnitudes: Found, ratio: float, scale: float) -> Combine:
+    return OrderStatistics(
+        values=partial(scores_of, magnitudes=magnitudes),
+        places=partial(borders_of_scores, ratio=ratio),
+        then=partial(merge_with, magnitudes=magnitudes, scale=scale),
+    )
+
+
+def merge_with(scores: Found, magnitudes: Found, scale: float) -> Combine:
+    return PcbMerge(magnitudes=magnitudes, scores=scores, scale=scale)
 
 
 def magnitudes_of(group: TaskGroup) -> Iterator[Tensor]:

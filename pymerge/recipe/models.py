@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pymerge.recipe.data import DataRef
+from pymerge.recipe.problems import Problems
+from pymerge.recipe.references import parse_reference
 from pymerge.recipe.settings import Setting
 
 
@@ -33,6 +35,15 @@ class ModelRef:
     data: DataRef | None = None
     found: str | None = field(default=None, compare=False)
     layers: tuple[int, int] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process, perhaps on another machine, names and URLs are looked up anew."""
+        self.__dict__.update(state)
+        if self.found is not None:
+            problems = Problems(self.path)
+            place = parse_reference(self.path, "", problems, must_exist=True)
+            problems.raise_if_any()
+            self.__dict__["found"] = None if place is None or place[1] == self.path else place[1]
 
     @property
     def in_memory(self) -> bool:

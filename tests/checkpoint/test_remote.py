@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import struct
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -502,3 +504,11 @@ def test_stand_ins_are_removed_with_the_process(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pymerge-remote-" in run.stdout and not os.path.exists(run.stdout.strip())
     shutil.rmtree(model)
+
+
+def test_a_recipe_that_is_sent_to_another_process_finds_its_models_anew(tmp_path: Path) -> None:
+    base, models = family(tmp_path, 1, SHAPES)
+    url = upload(models[0])
+    ref = Recipe.from_kwargs(upload(base), [url], "task_arithmetic").models[0]
+    there = pickle.loads(pickle.dumps(replace(ref, found="/of/the/sender")))  # its stand-in is nobody else's
+    assert there.local == ref.local != "/of/the/sender" and not there.in_memory
