@@ -1,0 +1,208 @@
+"""Measures the rates of this machine, in some seconds: the least of several short runs, in seconds of the processor
+where other programs may run beside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import os
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pymerge import _C
+from pymerge.engine.rates import Rates
+from pymerge.engine.survey import HeldSurvey, Tile
+from pymerge.methods.work import eigen
+from pymerge.ops.delta_rule import DeltaRule, mask_key, resolve
+from pymerge.ops.native import delta_params
+
+ENTRIES, TASKS = 1 << 22, 4  # a tile of a merge: more than caches hold
+SIDE, SMALL_SIDE = 1024, 512  # of matrices
+FILE_BYTES, BLOCK = 256 << 20, 8 << 20
+ROUNDS = 3
+TORCH = {"merge_method": "tsv_m"}
+
+
+def least(run: Callable[[], object], rounds: int = ROUNDS, clock: Callable[[], float] = time.thread_time) -> float:
+    """Seconds of the fastest of some runs."""
+    best = float("inf")
+    for _ in range(rounds):
+        began = clock()
+        run()
+        best = min(best, clock() - began)
+    return best
+
+
+def calibrate(folder: Path | None = None) -> Rates:
+    """Measured rates of this machine. folder: on the disk that is measured; None: the current one."""
+    import torch
+
+    from pymerge.engine.generic import threads_of_numerics
+
+    with threads_of_numerics(1), torch.no_grad():
+        found: dict[str, Any] = {"kernels": kernel_seconds(), **matrix_rates()}
+    found["memory"] = memory_rate()
+    found |= disk_rates(folder or Path.cwd()) | start_seconds()
+    return dataclasses.replace(Rates(), **found, sources=dict.fromkeys(found, "measured"))
+
+
+def kernel_seconds() -> dict[str, float]:
+    """By kind: see rates.KERNELS. Each from a rule that differs from a plain sum in that alone."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(ENTRIES, generator=generator).mul_(0.02)
+    tuned = [(base + 0.001 * torch.randn(ENTRIES, generator=generator)).bfloat16() for _ in range(TASKS)]
+    head, out = base.bfloat16(), torch.empty(ENTRIES, dtype=torch.bfloat16)
+    place, buffers = (head.data_ptr(), "BF16"), [(t.data_ptr(), "BF16") for t in tuned]
+
+    def merged(rule: DeltaRule, tasks: int = TASKS) -> float:
+        params = delta_params(rule)
+
+        def run() -> None:
+            _C.delta_merge(place, buffers[:tasks], place, (out.data_ptr(), "BF16"), ENTRIES, 0, params)
+            _C.crc32c((out.data_ptr(), 2 * ENTRIES))
+
+        return least(run, 5)
+
+    plain = DeltaRule(weights=(1.0,) * TASKS)
+    survey = HeldSurvey(Tile(base=place, tuned=buffers, count=ENTRIES, index0=0, number=0, rule=plain))
+    ranks, keys = (ENTRIES // 5,) * TASKS, tuple(mask_key(0, "calibrate", t) for t in range(TASKS))
+    trimmed = dataclasses.replace(plain, top=ranks)
+    cut = resolve(trimmed, survey)
+    one, all_tasks = merged(DeltaRule(weights=(1.0,)), 1), merged(plain)
+    rules = {
+        "random": dataclasses.replace(plain, keep=(0.5,) * TASKS, keys=keys),
+        "elect": dataclasses.replace(plain, elect="authors"),
+        "cut": cut,
+    }
+    seconds = {kind: merged(rule) - all_tasks for kind, rule in rules.items()} | {
+        "task": (all_tasks - one) * TASKS / (TASKS - 1),
+        "kth": least(lambda: survey.kth(ranks, plain, False)),
+        "gram": least(survey.gram),
+        "l1": least(lambda: survey.l1(cut)),
+        "signs": least(lambda: survey.signs(dataclasses.replace(cut, elect="authors"))),
+        "histogram": least(lambda: histogram(survey.tile)),
+    }
+    each = {kind: max(0.0, value) / (TASKS * ENTRIES) for kind, value in seconds.items()}
+    return each | {"entry": max(0.0, one / ENTRIES - each["task"])}
+
+
+def histogram(tile: Tile) -> None:
+    from array import array
+
+    counts = array("q", bytes(8 * (1 << 16) * len(tile.tuned)))
+    _C.delta_histogram(tile.base, tile.tuned, tile.count, 0, None, None, None, counts)
+
+
+def matrix_rates() -> dict[str, float]:
+    """Products in both precisions, eigensolver, plain passes; of one thread."""
+    import torch
+
+    x = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    y = x.double()
+    small = (y @ y.mT)[:SMALL_SIDE, :SMALL_SIDE].contiguous()
+    entries = torch.zeros(1 << 22)
+    return {
+        "single": 2 * SIDE**3 / least(lambda: x @ x),
+        "double": 2 * SIDE**3 / least(lambda: y @ y),
+        "eigen": eigen(SMALL_SIDE).eigen / least(lambda: torch.linalg.eigh(small)),
+        "touch": 8 * entries.numel() / least(lambda: entries + 1.0),
+    }
+
+
+def memory_rate() -> float:
+    """Bytes a second that all threads together copy, read and written; by the clock: other programs count."""
+    import torch
+
+    threads = len(os.sched_getaffinity(0))
+    pairs = [(torch.ones(1 << 24), torch.empty(1 << 24)) for _ in range(threads)]
+
+    def run() -> None:
+        workers = [threading.Thread(target=lambda s=s, t=t: t.copy_(s)) for s, t in pairs]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    run()
+    return threads * 8 * (1 << 24) / least(run, 5, time.perf_counter)
+
+
+def disk_rates(folder: Path) -> dict[str, float]:
+    """Direct writes with fsync; the first read, which this system's page cache has nothing of (a host's may); reads
+    from the page cache."""
+    block = mmap.mmap(-1, BLOCK)
+    block.write(os.urandom(BLOCK))
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".pymerge-calibrate-") as file:
+        direct = opened_direct(file.name)
+        try:
+            os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+
+            def write() -> None:
+                for at in range(0, FILE_BYTES, BLOCK):
+                    os.pwrite(direct, block, at)
+                os.fsync(direct)
+
+            def read() -> None:
+                for at in range(0, FILE_BYTES, BLOCK):
+                    os.preadv(file.fileno(), [block], at)
+
+            written = least(write, 2, time.perf_counter)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            first = least(read, 1, time.perf_counter)
+            cached = least(read, ROUNDS)
+        finally:
+            os.close(direct)
+    return {"write": FILE_BYTES / written, "disk": FILE_BYTES / first, "cached": FILE_BYTES / cached}
+
+
+def opened_direct(path: str) -> int:
+    """Past the page cache, where the file system takes that."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except OSError:
+        return os.open(path, os.O_WRONLY)
+
+
+def start_seconds() -> dict[str, float]:
+    """Processor seconds of a merge of one small matrix by the command line, without and with torch."""
+    with tempfile.TemporaryDirectory(prefix="pymerge-calibrate-") as folder:
+        root = Path(folder)
+        models = [write_tiny(root / name, number) for number, name in enumerate(("base", "a", "b"))]
+        found = {}
+        for kind, steps in (("start", {"merge_method": "linear", "parameters": {"weight": 1}}), ("torch", TORCH)):
+            recipe = {**steps, "base_model": models[0], "models": [{"model": model} for model in models[1:]]}
+            path = root / f"{kind}.yaml"
+            path.write_text(json.dumps(recipe))
+            found[kind] = started(path, root / kind)
+        return found
+
+
+def write_tiny(folder: Path, number: int) -> str:
+    """A model of one matrix [8, 8] in bfloat16."""
+    folder.mkdir()
+    head = json.dumps({"layer.weight": {"dtype": "BF16", "shape": [8, 8], "data_offsets": [0, 128]}}).encode()
+    values = bytes((i * (7 + number)) % 61 for i in range(128))
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + values)
+    return str(folder)
+
+
+def started(recipe: Path, out: Path) -> float:
+    """The faster of two runs: the first may read the programs from the disk."""
+    command = [sys.executable, "-m", "pymerge", "merge", "-q", "--overwrite", "--threads", "1", str(recipe), str(out)]
+
+    def of_children() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    return least(lambda: subprocess.run(command, check=True), 2, of_children)
