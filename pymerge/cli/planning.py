@@ -85,7 +85,10 @@ def said(asked: Asked, plan: Plan, options: Options, cluster: Cluster | None, as
     from pymerge.engine.simulate import simulated
 
     if cluster is None:
-        print(json.dumps(describe_plan(plan, options), indent=1)) if as_json else show_plan(plan, options)
+        if as_json:
+            print(json.dumps(describe_plan(plan, options), indent=1))
+        else:
+            show_plan(plan, options)
         return
     facts = simulated(plan, cluster)
     if as_json:

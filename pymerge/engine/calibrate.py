@@ -1,5 +1,5 @@
-"""Measures the rates of this machine, in some seconds: the least of several short runs, in seconds of the processor
-where other programs may run beside."""
+"""Measures the rates of this machine, in some seconds: medians of short runs, in seconds of the processor where other
+programs may run beside."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import resource
+import statistics
 import struct
 import subprocess
 import sys
@@ -27,19 +28,19 @@ from pymerge.ops.native import delta_params
 
 ENTRIES, TASKS = 1 << 22, 4  # a tile of a merge: more than caches hold
 SIDE, SMALL_SIDE = 1024, 512  # of matrices
-FILE_BYTES, BLOCK = 256 << 20, 8 << 20
-ROUNDS = 3
+FILE_BYTES, BUFFER, BLOCK = 256 << 20, 64 << 20, 8 << 20
+ROUNDS, STARTS = 5, 3
 TORCH = {"merge_method": "tsv_m"}
 
 
-def least(run: Callable[[], object], rounds: int = ROUNDS, clock: Callable[[], float] = time.thread_time) -> float:
-    """Seconds of the fastest of some runs."""
-    best = float("inf")
+def typical(run: Callable[[], object], rounds: int = ROUNDS, clock: Callable[[], float] = time.thread_time) -> float:
+    """Seconds of a run, the median of some: what other programs leave of caches and memory is part of the machine."""
+    seconds = []
     for _ in range(rounds):
         began = clock()
         run()
-        best = min(best, clock() - began)
-    return best
+        seconds.append(clock() - began)
+    return statistics.median(seconds)
 
 
 def calibrate(folder: Path | None = None) -> Rates:
@@ -72,7 +73,7 @@ def kernel_seconds() -> dict[str, float]:
             _C.delta_merge(place, buffers[:tasks], place, (out.data_ptr(), "BF16"), ENTRIES, 0, params)
             _C.crc32c((out.data_ptr(), 2 * ENTRIES))
 
-        return least(run, 5)
+        return typical(run)
 
     plain = DeltaRule(weights=(1.0,) * TASKS)
     survey = HeldSurvey(Tile(base=place, tuned=buffers, count=ENTRIES, index0=0, number=0, rule=plain))
@@ -87,11 +88,11 @@ def kernel_seconds() -> dict[str, float]:
     }
     seconds = {kind: merged(rule) - all_tasks for kind, rule in rules.items()} | {
         "task": (all_tasks - one) * TASKS / (TASKS - 1),
-        "kth": least(lambda: survey.kth(ranks, plain, False)),
-        "gram": least(survey.gram),
-        "l1": least(lambda: survey.l1(cut)),
-        "signs": least(lambda: survey.signs(dataclasses.replace(cut, elect="authors"))),
-        "histogram": least(lambda: histogram(survey.tile)),
+        "kth": typical(lambda: survey.kth(ranks, plain, False)),
+        "gram": typical(survey.gram),
+        "l1": typical(lambda: survey.l1(cut)),
+        "signs": typical(lambda: survey.signs(dataclasses.replace(cut, elect="authors"))),
+        "histogram": typical(lambda: histogram(survey.tile)),
     }
     each = {kind: max(0.0, value) / (TASKS * ENTRIES) for kind, value in seconds.items()}
     return each | {"entry": max(0.0, one / ENTRIES - each["task"])}
@@ -113,10 +114,10 @@ def matrix_rates() -> dict[str, float]:
     small = (y @ y.mT)[:SMALL_SIDE, :SMALL_SIDE].contiguous()
     entries = torch.zeros(1 << 22)
     return {
-        "single": 2 * SIDE**3 / least(lambda: x @ x),
-        "double": 2 * SIDE**3 / least(lambda: y @ y),
-        "eigen": eigen(SMALL_SIDE).eigen / least(lambda: torch.linalg.eigh(small)),
-        "touch": 8 * entries.numel() / least(lambda: entries + 1.0),
+        "single": 2 * SIDE**3 / typical(lambda: x @ x),
+        "double": 2 * SIDE**3 / typical(lambda: y @ y),
+        "eigen": eigen(SMALL_SIDE).eigen / typical(lambda: torch.linalg.eigh(small)),
+        "touch": 8 * entries.numel() / typical(lambda: entries + 1.0),
     }
 
 
@@ -135,35 +136,36 @@ def memory_rate() -> float:
             worker.join()
 
     run()
-    return threads * 8 * (1 << 24) / least(run, 5, time.perf_counter)
+    return threads * 8 * (1 << 24) / typical(run, clock=time.perf_counter)
 
 
 def disk_rates(folder: Path) -> dict[str, float]:
-    """Direct writes with fsync; the first read, which this system's page cache has nothing of (a host's may); reads
-    from the page cache."""
-    block = mmap.mmap(-1, BLOCK)
-    block.write(os.urandom(BLOCK))
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".pymerge-calibrate-") as file:
+    """Direct writes with fsync, by the clock and by the processor; the first read, which this system's page cache has
+    nothing of (a host's may); reads from the page cache. Through a buffer as large as a merge's."""
+    buffer = mmap.mmap(-1, BUFFER)
+    buffer.write(os.urandom(BLOCK) * (BUFFER // BLOCK))
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".pymerge-calibrate-") as file, memoryview(buffer) as view:
         direct = opened_direct(file.name)
+        os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
+
+        def every(call: Callable[[memoryview, int], object]) -> None:
+            for at in range(0, FILE_BYTES, BLOCK):
+                call(view[at % BUFFER : at % BUFFER + BLOCK], at)
+
+        def write() -> None:
+            every(lambda part, at: os.pwrite(direct, part, at))
+            os.fsync(direct)
+
+        def read() -> None:
+            every(lambda part, at: os.preadv(file.fileno(), [part], at))
+
         try:
-            os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
-
-            def write() -> None:
-                for at in range(0, FILE_BYTES, BLOCK):
-                    os.pwrite(direct, block, at)
-                os.fsync(direct)
-
-            def read() -> None:
-                for at in range(0, FILE_BYTES, BLOCK):
-                    os.preadv(file.fileno(), [block], at)
-
-            written = least(write, 2, time.perf_counter)
+            seconds = {"write": typical(write, 3, time.perf_counter), "handed": typical(write, 3)}
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            first = least(read, 1, time.perf_counter)
-            cached = least(read, ROUNDS)
+            seconds |= {"disk": typical(read, 1, time.perf_counter), "cached": typical(read)}
         finally:
             os.close(direct)
-    return {"write": FILE_BYTES / written, "disk": FILE_BYTES / first, "cached": FILE_BYTES / cached}
+    return {name: FILE_BYTES / value for name, value in seconds.items()}
 
 
 def opened_direct(path: str) -> int:
@@ -198,11 +200,11 @@ def write_tiny(folder: Path, number: int) -> str:
 
 
 def started(recipe: Path, out: Path) -> float:
-    """The faster of two runs: the first may read the programs from the disk."""
+    """The median of some runs: the first may read the programs from the disk."""
     command = [sys.executable, "-m", "pymerge", "merge", "-q", "--overwrite", "--threads", "1", str(recipe), str(out)]
 
     def of_children() -> float:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
-    return least(lambda: subprocess.run(command, check=True), 2, of_children)
+    return typical(lambda: subprocess.run(command, check=True), STARTS, of_children)

@@ -21,6 +21,7 @@ MEANING = {
     "cached": "reading from the page cache, a thread",
     "disk": "reading what is not in the page cache (a host's cache may have it)",
     "write": "writing, put on disk",
+    "handed": "handing over what is written, a thread",
     "memory": "copies in memory, all threads",
     "link": "between host and GPU",
     "start": "of a merge, without torch",

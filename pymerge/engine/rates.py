@@ -37,6 +37,7 @@ class Rates:
     touch                  bytes a second and thread that plain tensor operations read and write
     kernels                seconds a thread takes for an entry: see KERNELS
     cached, disk, write    bytes a second: reading from the page cache, reading what is not in it, writing
+    handed                 bytes a second and thread that are handed to the disk to be written
     memory                 bytes a second that all threads together read and write
     start, torch           seconds until a merge has begun and after it has ended, without and with torch
     sources                where each rate is from, by its name; those that are not in it are built in
@@ -50,6 +51,7 @@ class Rates:
     cached: float = 4.0e9
     disk: float = 1.5e9
     write: float = 1.0e9
+    handed: float = 1.0e10
     memory: float = 2.0e10
     start: float = 0.5
     torch: float = 2.0

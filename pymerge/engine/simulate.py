@@ -170,11 +170,22 @@ def times(cost: Cost, job: Job, cluster: Cluster) -> Times:
     if cluster.gpu is not None:
         one = gpu_seconds(cost, cluster)
         return Times(read, one / cluster.gpus, write, max(one, read, write))
-    copying = cost.read / rates.cached  # by processors, whatever the disk
     one = cost.seconds(rates)
-    shared = max((one + copying) / cluster.cores, (cost.read + cost.written) / rates.memory)
+    shared = max((one + copying(cost, rates)) / cluster.cores, (cost.read + cost.written) / rates.memory)
     alone = shared if cost.divisible else one / min(job.item_threads, cluster.cores)
     return Times(read, shared, write, max(alone, read, write))
+
+
+def copying(cost: Cost, rates: Rates) -> float:
+    """Seconds of one thread for what is read and written, whatever the disk takes."""
+    return cost.read / rates.cached + cost.written / rates.handed
+
+
+def processor_seconds(job: Job, rates: Rates) -> float:
+    """What all threads of a merge on one machine without GPUs take together."""
+    costs = [cost for phase in job.phases for cost in phase.costs]
+    start = rates.torch if job.torch else rates.start
+    return start + sum(cost.seconds(rates) + copying(cost, rates) for cost in costs)
 
 
 def gpu_seconds(cost: Cost, cluster: Cluster) -> float:
@@ -244,7 +255,7 @@ def described(cluster: Cluster) -> dict[str, Any]:
     """What was assumed, and where each figure is from."""
     rates, gpu = cluster.rates, cluster.gpu
     used = ["disk", "write", "start", "torch"]
-    used += [] if gpu else ["cached", "memory", "single", "double", "eigen", "touch"]
+    used += [] if gpu else ["cached", "handed", "memory", "single", "double", "eigen", "touch"]
     found: dict[str, Any] = {"nodes": cluster.nodes, "cores": cluster.cores, "gpus": cluster.gpus}
     found["rates"] = {name: {"value": getattr(rates, name), "source": rates.source(name)} for name in used}
     if gpu is not None:

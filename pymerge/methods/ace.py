@@ -86,7 +86,8 @@ class Ace(MatrixCombine):
 
     def work(self, info: TensorInfo) -> Work:
         """D (D^T D + e) of each task and one solve, without the refinement of unequal energies. Systems [n, n] are
-        tried in float32 first, and those of fine-tuned models need float64; the small ones of T m rows know at once."""
+        tried in float32 first and counted in float64 too, which updates of decaying spectra need; others take half of
+        this or less. Small systems, of T m rows, know at once."""
         m, n = info.shape
         rows = info.tasks * m
         if rows <= n:
