@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,32 +179,36 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def saved(report: dict[str, Any], found: Mapping[tuple[float, str], list[dict[str, Any]]], path: Path) -> None:
+    """After every run: a later one may take long, and is missed less."""
+    report["load"][1] = os.getloadavg()[0]
+    report["merges"] = [{"gb": gb, "method": method} | compared(runs) for (gb, method), runs in sorted(found.items())]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(report))
+
+
 def main() -> int:
     args = arguments()
-    load = [os.getloadavg()[0]]
+    report: dict[str, Any] = tools.provenance(REPOSITORY) | {"threads": args.threads, "load": [os.getloadavg()[0], 0.0]}
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    for gb in args.sizes:
-        make_checkpoints(args.work.resolve() / f"{gb:g}", gb)
+    roots = {gb: args.work.resolve() / f"{gb:g}" for gb in args.sizes}
+    for gb, root in roots.items():
+        make_checkpoints(root, gb)
     for _ in range(args.reps):
         rates = calibrated()
-        for gb in args.sizes:
-            root = args.work.resolve() / f"{gb:g}"
-            for method in args.methods:
-                recipe, runs = write_recipe(root, method), found.setdefault((gb, method), [])
-                guess = predicted(recipe, rates, args.threads)
-                if runs and guess["cpu"] > LONG:
-                    continue
-                runs.append({"predicted": guess, "measured": measured(recipe, root, args.threads), "rates": rates})
-                print(f"{gb:g} GB {method}: {guess['cpu']:.1f} CPU s predicted, {runs[-1]['measured']}", flush=True)
-    merges = [{"gb": gb, "method": method} | compared(runs) for (gb, method), runs in found.items()]
-    report = tools.provenance(REPOSITORY) | {"threads": args.threads, "load": [*load, os.getloadavg()[0]]}
-    report["merges"] = merges
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    args.json.with_suffix(".md").write_text(table(report))
+        asked = [(gb, method, write_recipe(roots[gb], method)) for gb in args.sizes for method in args.methods]
+        guesses = [(predicted(recipe, rates, args.threads), gb, method, recipe) for gb, method, recipe in asked]
+        for guess, gb, method, recipe in sorted(guesses, key=lambda known: known[0]["cpu"]):
+            if guess["cpu"] > LONG and (gb, method) in found:
+                continue
+            cost = measured(recipe, roots[gb], args.threads)
+            found.setdefault((gb, method), []).append({"predicted": guess, "measured": cost, "rates": rates})
+            print(f"{gb:g} GB {method}: {guess['cpu']:.1f} CPU s predicted, {cost}", flush=True)
+            saved(report, found, args.json)
     print(table(report))
-    judged = [abs(row["cpu"]["error"]) for row in merges]
-    judged += [abs(row["wall"]["error"]) for row in merges if row["others"] <= QUIET]
+    judged = [abs(row["cpu"]["error"]) for row in report["merges"]]
+    judged += [abs(row["wall"]["error"]) for row in report["merges"] if row["others"] <= QUIET]
     return 0 if max(judged) <= WANTED else 1
 
 

@@ -142,7 +142,7 @@ class Pass:
             ((times(cost, job, cluster), item.entry.name) for cost, item in zip(phase.costs, phase.items, strict=True)),
             key=lambda found: -found[0].weight,
         )
-        alone, name = max(((one.alone, name) for one, name in timed), default=(0.0, ""))
+        alone, name = max(((one.alone, name) for one, name in timed), key=lambda found: found[0], default=(0.0, ""))
         moved = sum(cost.read + cost.written for cost in phase.costs)
         return cls(items=[one for one, _ in timed], moved=moved, longest=alone, name=name)
 

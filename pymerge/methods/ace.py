@@ -11,6 +11,7 @@ from pymerge.methods.work import Work, cholesky_solve, passes
 if TYPE_CHECKING:
     from torch import Tensor
 
+BLOCKED = 1.125  # a triangle of a Gram matrix is computed in eight blocks of columns
 Preset = Literal["default", "released"]
 Gate = Literal["released", "var_log", "homogeneous", "heterogeneous"]
 Refine = Literal["auto", "always", "never"]
@@ -91,9 +92,9 @@ class Ace(MatrixCombine):
         m, n = info.shape
         rows = info.tasks * m
         if rows <= n:
-            products = Work(double=float(rows) ** 2 * n + 2.0 * m * rows * n)
+            products = Work(double=BLOCKED * rows**2 * n + 2.0 * m * rows * n)
             return products + cholesky_solve(rows, m) + passes(info.numel, 8 * info.tasks)
-        of_rows = 0.0 if m >= n else float(rows) * n**2
-        products = 3.0 * info.tasks * m * n * min(m, n) + of_rows
+        of_rows = 0.0 if m >= n else BLOCKED * rows * n**2
+        products = (2.0 + BLOCKED) * info.tasks * m * n * min(m, n) + of_rows
         system = cholesky_solve(n, m) + Work(double=products)
         return system + Work(single=system.double) + passes(info.numel, 20 * info.tasks)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from pymerge import methods
 from pymerge.linalg import polar
@@ -11,10 +11,14 @@ from pymerge.methods.base import Combine, TaskGroup, TensorInfo
 from pymerge.methods.work import Work
 
 
+def in_place(total, a, b, out_shape=None, **_) -> int:
+    """Operations of total.addmm_(a, b), given the shapes: torch counts those that make a new tensor."""
+    return 2 * a[0] * a[1] * b[1]
+
+
 def counted(run) -> int:
     """Operations of torch's products; factorisations and native kernels are not among them."""
-    in_place = {torch.ops.aten.addmm_: addmm_flop, torch.ops.aten.baddbmm_: baddbmm_flop}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
         run()
     return counter.get_total_flops()
 
@@ -60,7 +64,7 @@ def test_wudi_counts_every_product(m, n):
     assert step.work(seen.info).single == counted(lambda: step.combine(seen))
 
 
-@pytest.mark.parametrize(("m", "n"), [(1024, 384), (384, 512)])
+@pytest.mark.parametrize(("m", "n"), [(1152, 800), (800, 960)])
 def test_ace_counts_its_products(m, n):
     """Of one precision; updates of full rank stay in float32."""
     step, seen = methods.get("ace")(), group(m, n, 2)
