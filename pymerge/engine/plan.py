@@ -116,9 +116,8 @@ class Item:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the merge pass: subtract, weigh and add per task, add the base and scale.
-
-        Surveys are comparisons and sums: about two a task and entry each. Steps for matrices say their own."""
+        """Floating-point operations of the merge pass: subtract, weigh and add per task, add the base and scale; about
+        two a task and entry for surveys. Steps for matrices say their own."""
         if self.mode == "copy":
             return 0
         tasks, asked = len(self.entry.tuned), self.rule is not None and self.rule.needs_survey
@@ -127,14 +126,13 @@ class Item:
 
     @property
     def work(self) -> Work:
-        """What the steps that are no rule compute, over all of the item; matrices merged as one are counted apart."""
+        """What the steps that are no rule compute; matrices merged as one are counted apart."""
         if self.mode != "generic":
             return NOTHING
         assert self.entry.steps is not None
         if self.factored:
             return Work(single=2.0 * self.count * rank_sum(self.entry))
-        info = self.info(seed=0)
-        return sum((step.work(info) for step in self.entry.steps.all), NOTHING)
+        return sum((step.work(self.info(seed=0)) for step in self.entry.steps.all), NOTHING)
 
     @property
     def survey_reads(self) -> int:

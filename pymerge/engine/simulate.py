@@ -242,8 +242,8 @@ def simulated(plan: Plan, cluster: Cluster) -> dict[str, Any]:
 
 
 ERROR = (
-    "an estimate: on the machine that benchmarks/ are run on within 30 % of measured merges "
-    "(benchmarks/results/cost_model.md); several nodes and GPUs are not measured"
+    "an estimate: compared with measured merges on one machine alone (benchmarks/results/cost_model.md has the errors); "
+    "several nodes and GPUs are not measured"
 )
 
 

@@ -198,3 +198,37 @@ def test_what_is_in_the_page_cache(tmp_path):
     path.write_bytes(b"x" * 100_000)
     assert cached_share([path]) in (0.0, 1.0)  # the file system may not tell
     assert cached_share([tmp_path / "absent"]) == 0.0
+
+
+def run(*arguments: str):
+    from typer.testing import CliRunner
+
+    from pymerge.cli import app
+
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_line_simulates_a_shape():
+    asked = ("--shape", "llama3-8b", "--method", "ties", "--models", "4", "--simulate", "nodes=4,disk=5GB/s")
+    facts = json.loads(run(*asked, "--json").stdout)["simulation"]
+    assert [point["nodes"] for point in facts["curve"]] == [1, 2, 4]
+    assert facts["cluster"]["rates"]["disk"] == {"value": 5e9, "source": "given"}
+    shown = run(*asked).stdout
+    assert "efficiency" in shown and "5 GB/s" in shown and "not measured" in shown
+    plain = json.loads(run(*asked[:6], "--json").stdout)
+    assert plain["seconds"]["total"] > 0 and plain["rates"] in ("built in", "measured")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "what is to be planned"),
+        (("--simulate", "nodes=2"), "what is to be planned"),
+        (("--shape", "llama3-8b"), "--shape: which --method"),
+        (("--shape", "llama3-8b", "--method", "ties", "--simulate", "disk=5"), "disk: '5' is no rate"),
+    ],
+)
+def test_options_that_do_not_fit(arguments, message):
+    found = run(*arguments)
+    assert found.exit_code == 2
+    assert message in found.stderr
