@@ -48,8 +48,13 @@ def shape_models(config: Mapping[str, Any], count: int, dtype: str = "BF16") -> 
         raise InputError(
             f"the config of a {kind} model lacks {error.args[0]!r}, from which its shapes follow"
         ) from None
-    base, tuned = ({name: ShapeTensor(name, dtype, shape) for name, shape in shapes.items()} for _ in range(2))
+    base, tuned = made(shapes, dtype), made(shapes, dtype)
     return tuple(Checkpoint(None, None, base if i == 0 else tuned, []) for i in range(count))
+
+
+def made(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, Any]:
+    """The tensors, by name."""
+    return {name: ShapeTensor(name, dtype, shape) for name, shape in shapes.items()}
 
 
 def shapes_of(config: Mapping[str, Any], layer: Callable[[Mapping[str, Any], int], Shapes]) -> Shapes:
@@ -67,11 +72,11 @@ def shapes_of(config: Mapping[str, Any], layer: Callable[[Mapping[str, Any], int
 
 
 def attention(c: Mapping[str, Any]) -> Shapes:
-    hidden, width = c["hidden_size"], c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    rows = {"q": c["num_attention_heads"] * width} | dict.fromkeys("kv", c["num_key_value_heads"] * width)
-    for letter, count in rows.items():
-        yield f"self_attn.{letter}_proj.weight", (count, hidden)
-    yield "self_attn.o_proj.weight", (hidden, rows["q"])
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    width = c.get("head_dim") or hidden // heads
+    for letter, count in (("q", heads), ("k", c["num_key_value_heads"]), ("v", c["num_key_value_heads"])):
+        yield f"self_attn.{letter}_proj.weight", (count * width, hidden)
+    yield "self_attn.o_proj.weight", (hidden, heads * width)
 
 
 def mlp(place: str, hidden: int, inner: int) -> Shapes:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from pymerge.methods.work import eigen
 from pymerge.ops.delta_rule import DeltaRule, mask_key, resolve
 from pymerge.ops.native import delta_params
 
-ENTRIES, TASKS = 1 << 22, 4  # a tile of a merge: more than caches hold
+ENTRIES, FEW, TASKS = 1 << 22, 1 << 18, 4  # a tile of a merge: more than caches hold
 SIDE, SMALL_SIDE = 1024, 512  # of matrices
 FILE_BYTES, BUFFER, BLOCK = 256 << 20, 64 << 20, 8 << 20
 ROUNDS, STARTS = 5, 3
-TORCH = {"merge_method": "tsv_m"}
+LARGE_SIDE, WRITTEN = 8192, 1 << 20  # of the matrix of a larger merge; bytes written at once
+LINEAR, TORCH = {"merge_method": "linear", "parameters": {"weight": 1}}, {"merge_method": "tsv_m"}
 
 
 def typical(run: Callable[[], object], rounds: int = ROUNDS, clock: Callable[[], float] = time.thread_time) -> float:
@@ -52,7 +53,7 @@ def calibrate(folder: Path | None = None) -> Rates:
     with threads_of_numerics(1), torch.no_grad():
         found: dict[str, Any] = {"kernels": kernel_seconds(), **matrix_rates()}
     found["memory"] = memory_rate()
-    found |= disk_rates(folder or Path.cwd()) | start_seconds()
+    found |= disk_rates(folder or Path.cwd()) | merge_rates(found["kernels"])
     return dataclasses.replace(Rates(), **found, sources=dict.fromkeys(found, "measured"))
 
 
@@ -86,16 +87,20 @@ def kernel_seconds() -> dict[str, float]:
         "elect": dataclasses.replace(plain, elect="authors"),
         "cut": cut,
     }
+    few_entries = HeldSurvey(dataclasses.replace(survey.tile, count=FEW))
+    many = typical(lambda: survey.kth(ranks, plain, False))
+    few = typical(lambda: few_entries.kth((FEW // 5,) * TASKS, plain, False))
     seconds = {kind: merged(rule) - all_tasks for kind, rule in rules.items()} | {
         "task": (all_tasks - one) * TASKS / (TASKS - 1),
-        "kth": typical(lambda: survey.kth(ranks, plain, False)),
         "gram": typical(survey.gram),
         "l1": typical(lambda: survey.l1(cut)),
         "signs": typical(lambda: survey.signs(dataclasses.replace(cut, elect="authors"))),
         "histogram": typical(lambda: histogram(survey.tile)),
     }
     each = {kind: max(0.0, value) / (TASKS * ENTRIES) for kind, value in seconds.items()}
-    return each | {"entry": max(0.0, one / ENTRIES - each["task"])}
+    kth = max(0.0, many - few) / (TASKS * (ENTRIES - FEW))
+    asked = {"kth": kth, "asked": max(0.0, few / TASKS - kth * FEW)}
+    return each | asked | {"entry": max(0.0, one / ENTRIES - each["task"])}
 
 
 def histogram(tile: Tile) -> None:
@@ -140,7 +145,7 @@ def memory_rate() -> float:
 
 
 def disk_rates(folder: Path) -> dict[str, float]:
-    """Direct writes with fsync, by the clock and by the processor; the first read, which this system's page cache has
+    """Direct writes with fsync; the first read, which this system's page cache has
     nothing of (a host's may); reads from the page cache. Through a buffer as large as a merge's."""
     buffer = mmap.mmap(-1, BUFFER)
     buffer.write(os.urandom(BLOCK) * (BUFFER // BLOCK))
@@ -160,7 +165,7 @@ def disk_rates(folder: Path) -> dict[str, float]:
             every(lambda part, at: os.preadv(file.fileno(), [part], at))
 
         try:
-            seconds = {"write": typical(write, 3, time.perf_counter), "handed": typical(write, 3)}
+            seconds = {"write": typical(write, 3, time.perf_counter)}
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             seconds |= {"disk": typical(read, 1, time.perf_counter), "cached": typical(read)}
         finally:
@@ -176,26 +181,34 @@ def opened_direct(path: str) -> int:
         return os.open(path, os.O_WRONLY)
 
 
-def start_seconds() -> dict[str, float]:
-    """Processor seconds of a merge of one small matrix by the command line, without and with torch."""
+def merge_rates(kernels: Mapping[str, float]) -> dict[str, float]:
+    """Processor seconds of a merge of one small matrix by the command line, without and with torch; and what a large
+    one takes more, less the arithmetic, by bytes."""
     with tempfile.TemporaryDirectory(prefix="pymerge-calibrate-") as folder:
         root = Path(folder)
-        models = [write_tiny(root / name, number) for number, name in enumerate(("base", "a", "b"))]
         found = {}
-        for kind, steps in (("start", {"merge_method": "linear", "parameters": {"weight": 1}}), ("torch", TORCH)):
+        for kind, steps, side in (("start", LINEAR, 8), ("torch", TORCH, 8), ("moved", LINEAR, LARGE_SIDE)):
+            (root / kind).mkdir()
+            models = [write_model(root / kind / str(number), side, number) for number in range(3)]
             recipe = {**steps, "base_model": models[0], "models": [{"model": model} for model in models[1:]]}
-            path = root / f"{kind}.yaml"
+            path = root / kind / "recipe.yaml"
             path.write_text(json.dumps(recipe))
-            found[kind] = started(path, root / kind)
-        return found
+            found[kind] = started(path, root / kind / "out")
+    entries = LARGE_SIDE**2
+    more = found["moved"] - found["start"] - entries * (kernels["entry"] + 2 * kernels["task"])
+    return found | {"moved": 2 * 3 * entries / max(more, 1e-3)}
 
 
-def write_tiny(folder: Path, number: int) -> str:
-    """A model of one matrix [8, 8] in bfloat16."""
+def write_model(folder: Path, side: int, number: int) -> str:
+    """A model of one matrix [side, side] in bfloat16."""
     folder.mkdir()
-    head = json.dumps({"layer.weight": {"dtype": "BF16", "shape": [8, 8], "data_offsets": [0, 128]}}).encode()
+    size = 2 * side * side
+    head = json.dumps({"layer.weight": {"dtype": "BF16", "shape": [side, side], "data_offsets": [0, size]}}).encode()
     values = bytes((i * (7 + number)) % 61 for i in range(128))
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + values)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for _ in range(0, size, min(size, WRITTEN)):
+            file.write(values * (min(size, WRITTEN) // 128))
     return str(folder)
 
 

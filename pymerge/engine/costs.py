@@ -104,7 +104,8 @@ def questions(rule: DeltaRule, entries: float, *, held: bool) -> dict[str, float
         "l1": int(rule.rescale == "l1"),
         "signs": int(rule.elect == "authors"),
     }
-    return {kind: count * entries for kind, count in asked.items() if count}
+    found = {kind: count * entries for kind, count in asked.items() if count}
+    return found | ({"asked": float(cuts * len(rule.weights))} if held and cuts else {})
 
 
 def files_of(plan: Plan) -> set[Path]:

@@ -21,7 +21,7 @@ MEANING = {
     "cached": "reading from the page cache, a thread",
     "disk": "reading what is not in the page cache (a host's cache may have it)",
     "write": "writing, put on disk",
-    "handed": "handing over what is written, a thread",
+    "moved": "what a merge reads and writes, arithmetic apart, a thread",
     "memory": "copies in memory, all threads",
     "link": "between host and GPU",
     "start": "of a merge, without torch",
@@ -63,7 +63,7 @@ def show_rates(rates: Rates, file: str) -> None:
     )
     kernels = Table("kernel", "a thread", box=None, padding=(0, 2, 0, 0))
     for kind, seconds in rates.kernels.items():
-        kernels.add_row(kind, f"{1e9 * seconds:.2f} ns an entry")
+        kernels.add_row(kind, f"{1e9 * seconds:.2f} ns")
     console.print(kernels)
 
 

@@ -13,14 +13,16 @@ from typing import Any
 from pymerge.errors import RecipeError
 from pymerge.version import __version__
 
-# Seconds of one thread for an entry (`entry`: base, rounding, checksum; the others: for an entry of each task).
+# Seconds of one thread for an entry (`entry`: base, rounding, checksum; the others: for an entry of each task, `asked`:
+# for each task of a tensor in memory that is asked for a rank).
 KERNELS = {
     "entry": 1.5e-9,
     "task": 0.35e-9,
     "random": 1.0e-9,
     "elect": 0.3e-9,
     "cut": 0.3e-9,
-    "kth": 2.0e-9,
+    "kth": 0.4e-9,
+    "asked": 4.0e-4,
     "gram": 0.5e-9,
     "l1": 0.5e-9,
     "signs": 0.8e-9,
@@ -37,7 +39,7 @@ class Rates:
     touch                  bytes a second and thread that plain tensor operations read and write
     kernels                seconds a thread takes for an entry: see KERNELS
     cached, disk, write    bytes a second: reading from the page cache, reading what is not in it, writing
-    handed                 bytes a second and thread that are handed to the disk to be written
+    moved                  bytes a second and thread that a merge reads and writes, arithmetic apart
     memory                 bytes a second that all threads together read and write
     start, torch           seconds until a merge has begun and after it has ended, without and with torch
     sources                where each rate is from, by its name; those that are not in it are built in
@@ -51,7 +53,7 @@ class Rates:
     cached: float = 4.0e9
     disk: float = 1.5e9
     write: float = 1.0e9
-    handed: float = 1.0e10
+    moved: float = 4.0e9
     memory: float = 2.0e10
     start: float = 0.5
     torch: float = 2.0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymerge.checkpoint import Checkpoint
 from pymerge.checkpoint.index import read_json_object
-from pymerge.checkpoint.shapes import PUBLISHED, ShapeTensor, shape_models
+from pymerge.checkpoint.shapes import PUBLISHED, made, shape_models
 from pymerge.engine.local import plan_merge
 from pymerge.engine.plan import Options, Plan
 from pymerge.errors import InputError, RecipeError
@@ -66,7 +66,7 @@ def moments_of(model: Checkpoint) -> Statistics:
         for name, tensor in model.items()
         if len(tensor.shape) == 2 and ".layers." in name
     }
-    file = {f"{name}.mean": ShapeTensor(f"{name}.mean", "F32", (width,)) for name, width in widths.items()}
+    file = made({f"{name}.mean": (width,) for name, width in widths.items()}, "F32")
     return Statistics(
         header=Header(model={}, data={}, modules={name: name for name in widths}),
         file=Checkpoint(None, None, file, []),

@@ -178,7 +178,7 @@ def times(cost: Cost, job: Job, cluster: Cluster) -> Times:
 
 def copying(cost: Cost, rates: Rates) -> float:
     """Seconds of one thread for what is read and written, whatever the disk takes."""
-    return cost.read / rates.cached + cost.written / rates.handed
+    return (cost.read + cost.written) / rates.moved
 
 
 def processor_seconds(job: Job, rates: Rates) -> float:
@@ -242,7 +242,7 @@ def simulated(plan: Plan, cluster: Cluster) -> dict[str, Any]:
 
 
 ERROR = (
-    "an estimate: compared with measured merges on one machine alone (benchmarks/results/cost_model.md has the errors); "
+    "an estimate: compared with merges on one machine alone (benchmarks/results/cost_model.md has the errors); "
     "several nodes and GPUs are not measured"
 )
 
@@ -255,7 +255,7 @@ def described(cluster: Cluster) -> dict[str, Any]:
     """What was assumed, and where each figure is from."""
     rates, gpu = cluster.rates, cluster.gpu
     used = ["disk", "write", "start", "torch"]
-    used += [] if gpu else ["cached", "handed", "memory", "single", "double", "eigen", "touch"]
+    used += [] if gpu else ["moved", "memory", "single", "double", "eigen", "touch"]
     found: dict[str, Any] = {"nodes": cluster.nodes, "cores": cluster.cores, "gpus": cluster.gpus}
     found["rates"] = {name: {"value": getattr(rates, name), "source": rates.source(name)} for name in used}
     if gpu is not None:

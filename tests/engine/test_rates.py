@@ -59,11 +59,13 @@ def test_a_calibration_measures_every_rate(cache, tmp_path, monkeypatch):
     from pymerge.engine import calibrate
 
     monkeypatch.setattr(calibrate, "ENTRIES", 1 << 14)
+    monkeypatch.setattr(calibrate, "FEW", 1 << 12)
     monkeypatch.setattr(calibrate, "SIDE", 64)
     monkeypatch.setattr(calibrate, "SMALL_SIDE", 32)
     monkeypatch.setattr(calibrate, "FILE_BYTES", 16 << 20)
     monkeypatch.setattr(calibrate, "ROUNDS", 1)
     monkeypatch.setattr(calibrate, "STARTS", 1)
+    monkeypatch.setattr(calibrate, "LARGE_SIDE", 1024)
     found = calibrate.calibrate(tmp_path)
     numbers = {f.name for f in dataclasses.fields(Rates)} - {"sources"}
     assert set(found.sources) == numbers
