@@ -121,8 +121,8 @@ def cost(name: str, row: dict[str, str]) -> str:
         memory, of = step.workspace(SIZE), "4 tasks"
     if not memory:
         return reads + "It is done on streams of entries, in as little memory as is asked for.\n"
-    estimated = type(step).flops is not Method.flops
-    work = f", and with {step.flops(SIZE) / 1e12:.1f} TFLOP" if estimated else ""
+    estimated = type(step).work is not Method.work
+    work = f", and with {step.work(SIZE).flops / 1e12:.1f} TFLOP" if estimated else ""
     parts = {"tensor": "", "rows": " Rows may come piece by piece.", "entries": " Entries may come piece by piece."}
     return (
         f"{reads}For a matrix of 4096 x 4096 and {of} a step plans with {memory / 1e6:.0f} MB beside inputs and result"

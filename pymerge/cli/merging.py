@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +19,9 @@ from pymerge.cli.options import (
     Memory,
     Prefer,
     RecipePath,
+    Shape,
     ShardSize,
+    Simulate,
     Threads,
     budget,
     bytes_of,
@@ -150,7 +151,7 @@ def extract_lora(
 
 @app.command(epilog=examples("pymerge plan recipe.yaml", "pymerge plan recipe.yaml --memory 8GB --json"))
 def plan(
-    recipe: RecipePath,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="YAML file; none with --method.")] = None,
     memory: Memory = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -159,17 +160,29 @@ def plan(
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
     download: Download = False,
+    simulate: Simulate = None,
+    shape: Shape = None,
+    method: Annotated[str | None, typer.Option(help="With --shape, in place of a recipe: at its defaults.")] = None,
+    models: Annotated[
+        int | None, typer.Option(min=1, help="How many that merges, beside the base. Default: 2.")
+    ] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine for estimates, first.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     debug: Debug = False,
 ) -> None:
     """Say what `merge` would do: every problem, bytes, memory, an estimate of the time. Computes nothing."""
     with reported_errors(debug), hub.access(download=download):
-        from pymerge.engine.describe import describe_plan, show_plan
-        from pymerge.engine.local import plan_merge
+        from pymerge.cli.planning import Asked, calibrated, planned, said
         from pymerge.engine.plan import Options
         from pymerge.recipe import Recipe
 
-        described = Recipe.from_yaml(recipe)
+        described = Recipe.from_yaml(recipe, models_must_exist=shape is None) if recipe is not None else None
+        asked = Asked(recipe=described, simulate=simulate, shape=shape, method=method, models=models)
+        asked.check(calibrate)
+        if calibrate:
+            calibrated(as_json and asked.nothing)
+        if asked.nothing:
+            return
         options = Options(
             memory=budget(memory, described, device),
             threads=threads,
@@ -179,11 +192,7 @@ def plan(
             allow_pickle=allow_pickle,
             prefer=prefer,
         )
-        planned = plan_merge(described, options)
-        if as_json:
-            print(json.dumps(describe_plan(planned, options), indent=1))
-        else:
-            show_plan(planned, options)
+        said(asked, *planned(asked, options), as_json)
 
 
 @app.command(epilog=examples("pymerge verify merged/", "pymerge verify merged/ --load --against recipe.yaml"))

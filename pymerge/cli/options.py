@@ -41,6 +41,21 @@ Prefer = Annotated[
     Literal["single", "sharded"] | None, typer.Option(help="single | sharded: which to read where a folder holds both.")
 ]
 
+Simulate = Annotated[
+    str | None,
+    typer.Option(
+        help="Predict the time on other machines, e.g. nodes=16,gpus=8,disk=5GB/s,net=100Gbit/s. What is not given is "
+        "as here. Keys: nodes, gpus, cores, gpu (h100 or 60TFLOP/s), disk, read, write, storage, net, link, memory, "
+        "single, double, eigen."
+    ),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Plan models of this shape, without weights: llama3-8b, llama3-70b, llama3-405b, mixtral-8x22b, "
+        "deepseek-v3 or a config.json."
+    ),
+]
 Download = Annotated[
     bool,
     typer.Option(

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import platform
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,25 @@ from rich.table import Column, Table
 from pymerge.checkpoint import safe_name
 from pymerge.engine.devices import HOST
 from pymerge.engine.observing import observing_bytes
-from pymerge.engine.plan import Item, Options, Plan
+from pymerge.engine.plan import Options, Plan
 from pymerge.engine.process import resident_memory
+from pymerge.engine.rates import known_rates
+from pymerge.engine.simulate import local
 from pymerge.methods import Auto, MethodInfo
 from pymerge.version import __version__
-
-# Rates of the 2-core machine that benchmarks/ are run on; a plan's time is an estimate, not a promise.
-READ_RATE, WRITE_RATE = 1.5e9, 1.0e9  # bytes a second, cold disk and direct writes
-ENTRY_RATE = {"one pass": 2.0e9, "survey": 0.8e9, "generic": 0.3e9}  # task entries a second and thread
-FLOP_RATE = 4.0e10  # of the steps for matrices, a second and thread: a third of the float32 product rate
-STARTUP = 0.5  # seconds
-
-
-def work_of(item: Item) -> str:
-    """Which rate applies."""
-    if item.mode == "generic":
-        return "generic"
-    return "survey" if item.mode in ("held", "swept") or item.survey_scope is not None else "one pass"
 
 
 def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
     """The plan in numbers: bytes, memory, estimated seconds, what is copied, the largest items, notes."""
-    here = [item for item in plan.items if item.device == HOST]
-    compute = sum(item.count * len(item.inputs) / ENTRY_RATE[work_of(item)] for item in here)
-    compute += sum(item.spectral_flops for item in here if item.mode == "generic") / FLOP_RATE
+    rates = known_rates()
     observing = describe_observing(plan)
-    compute += observing.get("flops", 0) / FLOP_RATE
-    seconds = max([compute / options.thread_count, *(device.seconds for device in plan.devices)])
-    read, write = plan.read_bytes / READ_RATE, plan.write_bytes / WRITE_RATE
+    seconds = local(plan, options, rates).seconds
+    if plan.devices:
+        here = replace(plan, items=tuple(item for item in plan.items if item.device == HOST))
+        busy = [local(here, options, rates).seconds["compute"], *(device.seconds for device in plan.devices)]
+        longest = max(seconds["read"], seconds["write"], *busy)
+        seconds |= {"compute": max(busy), "total": seconds["start"] + longest}
+    observed = observing.get("flops", 0) / rates.single / options.thread_count
     modes: dict[str, int] = {}
     for item in plan.items:
         modes[item.mode] = modes.get(item.mode, 0) + 1
@@ -61,11 +52,12 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
         "threads": options.thread_count,
         **({"devices": [device.plain() for device in plan.devices]} if plan.devices else {}),
         "seconds": {
-            "read": round(read, 2),
-            "compute": round(seconds, 2),
-            "write": round(write, 2),
-            "total": round(STARTUP + max(read, write, seconds), 2),
+            "read": round(seconds["read"], 2),
+            "compute": round(seconds["compute"] + observed, 2),
+            "write": round(seconds["write"], 2),
+            "total": round(seconds["total"] + observed, 2),
         },
+        "rates": rates.source("single"),
         "largest": [
             {
                 "name": safe_name(i.entry.name),
@@ -96,10 +88,11 @@ def show_plan(plan: Plan, options: Options) -> None:
     facts, console = describe_plan(plan, options), Console(highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     counts, seconds = facts["tensors"], facts["seconds"]
+    rates = "measured here" if facts["rates"] == "measured" else "built in, `pymerge plan --calibrate` measures yours"
     if "align" in facts:
         table.add_row("align", align_in_words(facts["align"]))
     table.add_row("tensors", f"{counts['merged']} merged, {counts['copied']} copied")
-    table.add_row("read", f"{facts['bytes_read'] / 1e9:.2f} GB, about {seconds['read']:.1f} s from disk")
+    table.add_row("read", f"{facts['bytes_read'] / 1e9:.2f} GB, about {seconds['read']:.1f} s")
     table.add_row(
         "write", f"{facts['bytes_written'] / 1e9:.2f} GB in {facts['shards']} file(s), about {seconds['write']:.1f} s"
     )
@@ -122,7 +115,7 @@ def show_plan(plan: Plan, options: Options) -> None:
             f"{device['items']} items, {device['bytes'] / 1e9:.2f} GB, {device['flops'] / 1e9:.2f} GFLOP, "
             f"memory at most {device['peak_bytes'] / 1e9:.2f} GB",
         )
-    table.add_row("together", f"about {seconds['total']:.1f} s (the three overlap)")
+    table.add_row("together", f"about {seconds['total']:.1f} s (the three overlap; rates: {rates})")
     table.add_row("memory", f"at most {facts['memory_limit'] / 1e9:.2f} GB")
     console.print(table)
     biggest = Table("largest tensors", "shape", "read", "in memory", "how", box=None, padding=(0, 2, 0, 0))

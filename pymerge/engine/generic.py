@@ -41,6 +41,7 @@ _here = threading.local()  # numeric threads that were set in this thread
 @contextmanager
 def threads_of_numerics(count: int) -> Iterator[None]:
     """BLAS libraries use `count` threads, and torch in the thread that is here; other threads: see `use_threads`."""
+    import scipy.linalg.cython_lapack  # noqa: F401  only libraries that are loaded are limited, and `linalg` calls this one
     from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads()

@@ -31,6 +31,7 @@ from pymerge.engine.plan import Item, Options, Plan
 from pymerge.engine.process import resident_memory
 from pymerge.engine.progress import make_progress
 from pymerge.engine.questions import answered, model_rule
+from pymerge.engine.rates import known_rates
 from pymerge.engine.ray_cluster import RETRIES, Cluster, connected, processors
 from pymerge.engine.ray_worker import Job, ask_share, merge_share
 from pymerge.engine.shares import Answers, Share, cut, digest_of, looks, merge_seconds, question_seconds
@@ -122,7 +123,7 @@ class Run:
 
     def __init__(self, cluster: Cluster, job: Any, executor: Share, threads: int) -> None:
         self.cluster, self.job, self.executor, self.threads = cluster, job, executor, threads
-        self.answers = Answers()
+        self.answers, self.rates = Answers(), known_rates()
 
     def merge(self) -> None:
         """Everything that is not done yet. A worker that is told to stop returns what it has; the rest goes round
@@ -141,7 +142,7 @@ class Run:
         plan, staged = self.executor.plan, self.executor.sink
         assert isinstance(staged, StagedOutput)
         items = [plan.items[n] for n in numbers]
-        cost = partial(merge_seconds, threads=self.threads)
+        cost = partial(merge_seconds, threads=self.threads, rates=self.rates)
         shares = cut(items, cost, self.cluster.places)
         shares.sort(key=lambda share: -sum(cost(items[n]) for n in share))  # the longest end last if they begin last
         done, answers = staged.done, self.cluster.put(self.answers)
@@ -181,7 +182,8 @@ class Run:
         return reduce(step.join, answers) if answers else None
 
     def cut(self, items: Sequence[Item], *, joins: bool = True) -> list[list[int]]:
-        return cut(items, partial(question_seconds, threads=self.threads), self.cluster.places, joins=joins)
+        cost = partial(question_seconds, threads=self.threads, rates=self.rates)
+        return cut(items, cost, self.cluster.places, joins=joins)
 
     def asked(
         self, kind: str, number: int, items: Sequence[Item], shares: Sequence[Sequence[int]], asked: Sequence[Any]

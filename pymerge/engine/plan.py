@@ -36,6 +36,7 @@ from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
+from pymerge.methods.work import NOTHING, Work
 from pymerge.ops.delta_rule import DeltaRule
 from pymerge.recipe import Recipe, Steps
 
@@ -133,23 +134,23 @@ class Item:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the merge pass: subtract, weigh and add per task, add the base and scale.
-
-        Surveys are comparisons and sums: about two a task and entry each. Steps for matrices say their own."""
+        """Floating-point operations of the merge pass: subtract, weigh and add per task, add the base and scale; about
+        two a task and entry for surveys. Steps for matrices say their own."""
         if self.mode == "copy":
             return 0
         tasks, asked = len(self.entry.tuned), self.rule is not None and self.rule.needs_survey
         element_wise = self.count * (3 * tasks + 2 + (2 * tasks if asked else 0))
-        return element_wise + (self.spectral_flops if self.mode == "generic" else 0)
+        return element_wise + int(self.work.flops)
 
     @property
-    def spectral_flops(self) -> int:
-        """Estimate of what the steps for matrices compute."""
+    def work(self) -> Work:
+        """What the steps that are no rule compute; matrices merged as one are counted apart."""
+        if self.mode != "generic":
+            return NOTHING
         assert self.entry.steps is not None
         if self.factored:
-            return 2 * self.count * rank_sum(self.entry)
-        info = self.info(seed=0)
-        return sum(step.flops(info) for step in self.entry.steps.all)
+            return Work(single=2.0 * self.count * rank_sum(self.entry))
+        return sum((step.work(self.info(seed=0)) for step in self.entry.steps.all), NOTHING)
 
     @property
     def survey_reads(self) -> int:

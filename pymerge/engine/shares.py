@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pymerge.engine.asking import survey_key
-from pymerge.engine.describe import ENTRY_RATE, FLOP_RATE, READ_RATE, WRITE_RATE, work_of
+from pymerge.engine.costs import merge_cost
 from pymerge.engine.execute import Executor
 from pymerge.engine.plan import Item, Plan
+from pymerge.engine.rates import Rates
 from pymerge.methods.base import Combine, Purify
 from pymerge.ops.delta_rule import DeltaRule
 
@@ -61,17 +62,16 @@ def looks(item: Item) -> int:
     return 1 + (item.rule_reads if item.mode == "swept" else 0)
 
 
-def merge_seconds(item: Item, threads: int) -> float:
+def merge_seconds(item: Item, threads: int, rates: Rates) -> float:
     """Estimate for one process; only ratios matter."""
-    compute = item.count * len(item.inputs) / ENTRY_RATE[work_of(item)]
-    compute += item.spectral_flops / FLOP_RATE if item.mode == "generic" else 0.0
-    read = item.read_bytes * looks(item)
-    return max(read / READ_RATE, item.count * item.out_width / WRITE_RATE, compute / threads)
+    cost = merge_cost(item)
+    return max(cost.read * looks(item) / rates.disk, cost.written / rates.write, cost.seconds(rates) / threads)
 
 
-def question_seconds(item: Item, threads: int) -> float:
+def question_seconds(item: Item, threads: int, rates: Rates) -> float:
     """Likewise, for one look at the item."""
-    return max(item.read_bytes / READ_RATE, item.count * len(item.inputs) / ENTRY_RATE["survey"] / threads)
+    entries = item.count * len(item.inputs)
+    return max(item.read_bytes / rates.disk, entries * rates.kernels["histogram"] / threads)
 
 
 def cut(items: Sequence[Item], seconds: Callable[[Item], float], places: int, *, joins: bool = True) -> list[list[int]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, 
 from pymerge.errors import RecipeError
 from pymerge.methods.param import REQUIRED, STYLES, UNUSED, Auto, Param, Style, complete, param, params_of
 from pymerge.methods.registry import REGISTRY, register
+from pymerge.methods.work import Work, passes, truncated
 from pymerge.ops.delta_rule import DeltaRule
 
 if TYPE_CHECKING:
@@ -191,11 +192,13 @@ class Method:
         The default: the task vectors and two more tensors in float32."""
         return 0 if self.element_wise else 4 * info.numel * (info.tasks + 2)
 
-    def flops(self, info: TensorInfo) -> int:
-        """Order of magnitude of the floating-point operations on a tensor of info's shape, for estimates of time."""
+    def work(self, info: TensorInfo) -> Work:
+        """What the step computes on a tensor of info's shape, for estimates of time.
+
+        The default: a few passes over the task vectors; of steps for matrices a decomposition of each."""
         if not self.spectral or len(info.shape) != 2:
-            return 0
-        return 8 * info.tasks * info.numel * min(info.shape)
+            return passes(info.numel, 0 if self.element_wise else 8 * info.tasks)
+        return (truncated(*info.shape, min(info.shape)) + passes(info.numel, 8)).times(info.tasks)
 
 
 class Purify(Method):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymerge.methods.base import MatrixCombine, TaskGroup, TensorInfo, param, register
+from pymerge.methods.work import Work, passes, truncated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,13 @@ class Cart(MatrixCombine):
             shares.append(float(found.info.captured))
         group.notes.facts |= {"rank": kept, "captured": shares}
         return merged.mul_(self.scale)
+
+    def work(self, info: TensorInfo) -> Work:
+        """The leading triplets of each difference, and their product."""
+        m, n = info.shape
+        rank = max(1, int(self.rho * min(m, n)))
+        task = truncated(m, n, rank) + Work(single=2.0 * m * n * rank) + passes(info.numel, 4)
+        return task.times(info.tasks)
 
     def workspace(self, info: TensorInfo) -> int:
         """The average, a difference, singular vectors, Gram matrix and what its eigensolver takes in float64."""

@@ -12,6 +12,7 @@ from pymerge.methods.base import Combine, MatrixCombine, TaskGroup, TensorInfo, 
 from pymerge.methods.matrices import Rest
 from pymerge.methods.param import Auto
 from pymerge.methods.surveyed import SurveyedCombine
+from pymerge.methods.work import NOTHING, Work, cholesky_solve, eigen, passes, polar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,13 +159,20 @@ class Esm(SurveyedCombine, MatrixCombine):  # pyright: ignore[reportIncompatible
     def workspace(self, info: TensorInfo) -> int:
         return esm_bytes(info)
 
-    def flops(self, info: TensorInfo) -> int:
+    def work(self, info: TensorInfo) -> Work:
         """Eigenproblem and products of each task, polar factors; as often as updates are computed."""
         if len(info.shape) != 2:
-            return 0
-        (m, n), q = info.shape, min(info.shape)
-        each = 2 * info.tasks * (m * n * n + m * n * q + 4 * q**3) + 12 * m * n * q + 40 * m**3
-        return (1 + self.rounds) * each
+            return NOTHING
+        m, n = info.shape
+        count = max(1, m // info.tasks)
+        q = min(count * info.tasks, n)
+        if m <= n:
+            task = Work(double=float(m) * n**2 + 2.0 * m**2 * n) + eigen(m, count / m)
+        else:
+            task = cholesky_solve(n, 0) + Work(double=3.0 * m * n**2) + eigen(n, min(1.0, count / n))
+        task += Work(single=2.0 * m * n * count) + passes(info.numel + 2 * n * n, 4)
+        each = task.times(info.tasks) + polar(m, q) + polar(q, n) + Work(single=2.0 * m * n * q)
+        return each.times(1 + self.rounds)
 
 
 @dataclass(frozen=True, kw_only=True)

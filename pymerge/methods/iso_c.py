@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pymerge.methods.base import MatrixCombine, TaskGroup, TensorInfo, param, register
+from pymerge.methods.work import Work, passes, polar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,10 @@ class IsoC(MatrixCombine):
         group.notes.facts |= {"rank": rank, "mean_singular_value": mean, "condition": float(found.condition)}
         group.notes.basis = lambda: sp.directions_of_sum(base, tuned, rank)
         return found.factor.mul_(mean).mul_(self.scale)
+
+    def work(self, info: TensorInfo) -> Work:
+        """The polar factor of the sum."""
+        return polar(*info.shape) + passes(info.numel, info.tasks + 8)
 
     def workspace(self, info: TensorInfo) -> int:
         """The sum, a float64 product in blocks, Gram matrix and what is inverted in float64."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pymerge.methods.base import MatrixCombine, TaskGroup, TensorInfo, param, register
+from pymerge.methods.work import Work, eigen, gram, passes, polar, truncated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,21 @@ class IsoCTS(MatrixCombine):
         facts["condition"] = [float(left.condition), condition]
         group.notes.basis = lambda: cs.stacked_directions(base, tuned, rank, left.factor, right, stack_tol)
         return merged.mul_(mean).mul_(self.scale)
+
+    def work(self, info: TensorInfo) -> Work:
+        """The polar factor and the last directions of the sum, triplets of each task outside the common ones, and the
+        polar factors of both stacks with the products between them."""
+        m, n = info.shape
+        r, long = min(m, n), max(m, n)
+        count, each = self.split(r, info.tasks)
+        own, left = each * info.tasks, r - count
+        total = polar(m, n) + gram(r, long) + eigen(r, left / max(1, r)) + passes(info.numel, 6 * info.tasks)
+        if m <= n:
+            task = Work(single=2.0 * left * m * n) + truncated(left, n, each)
+        else:
+            task = Work(single=4.0 * m * n * n) + truncated(m, n, each)
+        stacks = polar(m, own) + gram(own, m) + gram(2 * own, n) + eigen(own) + eigen(2 * own)
+        return total + task.times(info.tasks) + stacks + Work(single=18.0 * m * n * own)
 
     def workspace(self, info: TensorInfo) -> int:
         """The sum and its polar factor, a task vector, a product of that size; Gram matrix and inverses in float64."""

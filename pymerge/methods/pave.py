@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pymerge.errors import RecipeError
 from pymerge.methods.base import Auto, PerModel, TaskGroup, TensorInfo, param, per_task, register
 from pymerge.methods.surveyed import SurveyedPurify
+from pymerge.methods.work import NOTHING, Work, eigen, gram, passes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +70,19 @@ class Pave(SurveyedPurify):
         m, n = info.shape
         k = min(m, n)
         return 8 * (3 * n * n + 4 * m * n + 4 * k * k)
+
+    def work(self, info: TensorInfo) -> Work:
+        """Activated weights of each task, once more with their singular values where the ranks are searched for, and
+        the directions that are dropped."""
+        if len(info.shape) != 2:
+            return NOTHING
+        m, n = info.shape
+        k = min(m, n)
+        lost = k - round(k * min(per_task(self.rank_ratio, info.tasks)))
+        activated = Work(double=2.0 * m * n**2) + passes(info.numel + 2 * n * n, 4)
+        found = gram(k, max(m, n)) + eigen(k, lost / k) + Work(double=4.0 * m * n * lost)
+        searched = activated + gram(k, max(m, n)) + eigen(k, 0.0)
+        return (activated + found + (NOTHING if self.allocation == "none" else searched)).times(info.tasks)
 
     @property
     def asks(self) -> bool:

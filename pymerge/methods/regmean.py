@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.errors import NumericError
 from pymerge.methods.base import LayerInput, MatrixCombine, TaskGroup, TensorInfo, param, register
+from pymerge.methods.work import NOTHING, Work, cholesky_solve, passes
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +49,13 @@ class RegMean(MatrixCombine):
         m, n = info.shape
         return 8 * (3 * n * n + 4 * m * n)  # the sum, its factor, copies of both; right-hand sides, solutions, copies
 
-    def flops(self, info: TensorInfo) -> int:
+    def work(self, info: TensorInfo) -> Work:
+        """A product with each task's moments, one solve."""
         if len(info.shape) != 2:
-            return 0
+            return NOTHING
         m, n = info.shape
-        return n * n * (2 * m * (info.tasks + 2) + n)
+        task = Work(double=2.0 * m * n**2) + passes(info.numel + 2 * n * n, 4)
+        return task.times(info.tasks) + cholesky_solve(n, m)
 
     def combine(self, group: TaskGroup) -> Tensor:
         import torch

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pymerge.methods.base import MatrixCombine, TaskGroup, TensorInfo, param, register
+from pymerge.methods.work import Work, eigen, gram, passes, truncated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,14 @@ class Star(MatrixCombine):
         if 0 in ranks:
             group.notes.facts["skipped_tasks"] = [t for t in range(tasks) if not ranks[t]]
         return merged.mul_(self.scale)
+
+    def work(self, info: TensorInfo) -> Work:
+        """Singular values and leading triplets of each task: about half of eta percent of them, as of random ones."""
+        m, n = info.shape
+        rank = max(1, int(self.eta / 200 * min(m, n)))
+        values = gram(min(m, n), max(m, n)) + eigen(min(m, n), 0.0)
+        task = values + truncated(m, n, rank) + Work(single=2.0 * m * n * rank) + passes(info.numel, 3)
+        return task.times(info.tasks)
 
     def workspace(self, info: TensorInfo) -> int:
         """A task vector, singular vectors, Gram matrix and eigenvectors in float64."""

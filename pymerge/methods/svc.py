@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pymerge.errors import NonFinite, RecipeError
 from pymerge.methods.base import Auto, Calibrate, TaskGroup, TensorInfo, param, register
+from pymerge.methods.work import NOTHING, Work, eigen, gram, passes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,15 @@ class SVC(Calibrate):
         k = min(m, n)
         widened = 16 * k * min(max(m, n), 2048)  # to float64 and contiguous, by the Gram matrix
         return widened + 24 * k * k + 4 * k * (m + n)  # Gram matrix, eigenvectors; directions and responses
+
+    def work(self, info: TensorInfo) -> Work:
+        """All singular directions of the update, the responses of the update and the tasks to them, the update."""
+        if len(info.shape) != 2:
+            return NOTHING
+        m, n = info.shape
+        k = min(m, n)
+        directions = gram(k, max(m, n)) + eigen(k) + Work(double=2.0 * m * n * k if m > n else 0.0)
+        return directions + Work(single=2.0 * (info.tasks + 2) * m * n * k) + passes(info.numel, info.tasks + 2)
 
     def calibrate(self, update: Tensor, group: TaskGroup) -> Tensor:
         from pymerge.methods._svc_directions import Divisors, calibration

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pymerge.methods.base import MatrixCombine, TaskGroup, TensorInfo, param, register
+from pymerge.methods.work import Work, passes, polar, truncated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +58,14 @@ class TsvM(MatrixCombine):
         group.notes.facts["mean_singular_value"] = sp.sum64(values) / (count * tasks)
         group.notes.facts["condition"] = [float(left.condition), float(right.condition)]
         return ((left.factor * values) @ right.factor.mT).mul_(self.scale)
+
+    def work(self, info: TensorInfo) -> Work:
+        """The leading triplets of each task, both polar factors, their product."""
+        m, n = info.shape
+        count = min(m, n) // info.tasks
+        kept = count * info.tasks
+        each = truncated(m, n, count) + passes(info.numel, 4)
+        return each.times(info.tasks) + polar(m, kept) + polar(n, kept) + Work(single=2.0 * m * n * kept)
 
     def workspace(self, info: TensorInfo) -> int:
         """A task vector; both stacks and their factors; Gram matrix and eigenvectors in float64, and a polar factor's

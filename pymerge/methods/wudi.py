@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pymerge.methods.base import MatrixCombine, TaskGroup, TensorInfo, param, register
+from pymerge.methods.work import Work, passes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,15 @@ class Wudi(MatrixCombine):
         if problem.skipped:
             group.notes.facts["skipped_tasks"] = problem.skipped
         return merged.mul_(self.scale)
+
+    def work(self, info: TensorInfo) -> Work:
+        """Gram matrices and products of each task once, then a product and Adam's passes a step."""
+        m, n = info.shape
+        by_factors = 2 * info.tasks * m < n
+        task = 4.0 * m * n * min(m, n) + (0.0 if by_factors or m >= n else 2.0 * m * n**2)
+        step = 4.0 * info.tasks * m**2 * n if by_factors else 2.0 * m * n**2
+        steps = Work(single=step) + passes(info.numel, 7)
+        return (Work(single=task) + passes(info.numel, 6)).times(info.tasks) + steps.times(self.steps + 1)
 
     def workspace(self, info: TensorInfo) -> int:
         """P, the gradient, both moments of Adam and the root of one; the Gram matrix of the inputs and one task's."""

@@ -404,7 +404,7 @@ def test_a_survey_in_shares_finds_what_a_sweep_finds(tmp_path: Path, ranks: tupl
         def answers(one: SweptSurvey) -> list[Any]:
             return [one.kth(ranks, rule, keep_ties), one.gram(), one.l1(rule), one.signs(rule)]
 
-        how = {"threads": 2, "device": "cpu", "progress": NoProgress(), "stop": Stop()}
+        how = {"threads": 2, "progress": NoProgress(), "stop": Stop()}
         here = Share(
             plan, staged, answers=Answers(), question=lambda e: answers(SweptSurvey(e.sweep_items(items), 2)), **how
         )

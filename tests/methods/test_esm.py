@@ -287,4 +287,4 @@ def test_settings_out_of_range() -> None:
 def test_estimates() -> None:
     small, large = (TensorInfo(name="w", shape=(s, s), tasks=4) for s in (64, 128))
     assert math.isclose(Esm().workspace(large) / Esm().workspace(small), 4)
-    assert math.isclose(Esm().flops(large) / Esm(layer_power=0.0).flops(large), 2)
+    assert math.isclose(Esm().work(large).flops / Esm(layer_power=0.0).work(large).flops, 2)
