@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import string_at
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from pymerge import _C
 from pymerge.checkpoint import ITEMSIZE, safe_name
 from pymerge.engine.arena import Arena, Block, Closed, address_of, trim
 from pymerge.engine.asking import rule_part, survey_key
 from pymerge.engine.check import FLOATS
-from pymerge.engine.feed import Feed
+from pymerge.engine.feed import Feed, Range
 from pymerge.engine.non_finite import settle_non_finite
 from pymerge.engine.pipeline import Output, Pipeline, Segment
 from pymerge.engine.plan import Item, Plan
-from pymerge.engine.questions import answered, answered_purify
+from pymerge.engine.questions import answered, answered_purify, sweep_over
 from pymerge.engine.ranges import batches, tiles
 from pymerge.engine.sink import Sink
 from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
@@ -31,7 +31,6 @@ from pymerge.recipe import Steps
 PAGE = 4096
 TRIMMED = 64 << 20  # bytes of workspace from which freed memory is handed back at once: milliseconds, among seconds
 IDENTITY = DeltaRule(weights=(1.0,))  # copies one tensor, changing its dtype
-R = TypeVar("R")
 
 
 class Progress(Protocol):
@@ -92,9 +91,20 @@ class Piece:
 class Executor:
     """One run of a plan into a sink."""
 
-    def __init__(self, plan: Plan, sink: Sink, *, threads: int, device: str, progress: Progress, stop: Stop) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        sink: Sink,
+        *,
+        threads: int,
+        device: str,
+        progress: Progress,
+        stop: Stop,
+        arena: Arena | None = None,
+    ) -> None:
+        """arena: in place of one of its own, of the size that the plan says."""
         self.plan, self.sink, self.device, self.progress, self.stop = plan, sink, device, progress, stop
-        self.arena = Arena(plan.arena_bytes)
+        self.arena = arena if arena is not None else Arena(plan.arena_bytes)
         self.pipeline = Pipeline(self.arena, threads, self.write)
         self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in sink.done.items()}
         self.forget_other_tiles()
@@ -108,14 +118,7 @@ class Executor:
         """Everything that is not done yet. Raises Interrupted after a signal, with the finished work kept."""
         try:
             with self.numeric_threads(), self.pipeline:
-                for step, items in self.plan.purify_questions:
-                    if self.needed(items):
-                        self.cleaned[id(step)] = answered_purify(self, step, items)
-                for steps, items in self.plan.surveys:
-                    self.answers.append(self.survey_model(steps, items))
-                for steps, items in self.plan.questions:
-                    if any(item.count and not self.is_done(item, item.first, item.count) for item in items):
-                        self.decided[survey_key(steps)] = answered(self, steps, items)
+                self.ask()
                 for batch in batches(self.feed.order(self.todo())):
                     self.start(batch)
                 self.pipeline.drain()
@@ -126,6 +129,17 @@ class Executor:
         finally:
             self.feed.stop()
             self.arena.discard()
+
+    def ask(self) -> None:
+        """What must be known of more than a tensor before any is merged."""
+        for step, items in self.plan.purify_questions:
+            if self.needed(items):
+                self.cleaned[id(step)] = answered_purify(self, step, items)
+        for steps, items in self.plan.surveys:
+            self.answers.append(self.survey_model(steps, items))
+        for steps, items in self.plan.questions:
+            if any(item.count and not self.is_done(item, item.first, item.count) for item in items):
+                self.decided[survey_key(steps)] = answered(self, steps, items)
 
     def needed(self, items: Sequence[Item]) -> bool:
         """Whether the answer for these items is still asked for: by what is left to do, or by a file beside."""
@@ -337,30 +351,21 @@ class Executor:
 
     # surveys over more than fits into memory
 
-    def sweep_items(self, items: Sequence[Item]) -> Callable[..., list]:
-        """A function that runs another over all tiles of the items, reading ahead, and returns its results in order."""
-        ranges = [(item, first, count) for item in items for first, count in tiles(item, item.first, item.count)]
+    def each(self, ranges: Iterable[Range], look: Callable[[Sequence[Piece]], None]) -> None:
+        """Loads all ranges and lets workers look at them, at small ones and matrices that are one together; waits."""
 
-        def sweep(function: Callable[[Tile], R], only: Collection[int] | None = None) -> list[R]:
-            numbers = {(item.entry.name, first): n for n, (item, first, _) in enumerate(ranges)}
-            asked = (found for n, found in enumerate(ranges) if only is None or n in only)
-            results: dict[int, R] = {}
+        def work(block: Block, pieces: Sequence[Piece]) -> None:
+            look(pieces)
+            self.feed.release(piece.item for piece in pieces)
+            block.release()
 
-            def work(block: Block, piece: Piece) -> None:
-                tile, _held = self.tile(piece)
-                results[piece.number] = function(tile)
-                self.feed.release([piece.item])
-                block.release()
+        for batch in batches(self.feed.order(ranges)):
+            self.pipeline.submit(partial(work, *self.load(batch)))
+        self.pipeline.drain()
 
-            for found in self.feed.order(asked):
-                if found is not None:
-                    block, (piece,) = self.load([found])
-                    number = numbers[piece.item.entry.name, piece.first]
-                    self.pipeline.submit(partial(work, block, replace(piece, number=number)))
-            self.pipeline.drain()
-            return [results[number] for number in sorted(results)]
-
-        return sweep
+    def survey(self, items: Sequence[Item]) -> SweptSurvey:
+        """Of all entries of the items."""
+        return SweptSurvey(sweep_over(self, items), len(items[0].entry.tuned))
 
     def tile(self, piece: Piece) -> tuple[Tile, Any]:
         """What a rule is asked about in a piece, behind the purify steps that are no rule; and what holds it."""
@@ -372,17 +377,14 @@ class Executor:
 
     def answer_swept(self, item: Item) -> None:
         assert item.rule is not None
-        survey = SweptSurvey(self.sweep_items([item]), len(item.entry.tuned))
-        self.params[id(item)] = delta_params(resolve(item.rule, survey))
+        self.params[id(item)] = delta_params(resolve(item.rule, self.survey([item])))
 
     def survey_model(self, steps: Steps, items: Sequence[Item]) -> DeltaRule:
         """The rule of the concatenation of all items, answered."""
         assert isinstance(steps.combine, ElementWiseCombine)
         tasks = len(items[0].entry.tuned)
         info = TensorInfo(name="", shape=(sum(item.count for item in items),), tasks=tasks, seed=self.plan.recipe.seed)
-        return resolve(
-            chain_rule(rule_part(steps)[1], steps.combine, info), SweptSurvey(self.sweep_items(items), tasks)
-        )
+        return resolve(chain_rule(rule_part(steps)[1], steps.combine, info), self.survey(items))
 
 
 def segment_of(piece: Piece, facts: Mapping[str, Any] | None = None) -> Segment:

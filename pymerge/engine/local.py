@@ -268,10 +268,9 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
 
 
 def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Options) -> Executor:
-    """Runs the plan; keeps what is done after a signal or a crash, removes it after an error that is sure to recur, and
-    where an input has changed: nobody can tell which tensors are of which."""
+    """Runs the plan, until the signal or error that `kept_or_removed` knows about."""
     stop = Stop()
-    try:
+    with kept_or_removed([staged]):
         with make_progress(plan.read_bytes, options.progress) as progress:
             executor = Executor(
                 plan, staged, threads=options.thread_count, device=options.device, progress=progress, stop=stop
@@ -279,19 +278,32 @@ def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Option
             with stopped_by_signals(stop, executor):
                 executor.run()
         inputs.check_unchanged()
-        return executor
+    return executor
+
+
+@contextmanager
+def kept_or_removed(staged: Sequence[StagedOutput]) -> Iterator[None]:
+    """Keeps what is done after a signal or a crash, removes it after an error that is sure to recur, and where an input
+    has changed: nobody can tell which tensors are of which."""
+
+    def abort(keep: bool) -> None:
+        for one in staged:
+            one.abort(keep=keep)
+
+    try:
+        yield
     except Interrupted as error:
-        staged.abort(keep=True)
+        abort(keep=True)
         raise Interrupted(
             f"stopped by signal {error.exit_code - 128}; what is finished is kept: the same command continues it",
             error.exit_code - 128,
         ) from None
     except MergeError as error:
         read_failed = isinstance(error, InputError) and isinstance(error.__cause__, OSError)
-        staged.abort(keep=read_failed)  # a network disk may be back in a minute
+        abort(keep=read_failed)  # a network disk may be back in a minute
         raise
     except BaseException:
-        staged.abort(keep=True)
+        abort(keep=True)
         raise
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pymerge.engine.ranges import batches, tiles
+from pymerge.engine.ranges import tiles
 from pymerge.methods.base import Combine, Purify
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 
 if TYPE_CHECKING:
-    from pymerge.engine.arena import Block
     from pymerge.engine.execute import Executor, Piece
     from pymerge.engine.plan import Item
+    from pymerge.engine.survey import Tile
     from pymerge.recipe import Steps
+
+R = TypeVar("R")
 
 
 def answered(executor: Executor, steps: Steps, items: Sequence[Item]) -> Combine:
@@ -37,18 +38,13 @@ def sweep(executor: Executor, combine: SurveyedCombine, items: Sequence[Item]) -
     answers: list[Any] = []
     joining = threading.Lock()
 
-    def work(block: Block, pieces: Sequence[Piece]) -> None:
+    def look(pieces: Sequence[Piece]) -> None:
         steps = executor.steps_of(pieces[0].item)
         found = survey_pieces(executor.plan, pieces, executor.device, steps, combine)
-        executor.feed.release(piece.item for piece in pieces)
-        block.release()
         with joining:
             answers[:] = [combine.join(answers[0], found) if answers else found]
 
-    ranges = ((item, *tile) for item in items for tile in tiles(item, item.first, item.count))
-    for batch in batches(executor.feed.order(ranges)):
-        executor.pipeline.submit(partial(work, *executor.load(batch)))
-    executor.pipeline.drain()
+    executor.each(((item, *tile) for item in items for tile in tiles(item, item.first, item.count)), look)
     return answers[0]
 
 
@@ -59,16 +55,31 @@ def answered_purify(executor: Executor, step: SurveyedPurify, items: Sequence[It
     answers: list[Any] = []
     joining = threading.Lock()
 
-    def work(block: Block, pieces: Sequence[Piece]) -> None:
+    def look(pieces: Sequence[Piece]) -> None:
         found = survey_matrix(executor.plan, pieces, executor.device, step)
-        executor.feed.release(piece.item for piece in pieces)
-        block.release()
         with joining:
             for one in found:
                 answers[:] = [step.join(answers[0], one) if answers else one]
 
-    for batch in batches(executor.feed.order((item, item.first, item.count) for item in items if item.count)):
-        block, pieces = executor.load(batch)
-        executor.pipeline.submit(partial(work, block, pieces))
-    executor.pipeline.drain()
+    executor.each(((item, item.first, item.count) for item in items if item.count), look)
     return step.decide(answers[0] if answers else None)
+
+
+def sweep_over(executor: Executor, items: Sequence[Item]) -> Callable[..., list]:
+    """A function that runs another over all tiles of the items, reading ahead, and returns its results in order."""
+    ranges = [(item, first, count) for item in items for first, count in tiles(item, item.first, item.count)]
+    numbers = {(item.entry.name, first): n for n, (item, first, _) in enumerate(ranges)}
+
+    def sweep(function: Callable[[Tile], R], only: Collection[int] | None = None) -> list[R]:
+        results: dict[int, R] = {}
+
+        def look(pieces: Sequence[Piece]) -> None:
+            for piece in pieces:
+                number = numbers[piece.item.entry.name, piece.first]
+                tile, _held = executor.tile(replace(piece, number=number))
+                results[number] = function(tile)
+
+        executor.each((found for n, found in enumerate(ranges) if only is None or n in only), look)
+        return [results[number] for number in sorted(results)]
+
+    return sweep
