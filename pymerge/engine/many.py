@@ -6,12 +6,13 @@ Each output is what a merge alone writes, staged under the same identity: either
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pymerge.checkpoint import StagedOutput, check_output_path, plan_side_files
+from pymerge.checkpoint import StagedOutput, plan_side_files
+from pymerge.engine.alignment import with_given
 from pymerge.engine.execute import Stop
 from pymerge.engine.local import (
     Inputs,
@@ -67,17 +68,19 @@ def why_apart(recipe: Recipe) -> str:
     return ""
 
 
-def plan_many(settings: Sequence[Setting], options: Options) -> list[Plan]:
-    """Every check that headers allow, of all settings; nothing computed, and no permutations searched for."""
+@contextmanager
+def planned_many(settings: Sequence[Setting], options: Options) -> Iterator[tuple[Inputs, list[Plan]]]:
+    """Each setting's plan as a merge of its own, while the inputs are open. Every check that headers allow has been
+    made, for all settings; nothing is computed, and no permutations are searched for."""
+    recipe, options = settings[0].recipe, replace(options, memory=options.memory_bytes)
+    check_device(options.device)
     with ExitStack() as stack:
-        inputs = open_inputs(settings[0].recipe, options, stack)
+        inputs = with_given(recipe, open_inputs(recipe, options, stack))
         plan_side_files(inputs.reference)
-        for setting in settings:
-            check_output_path(setting.out, inputs.all, overwrite=options.overwrite)
         plans = [planned(one.recipe, with_parts(one.recipe, inputs), options) for one in settings]
-        for group in [] if why_apart(settings[0].recipe) else grouped(settings, inputs, plans, options):
+        for group in [] if why_apart(recipe) else grouped(settings, inputs, plans, options):
             together(group, options)
-        return plans
+        yield inputs, plans
 
 
 def merge_many(

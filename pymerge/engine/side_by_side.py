@@ -171,7 +171,9 @@ def check_memory(reading: Plan, families: Sequence[Family], room: int, options: 
     def place(item: Item) -> int:
         return place_bytes(item, min(item.tile, item.count))
 
-    written = max((most_at_once(plan.items, place) for family in families for plan in family.outputs.values()), default=0)
+    written = max(
+        (most_at_once(plan.items, place) for family in families for plan in family.outputs.values()), default=0
+    )
     read = most_at_once(reading.items, lambda item: item.peak_bytes)
     missing = max(ROOM * (max(written, BATCH) - room), (read - reading.arena_bytes) * ROOM // (ROOM - 1))
     if missing > 0:
