@@ -175,7 +175,7 @@ class Maker(Follower):
                 room, placed = self.reader.placed(output, pieces)
                 self.reader.put(output, self.made(room, placed, params))
             return
-        updates = self.made(block, [replace(piece, item=self.twin(piece.item)) for piece in pieces], params).segments
+        updates = self.made(block, [as_piece_of(self.twin(piece.item), piece) for piece in pieces], params).segments
         for number, output in wanted.items():
             with self.reader.named(number):
                 room, placed = self.reader.placed(output, [with_update(piece) for piece in pieces])
@@ -186,6 +186,12 @@ class Maker(Follower):
 
     def made(self, block: Block, pieces: Sequence[Piece], params: _C.DeltaParams | None) -> Output:
         return self.compute(block, pieces) if params is None else self.apply(block, pieces[0], params)
+
+
+def as_piece_of(item: Item, piece: Piece) -> Piece:
+    """A piece of another plan's item of that range; an update of adapters reads no weight."""
+    used = len(item.inputs)
+    return replace(piece, item=item, inputs=piece.inputs[:used], input_views=piece.input_views[:used])
 
 
 def with_update(piece: Piece) -> Piece:
@@ -260,7 +266,7 @@ class SeveralExecutor(Executor):
             asking = [wanted[piece.item.entry.name, piece.first, piece.count] for piece in pieces]
             for look in looks:
                 own = [
-                    replace(piece, item=item)
+                    as_piece_of(item, piece)
                     for piece, found in zip(pieces, asking, strict=True)
                     for one, item in found
                     if one is look

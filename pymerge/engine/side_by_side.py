@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from pymerge.engine.check import Entry
 from pymerge.engine.local import Inputs, planned
-from pymerge.engine.plan import BATCH, Item, Mode, Options, Plan
+from pymerge.engine.plan import BATCH, SLACK, SMALLEST_ARENA, Item, Mode, Options, Plan
 from pymerge.engine.scaled import why_merged_anew
 from pymerge.engine.several import Family, Together, place_bytes
 from pymerge.engine.survey import HIGH_BINS
@@ -46,7 +46,10 @@ def ranges_of(plan: Plan) -> tuple[Any, ...]:
 def together(group: Sequence[Alone], options: Options) -> Together:
     """The pass for outputs of equal ranges. RecipeError where the memory is too small for it."""
     room = options.memory_bytes // ROOM
-    smaller = replace(options, memory=options.memory_bytes - room - counting_bytes(group, options.thread_count))
+    kept = room + counting_bytes(group, options.thread_count)
+    if (missing := SLACK + SMALLEST_ARENA + kept - options.memory_bytes) > 0:
+        refuse(options, missing * ROOM // (ROOM - 1))
+    smaller = replace(options, memory=options.memory_bytes - kept)
     makers = [maker_of(group, members, smaller) for members in families_of(group)]
     shapes = [unified(items) for items in zip(*(maker.plan.items for maker in makers), strict=True)]
     lead = next((maker.plan for maker in makers if maker.scaled), makers[0].plan)
@@ -177,11 +180,15 @@ def check_memory(reading: Plan, families: Sequence[Family], room: int, options: 
     read = most_at_once(reading.items, lambda item: item.peak_bytes)
     missing = max(ROOM * (max(written, BATCH) - room), (read - reading.arena_bytes) * ROOM // (ROOM - 1))
     if missing > 0:
-        raise RecipeError(
-            f"the memory budget is {options.memory_bytes / 1e6:.0f} MB, a sweep of these models needs "
-            f"{(options.memory_bytes + missing) / 1e6:.0f} MB: raise --memory (memory= in Python) by "
-            f"{missing / 1e6:.0f} MB"
-        )
+        refuse(options, missing)
+
+
+def refuse(options: Options, missing: int) -> NoReturn:
+    left, needed = options.memory_bytes / 1e6, (options.memory_bytes + missing) / 1e6
+    raise RecipeError(
+        f"the memory budget leaves {left:.0f} MB for the merge, a sweep of these models needs {needed:.0f} MB: raise "
+        f"--memory (memory= in Python) by {needed - left:.0f} MB, or sweep fewer values"
+    )
 
 
 def most_at_once(items: Sequence[Item], size: Callable[[Item], int]) -> int:
