@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from pymerge.cli.options import (
     Debug,
     Device,
     Download,
+    Json,
     Memory,
     Prefer,
     RecipePath,
@@ -23,9 +24,23 @@ from pymerge.cli.options import (
     budget,
     parse_bytes,
     print_result,
+    progress_of,
     reported_errors,
 )
+from pymerge.engine.progress import print_event
 from pymerge.errors import RecipeError
+
+SUMMED = ("tensors", "bytes_read", "bytes_written", "seconds", "peak_rss_bytes", "notes")  # of merge.json, by --json
+
+
+def print_adapter(out: Path, found: dict[str, Any], quiet: bool, as_json: bool) -> None:
+    from pymerge.engine.adapter_out import describe_adapter
+
+    if as_json:
+        kept = {key: found[key] for key in ("r", "matrices", "whole", "left_out", "error", "notes")}
+        print_event("merged", out=str(out), **kept)
+    elif not quiet:
+        print(describe_adapter(out, found))
 
 
 @app.command()
@@ -48,6 +63,7 @@ def merge(
     ] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="Of that adapter. Default: that of the merged ones.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Merge the models of RECIPE into the folder OUT.
@@ -69,17 +85,19 @@ def merge(
             resume=not restart,
             allow_pickle=allow_pickle,
             prefer=prefer,
-            progress=False if quiet else None,
+            progress=progress_of(quiet, as_json),
         )
         if as_adapter:
-            from pymerge.engine.adapter_out import describe_adapter, merge_to_adapter
+            from pymerge.engine.adapter_out import merge_to_adapter
 
             found = merge_to_adapter(described, out, rank, options)
-            return None if quiet else print(describe_adapter(out, found))
+            return print_adapter(out, found, quiet, as_json)
         if rank is not None:
             raise RecipeError("--rank goes with --as-adapter")
         summary = merge_to_disk(described, out, options)
-        if not quiet:
+        if as_json:
+            print_event("merged", out=str(out), **{key: summary[key] for key in SUMMED})
+        elif not quiet:
             print_result(out, summary)
 
 
@@ -95,11 +113,12 @@ def extract_lora(
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write what MODEL has more than BASE as a LoRA adapter: the best of that rank for each matrix."""
     with reported_errors(debug):
-        from pymerge.engine.adapter_out import describe_adapter, extract
+        from pymerge.engine.adapter_out import extract
         from pymerge.engine.plan import Options
 
         options = Options(
@@ -107,11 +126,10 @@ def extract_lora(
             threads=threads,
             allow_pickle=allow_pickle,
             prefer=prefer,
-            progress=False if quiet else None,
+            progress=progress_of(quiet, as_json),
         )
         found = extract(model, base, out, rank, exclude=exclude or [], options=options)
-        if not quiet:
-            print(describe_adapter(out, found))
+        print_adapter(out, found, quiet, as_json)
 
 
 @app.command()
@@ -157,6 +175,8 @@ def verify(
     against: Annotated[Path | None, typer.Option(help="A recipe: is it what that makes of its inputs now?")] = None,
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Read a merged model again: checksums of every tensor, headers, finite values, agreement with config.json."""
@@ -164,6 +184,10 @@ def verify(
         from pymerge.engine.plan import Options
         from pymerge.engine.verify import verify as check
 
-        found = check(out, load=load, against=against, options=Options(allow_pickle=allow_pickle, prefer=prefer))
+        options = Options(allow_pickle=allow_pickle, prefer=prefer, progress=progress_of(quiet, as_json))
+        found = check(out, load=load, against=against, options=options)
+        if as_json:
+            return print_event("verified", out=str(out), **found)
         of_recipe, loads = f", of {against}" if against else "", ", loads" if load else ""
-        print(f"{out}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB, all as written{of_recipe}{loads}")
+        if not quiet:
+            print(f"{out}: {found['tensors']} tensors, {found['bytes'] / 1e9:.2f} GB, all as written{of_recipe}{loads}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 from pymerge.errors import MergeError
 
 if TYPE_CHECKING:
+    from pymerge.engine.progress import Shown
     from pymerge.recipe import Recipe
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -26,7 +27,8 @@ Memory = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all processors.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 ShardSize = Annotated[str, typer.Option(help="Largest size of an output file.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log what is done; show the Python traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="For machines: a line of JSON twice a second, and at the end.")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin too (tensors only, no code is run).")
 ]
@@ -76,13 +78,24 @@ def print_result(out: Path, summary: Mapping[str, Any], said: Sequence[str] = ()
             print(f"  note: {note}")
 
 
+def progress_of(quiet: bool, as_json: bool) -> Shown:
+    """What the two options ask for; --quiet leaves the closing line of --json."""
+    return False if quiet else "json" if as_json else None
+
+
 @contextmanager
 def reported_errors(debug: bool) -> Iterator[None]:
     """One message and the exit code of the error; no traceback unless asked for."""
+    if debug:
+        logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s: %(message)s")
     try:
         yield
     except MergeError as error:
         if debug:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        from rich.console import Console
+        from rich.text import Text
+
+        text = Text.assemble((type(error).__name__, "bold red"), f": {error}")
+        Console(stderr=True).print(text, soft_wrap=True)  # in colour on terminals, unless NO_COLOR is set
         raise typer.Exit(error.exit_code) from None

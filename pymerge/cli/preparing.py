@@ -30,17 +30,21 @@ def observe(
     stream: Annotated[
         bool, typer.Option("--stream", help="Read weights module by module: for models that do not fit in memory.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     debug: Debug = False,
 ) -> None:
     """Run MODEL over a few samples and keep what its linear layers see, for methods that need statistics."""
     with reported_errors(debug):
+        from pymerge.engine.progress import status_shown
         from pymerge.statistics.observing import observe as run
         from pymerge.statistics.samples import batches_of
 
         at_once = samples if stream else batch_size
         batches = batches_of(model, data, samples=samples, length=length, batch_size=at_once, field=field)
         dtype = "float64" if float64 else "float32"
-        found = run(model, batches, targets=targets or (), dtype=dtype, stream_to=out if stream else None)
+        with status_shown(False if quiet else None, f"running {model}") as progress:
+            stream_to = out if stream else None
+            found = run(model, batches, targets=targets or (), dtype=dtype, stream_to=stream_to, progress=progress)
         if not stream:
             found.save(out)
         rows = max(found.rows.values())
@@ -83,12 +87,17 @@ def align(
             raise RecipeError(f"--out {out}: must end in .safetensors")
         from pymerge.engine.alignment import find, parsed_search
         from pymerge.engine.describe import show_alignment
-        from pymerge.engine.progress import sweeps_shown
+        from pymerge.engine.progress import status_shown
 
         asked = {"data": data, "samples": samples, "length": length, "field": field, "alpha": alpha, "mode": mode}
         search = parsed_search(asked | {"spec": spec, "seed": seed, "tie_heads": tie_heads})
-        with sweeps_shown(False if quiet else None) as progress:
-            found = find(models, search, memory=parse_bytes(memory), progress=progress)
+        with status_shown(False if quiet else None, "activations and first matches") as show:
+
+            def swept(sweep: int, similarity: float) -> None:
+                if show is not None:
+                    show(f"sweep {sweep}: similarity {similarity:.4f}")
+
+            found = find(models, search, memory=parse_bytes(memory), progress=swept)
         found.save(out)
         if not quiet:
             show_alignment(found)

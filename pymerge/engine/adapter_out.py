@@ -60,7 +60,7 @@ def merge_to_adapter(
         check_rank(plan, matrices, rank)
         sink = AdapterSink([item.entry for item in plan.items], matrices, rank)
         stop = Stop()
-        with make_progress(plan.read_bytes, options.progress) as progress:
+        with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             executor = AdapterExecutor(
                 plan, sink, threads=options.thread_count, device=options.device, progress=progress, stop=stop
             )

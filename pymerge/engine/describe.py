@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -202,7 +204,16 @@ def show_info(fast: bool) -> None:
 
     from pymerge import ops
 
-    console.print(f"torch {torch.__version__}, cuda {'available' if torch.cuda.is_available() else 'not available'}")
+    found = re.findall(r"(BLAS|LAPACK)_INFO=(\w+)", torch.__config__.show())
+    linear_algebra = ", ".join(f"{what} {library}" for what, library in found)
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {linear_algebra}")
+    libraries = sorted(path.name for path in Path(str(_C.__file__)).parent.glob("_ops*.so"))
+    console.print(f"operator libraries {', '.join(libraries)}")
+    for number in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(number)
+        console.print(f"cuda:{number} {device.name}, {device.total_memory / 1e9:.0f} GB, {device.major}.{device.minor}")
+    if not torch.cuda.is_available():
+        console.print("cuda not available")
     table = Table("operator", "cpu", "cuda", box=None, padding=(0, 2, 0, 0))
     for name, runs in ops.implementations().items():
         table.add_row(name, runs["cpu"], runs["cuda"])

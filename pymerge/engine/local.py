@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint
+from pymerge.checkpoint import Checkpoint, StagedOutput, check_output_path, open_checkpoint, safe_name
 from pymerge.checkpoint.card import write_card
 from pymerge.checkpoint.lora import base_of_adapter, is_adapter, open_adapter
 from pymerge.checkpoint.sidefiles import TOKENIZER, copy_side_files, plan_side_files
@@ -39,6 +40,8 @@ from pymerge.version import __version__
 if TYPE_CHECKING:
     from pymerge.statistics import Statistics
     from pymerge.vocabulary.build import NewVocabulary
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +251,7 @@ def write_folder(
         checksums, facts = staged.checksums(), staged.facts()
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory())
         staged.commit(lambda folder: side_files(folder, executor, summary))
+    log.info("%s: complete after %.1f s", safe_name(str(out)), time.monotonic() - started)
     return summary
 
 
@@ -270,8 +274,10 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
 def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Options) -> Executor:
     """Runs the plan, until the signal or error that `kept_or_removed` knows about."""
     stop = Stop()
+    tensors, total = len(plan.layout.slots), plan.read_bytes / 1e9
+    log.info("%d tensors to merge, %.2f GB to read; begun before: %d", tensors, total, len(staged.done))
     with kept_or_removed([staged]):
-        with make_progress(plan.read_bytes, options.progress) as progress:
+        with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             executor = Executor(
                 plan, staged, threads=options.thread_count, device=options.device, progress=progress, stop=stop
             )

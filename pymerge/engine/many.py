@@ -140,7 +140,8 @@ def in_one_pass(
     with ExitStack() as stack:
         staged = staged_outputs(settings, group, options, stack)
         with kept_or_removed(staged):
-            with make_progress(plan.reading.read_bytes, options.progress) as progress:
+            tensors = len(plan.reading.layout.slots)
+            with make_progress(plan.reading.read_bytes, options.progress, tensors) as progress:
                 executor = SeveralExecutor(
                     plan, staged, threads=options.thread_count, device=options.device, progress=progress, stop=stop
                 )

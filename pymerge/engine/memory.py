@@ -57,7 +57,7 @@ def merge_in_memory(recipe: Recipe, options: Options | None = None) -> Any:
     with ExitStack() as stack:
         _, plan = settled(recipe, open_inputs(recipe, options, stack), options)
         sink = MemorySink([item.entry for item in plan.items])
-        with make_progress(plan.read_bytes, options.progress) as progress:
+        with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             Executor(
                 plan, sink, threads=options.thread_count, device=options.device, progress=progress, stop=Stop()
             ).run()

@@ -29,6 +29,7 @@ from pymerge.engine.factored import factored_item, rank_sum, weight_under
 from pymerge.engine.observing import observing_bytes
 from pymerge.engine.parts import Parts, check_parts
 from pymerge.engine.process import available_memory
+from pymerge.engine.progress import Shown
 from pymerge.errors import RecipeError
 from pymerge.methods.base import ElementWiseCombine, Method, TensorInfo, chain_rule, merges_by_rule
 from pymerge.methods.surveyed import SUM_BLOCK as SURVEY_BLOCK
@@ -160,7 +161,7 @@ class Options:
     resume: bool = True
     allow_pickle: bool = False
     prefer: Literal["single", "sharded"] | None = None
-    progress: bool | None = None  # None: where standard error is a terminal
+    progress: Shown = None  # a bar; None: where standard error is a terminal; "json": lines on standard output
 
     @property
     def memory_bytes(self) -> int:

@@ -17,6 +17,7 @@ from pymerge.checkpoint.tied import TEXT_CONFIGS, input_embedding, tie_setting, 
 from pymerge.engine.arena import Arena
 from pymerge.engine.check import FLOATS
 from pymerge.engine.layer_config import own_layers
+from pymerge.engine.progress import make_progress
 from pymerge.errors import CorruptFile, InputError
 from pymerge.recipe.stacks import COUNT, LayerName
 
@@ -48,11 +49,11 @@ def verify(
              and sentence encoders whole, on the CPU, with diffusers or sentence-transformers
     against  a recipe (or its YAML file): the model must be of it, of its inputs as they are now, and have the names,
              shapes and dtypes that a merge would write
-    options  how that recipe's models are opened: allow_pickle, prefer
+    options  how that recipe's models are opened: allow_pickle, prefer; progress
     Returns  {"tensors", "bytes"}
     Raises   CorruptFile naming every tensor that is not what was written, holds NaN or Inf, or does not fit the config;
              InputError: not made by pymerge, or not by that recipe."""
-    folder = Path(folder)
+    folder, progress = Path(folder), None if options is None else options.progress
     path = folder / "merge.json"
     if not path.is_file():
         raise InputError(f"{folder}: no merge.json here: only models that pymerge wrote can be verified")
@@ -68,13 +69,16 @@ def verify(
             compare_with_recipe(folder, against, summary, checkpoint, options)
         problems += [f"{safe_name(name)}: missing" for name in wanted if name not in checkpoint]
         problems += [f"{safe_name(name)}: not in merge.json" for name in checkpoint if name not in wanted]
-        for name, tensor in checkpoint.items():
-            found[name], bad = scan(tensor, block.view, block.address)
-            total += tensor.nbytes
-            if name in wanted and f"{found[name]:08x}" != wanted[name]:
-                problems.append(f"{safe_name(name)}: checksum {found[name]:08x}, written was {wanted[name]}")
-            elif bad and finite:
-                problems.append(f"{safe_name(name)}: {bad} NaN or Inf")
+        size = sum(tensor.nbytes for tensor in checkpoint.values())
+        with make_progress(size, progress, len(checkpoint)) as shown:
+            for name, tensor in checkpoint.items():
+                found[name], bad = scan(tensor, block.view, block.address)
+                total += tensor.nbytes
+                shown.advance(tensor.nbytes, name)
+                if name in wanted and f"{found[name]:08x}" != wanted[name]:
+                    problems.append(f"{safe_name(name)}: checksum {found[name]:08x}, written was {wanted[name]}")
+                elif bad and finite:
+                    problems.append(f"{safe_name(name)}: {bad} NaN or Inf")
         problems += config_problems(checkpoint, found)
         count = len(checkpoint)
     for name, crc in summary.get("side_checksums", {}).items():

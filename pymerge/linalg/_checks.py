@@ -11,6 +11,8 @@ FLOATS = (torch.float32, torch.float64)
 
 
 def check_matrices(what: str, a: Tensor) -> None:
+    if not isinstance(a, Tensor):
+        raise ValueError(f"{what} must be a tensor or an array with __dlpack__, got {type(a).__name__}")
     if a.dtype not in FLOATS:
         raise ValueError(f"{what} must be float32 or float64, got {a.dtype}: widen it first (twice the memory)")
     if a.dim() < 2:

@@ -10,5 +10,6 @@ def nearest(name: object, known: Iterable[str]) -> str:
     import difflib  # only errors need it
 
     known = list(known)
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=3, cutoff=0.6)
+    word = str(name).lower().replace("-", "_").removeprefix("pymerge_")  # as methods are called inside mergekit
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"

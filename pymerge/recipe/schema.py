@@ -279,7 +279,8 @@ class _Parser:
             self.problems.add("base_model", f"must be given: {cls.name} needs a base")
         if cls.base_role == "none":
             tasks = listed if base is None or len(others) < len(listed) else (*listed, base)
-            if listed and self._counted(cls, len(tasks), "") and len(tasks) > len(listed):
+            with_base = " with base_model" if len(tasks) > len(listed) else ""
+            if listed and self._counted(cls, len(tasks), got=with_base) and with_base:
                 self._base_among_the_models(cls, tasks[-1])
             return tasks
         for model in listed:
@@ -291,13 +292,13 @@ class _Parser:
             self._counted(cls, len(others), "" if base is None and cls.base_role == "optional" else " beside the base")
         return (base, *others) if cls.base_role == "first" and base else others
 
-    def _counted(self, cls: type[Combine], count: int, beside: str) -> bool:
+    def _counted(self, cls: type[Combine], count: int, beside: str = "", got: str = "") -> bool:
         """Whether the method merges so many models."""
         low, high = cls.models
         if low <= count <= (count if high is None else high):
             return True
         wanted = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-        self.problems.add(self.listing, f"{cls.name} merges {wanted}{beside}, got {count}")
+        self.problems.add(self.listing, f"{cls.name} merges {wanted}{beside}, got {count}{got}")
         return False
 
     def _base_among_the_models(self, cls: type[Combine], base: ModelRef) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -40,6 +40,7 @@ def observe(
     exclude: Sequence[str] = HEADS,
     dtype: Literal["float32", "float64"] = "float32",
     stream_to: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Statistics:
     """Second moments of the inputs of a model's linear layers over a few samples, padding left out.
 
@@ -52,6 +53,7 @@ def observe(
              the time and memory, where activations are float32 and a spectrum's tail matters
     stream_to  file to write: the weights of a folder are read module by module as it runs, the moments of each layer go
              to this file at once; the samples must be one batch. For models that do not fit in memory.
+    progress  called with "batch N" after each batch; streamed, with the name of each layer that has been seen
     Returns  Statistics, modules named as in the checkpoint; `save(path)` writes them
     Raises   InputError (no batch, no such layer); NonFinite (an input with NaN, named by its layer)
     Cost     one forward pass a batch, and N n^2 / 2 multiply-adds for each distinct input of width n, which takes n^2
@@ -59,7 +61,7 @@ def observe(
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if stream_to is not None:
-        return observe_streamed(model, batches, targets, exclude, DTYPES[dtype], Path(stream_to))
+        return observe_streamed(model, batches, targets, exclude, DTYPES[dtype], Path(stream_to), progress)
     if isinstance(model, nn.Module):
         module, described, stored = model, {"class": type(model).__name__}, {}
     else:
@@ -78,6 +80,8 @@ def observe(
                 add_to(digest, batch)
                 collector.mask = mask_of(batch)
                 call(module, batch)
+                if progress is not None:
+                    progress(f"batch {count}")
     finally:
         module.train(training)
     if count == 0:
@@ -119,7 +123,13 @@ def add_to(digest: Any, batch: Any) -> None:
 
 
 def observe_streamed(
-    model: Any, batches: Iterable[Any], targets: Sequence[str], exclude: Sequence[str], dtype: torch.dtype, out: Path
+    model: Any,
+    batches: Iterable[Any],
+    targets: Sequence[str],
+    exclude: Sequence[str],
+    dtype: torch.dtype,
+    out: Path,
+    progress: Callable[[str], None] | None = None,
 ) -> Statistics:
     """As `observe`, of a folder, with the weights of one module in memory at a time."""
     from pymerge.statistics.stream import Finished, StreamingCollector, reader, weights_on_demand
@@ -135,6 +145,8 @@ def observe_streamed(
         def found(name: str, moments: Moments | None) -> None:
             if moments is not None:
                 writer.add(made.names[name], moments)
+            if progress is not None:
+                progress(made.names[name])
 
         collector = StreamingCollector(made.modules, dtype, found)
         collector.mask = mask_of(one[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 from pymerge.checkpoint import Checkpoint, safe_name
 from pymerge.checkpoint.header import name_list
-from pymerge.checkpoint.tied import INPUT, OUTPUT
+from pymerge.checkpoint.tied import INPUT, OUTPUT, TEXT_CONFIGS
 from pymerge.errors import VocabMismatch
 
 # Endings of names in transformers: embeddings, heads, and the biases of heads.
@@ -22,7 +22,7 @@ NAMES = (
 # Other tensors whose name says one of these and that have as many entries along an axis may be of the vocabulary too.
 HINTS = ("embed", "vocab", "head", "logit", "token")
 NOT_TOKENS = ("position", "token_type", "patch", "norm")
-SIZES = ("vocab_size", "text_config.vocab_size", "language_config.vocab_size", "llm_config.vocab_size")
+SIZES = ("vocab_size", *(f"{part}.vocab_size" for part in TEXT_CONFIGS))
 
 
 def vocabulary_tensors(model: Checkpoint, label: str) -> tuple[list[str], int]:

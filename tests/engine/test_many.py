@@ -44,7 +44,7 @@ def at(models: Any, name: str, keys: dict[str, Any], values: dict[str, float]) -
     base, tuned, statistics = models
     needs = "covariance" in pymerge.methods.describe(name).needs or keys.get("purify") == "pave"
     beside = {"statistics": statistics} if needs and "data" not in keys else {}
-    base = base if pymerge.methods.get(name).base_role == "required" else None
+    base = None if name == "linear" else base
     return Recipe.from_kwargs(base, tuned, name, **beside, **keys, **values)
 
 

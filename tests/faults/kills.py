@@ -45,13 +45,14 @@ def recipe(folder: Path, method: str) -> Path:
 
 
 def killed_and_resumed(folder: Path, method: str, kills: int, generator: random.Random) -> dict[str, int]:
-    """Counts of kills, of resumes, of outputs that were there already, of results that are as they should be."""
+    """Kills until so many merges were resumed. Counts of kills, of resumes, of outputs that were there already (killed
+    behind the commit), of results that are as they should be, of merges that ended before they were killed."""
     path, counts = recipe(folder, method), {"kills": 0, "resumed": 0, "complete": 0, "identical": 0, "too late": 0}
     subprocess.run([*COMMAND, path, folder / "whole", *OPTIONS], check=True)
     wanted, started = checksums(folder / "whole"), time.monotonic()
     subprocess.run([*COMMAND, path, folder / "timed", *OPTIONS], check=True)
     seconds, out = time.monotonic() - started, folder / "out"
-    while counts["kills"] < kills:
+    while counts["resumed"] < kills:
         child = subprocess.Popen([*COMMAND, path, out, *OPTIONS])
         time.sleep(generator.uniform(0.2, 1.0) * seconds)
         child.send_signal(signal.SIGKILL)

@@ -287,6 +287,7 @@ def test_bad_arguments():
     for bad, arguments, message in (
         (a.half(), {}, "a must be float32 or float64, got torch.float16: widen it first"),
         (a.int(), {}, "got torch.int32"),
+        (a[0].tolist(), {}, "a must be a tensor or an array with __dlpack__, got list"),
         (a[0, 0], {}, r"a matrix or a batch of matrices, got shape \[4\]"),
         (a, {"rank": 0}, r"rank must be an integer in 1..4 for a matrix \[5, 4\], got 0"),
         (a, {"rank": 5}, "got 5"),

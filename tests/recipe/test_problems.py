@@ -59,7 +59,13 @@ def test_all_problems_in_one_message() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("dare-ties", "dare_ties"), ("Ties", "ties"), ("task_arithmatic", "task_arithmetic"), ("liner", "linear")],
+    [
+        ("dare-ties", "dare_ties"),
+        ("Ties", "ties"),
+        ("task_arithmatic", "task_arithmetic"),
+        ("liner", "linear"),
+        ("pymerge_tsv_m", "tsv_m"),
+    ],
 )
 def test_unknown_method_names_the_nearest(name: str, hint: str) -> None:
     assert problems(raw(merge_method=name))[0].startswith(f"merge_method: unknown method '{name}': did you mean {hint}")
@@ -169,3 +175,8 @@ def test_lambda_and_scale_are_one() -> None:
 )
 def test_malformed(data: Any, message: str) -> None:
     assert any(message in line for line in problems(data)), problems(data)
+
+
+def test_a_base_that_is_one_model_too_many_is_counted_by_name() -> None:
+    one = {"merge_method": "passthrough", "base_model": "base", "models": [{"model": "a"}]}
+    assert problems(one) == ["models: passthrough merges 1, got 2 with base_model"]
