@@ -23,14 +23,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+TIES = {"density": 0.5, "weight": 1.0}
 SCALES = "0.3,0.5,0.7,0.9,1.0,1.1,1.3,1.5"
 GRIDS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
-    "ties, 2 densities x 4 scales": (
-        "ties",
-        {"density": 0.5, "weight": 1.0},
-        {"density": "0.1,0.2", "lambda": "0.5,0.8,1.0,1.5"},
-    ),
-    "ties, 8 densities": ("ties", {"density": 0.5, "weight": 1.0}, {"density": "0.05,0.1,0.15,0.2,0.3,0.4,0.6,0.8"}),
+    "ties, 2 densities x 4 scales": ("ties", TIES, {"density": "0.1,0.2", "lambda": "0.5,0.8,1.0,1.5"}),
+    "ties, 8 densities": ("ties", TIES, {"density": "0.05,0.1,0.15,0.2,0.3,0.4,0.6,0.8"}),
     "task_arithmetic, 8 scales": ("task_arithmetic", {"weight": 1.0}, {"lambda": SCALES}),
     "tsv_m, 8 scales": ("tsv_m", {}, {"lambda": SCALES}),
     "iso_c, 8 scales": ("iso_c", {}, {"lambda": SCALES}),

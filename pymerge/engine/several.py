@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,7 +84,7 @@ class Nowhere:
 
 
 class InputArena(Arena):
-    """The memory of what is read; closed, it closes that of what is written too."""
+    """The memory of what is read; closed or given back, that of what is written is too."""
 
     def __init__(self, size: int, outputs: Arena) -> None:
         super().__init__(size)
@@ -93,6 +93,10 @@ class InputArena(Arena):
     def close(self) -> None:
         super().close()
         self.outputs.close()
+
+    def discard(self) -> None:
+        super().discard()
+        self.outputs.discard()
 
 
 class SharedSurvey(SweptSurvey):
@@ -156,7 +160,7 @@ class Maker(Follower):
             return super().is_done(item, first, count)
         return not any(output.lacks(item, first, count) for output in self.outputs.values())
 
-    def each(self, ranges, look) -> None:
+    def each(self, ranges: Iterable[Range], look: Callable[[Sequence[Piece]], None]) -> None:
         self.step.ask(Look(ranges=list(ranges), look=look))
 
     def survey(self, items: Sequence[Item]) -> SweptSurvey:
@@ -179,9 +183,8 @@ class Maker(Follower):
         for number, output in wanted.items():
             with self.reader.named(number):
                 room, placed = self.reader.placed(output, [with_update(piece) for piece in pieces])
-                segments = output.compute(room, placed).segments
-                facts = [update.facts for update in updates]
-                found = [replace(segment, facts=fact) for segment, fact in zip(segments, facts, strict=True)]
+                segments = zip(output.compute(room, placed).segments, updates, strict=True)
+                found = [replace(segment, facts=update.facts) for segment, update in segments]
                 self.reader.put(output, Output(room, found))
 
     def made(self, block: Block, pieces: Sequence[Piece], params: _C.DeltaParams | None) -> Output:
@@ -213,12 +216,9 @@ class SeveralExecutor(Executor):
         progress: Progress,
         stop: Stop,
     ) -> None:
-        self.room = Arena(together.room)
-        arena = InputArena(together.reading.arena_bytes, self.room)
-        super().__init__(
-            together.reading, Nowhere(), threads=threads, device=device, progress=progress, stop=stop, arena=arena
-        )
-        self.labels = together.labels
+        reading, self.room, self.labels = together.reading, Arena(together.room), together.labels
+        arena = InputArena(reading.arena_bytes, self.room)
+        super().__init__(reading, Nowhere(), threads=threads, device=device, progress=progress, stop=stop, arena=arena)
         self.makers = [Maker(self, family, sinks) for family in together.families]
         self.outputs = [output for maker in self.makers for output in maker.outputs.values()]
 
