@@ -59,7 +59,7 @@ class Table:
         except (ValueError, KeyError, TypeError) as e:
             raise OutputError(f"{path}: is no record of a sweep ({e}): choose another folder, or delete it") from e
         if changes := changes_text(identity, normal_form(self.identity)):
-            raise OutputError(f"{path}: is of another sweep: {changes}. Choose another folder, or delete this one")
+            raise OutputError(f"{path}: is of another sweep: {changes}. Choose another folder")
         known = {row.folder: row for row in rows}
         self.rows = [known.pop(row.folder, row) for row in self.rows] + list(known.values())
         if self.evaluation is None:
