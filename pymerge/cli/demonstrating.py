@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from pymerge.cli.app import app
-from pymerge.cli.options import Debug, reported_errors
+from pymerge.cli.options import Debug, examples, reported_errors
 
 
-@app.command()
+@app.command(epilog=examples("pymerge demo", "pymerge demo --align"))
 def demo(
     out: Annotated[Path, typer.Option(help="Where the models and results are kept.")] = Path("demo-output"),
     all_methods: Annotated[bool, typer.Option("--all", help="Every method, whatever the time.")] = False,

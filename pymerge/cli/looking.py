@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from pymerge.cli.app import app
-from pymerge.cli.options import Debug, reported_errors
+from pymerge.cli.options import Debug, examples, reported_errors
 
 
-@app.command()
+@app.command(epilog=examples("pymerge methods", "pymerge methods ties"))
 def methods(
     name: Annotated[str | None, typer.Argument(help="Describe this method.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
@@ -31,7 +31,7 @@ def methods(
             show_methods([known.describe(n) for n in known.list()])
 
 
-@app.command()
+@app.command(epilog=examples("pymerge info"))
 def info(
     fast: Annotated[bool, typer.Option("--fast", help="Without importing torch.")] = False,
     debug: Debug = False,

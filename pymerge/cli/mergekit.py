@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from pymerge.cli.options import AllowPickle, Debug, Download, Memory, Prefer, budget, print_result, reported_errors
+from pymerge.cli.options import (
+    AllowPickle,
+    Debug,
+    Download,
+    Memory,
+    Prefer,
+    budget,
+    examples,
+    print_result,
+    reported_errors,
+)
 from pymerge.integrations.mergekit_options import NO_EFFECT, MergekitOptions
 
 SAME, OURS, IDLE = "as in mergekit", "of pymerge", "accepted, no effect, because"
@@ -85,10 +95,10 @@ Restart = Annotated[
 ]
 
 
-def command(function: Any) -> Any:
-    """A program with one command."""
+def command(function: Any, *lines: str) -> Any:
+    """A program with one command; lines: examples of its use."""
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(function)
+    app.command(epilog=examples(*lines) if lines else None)(function)
     return app
 
 
@@ -219,9 +229,9 @@ def warn(remarks: list[str]) -> None:
 
 def yaml_main() -> None:
     """Entry point of the `pymerge-yaml` command."""
-    command(mergekit_yaml)()
+    command(mergekit_yaml, "pymerge-yaml recipe.yml merged/ --out-shard-size 2B")()
 
 
 def multi_main() -> None:
     """Entry point of the `pymerge-multi` command."""
-    command(mergekit_multi)()
+    command(mergekit_multi, "pymerge-multi recipes.yml -I stages/ --out-path merged/")()

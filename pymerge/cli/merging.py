@@ -22,6 +22,7 @@ from pymerge.cli.options import (
     ShardSize,
     Threads,
     budget,
+    examples,
     parse_bytes,
     print_result,
     progress_of,
@@ -43,7 +44,9 @@ def print_adapter(out: Path, found: dict[str, Any], quiet: bool, as_json: bool) 
         print(describe_adapter(out, found))
 
 
-@app.command()
+@app.command(
+    epilog=examples("pymerge merge recipe.yaml merged/", "pymerge merge recipe.yaml merged/ --memory 8GB --overwrite")
+)
 def merge(
     recipe: RecipePath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
@@ -101,7 +104,7 @@ def merge(
             print_result(out, summary)
 
 
-@app.command("extract-lora")
+@app.command("extract-lora", epilog=examples("pymerge extract-lora math/ base/ --rank 16 -o math-lora/"))
 def extract_lora(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned model.")],
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of its base.")],
@@ -132,7 +135,7 @@ def extract_lora(
         print_adapter(out, found, quiet, as_json)
 
 
-@app.command()
+@app.command(epilog=examples("pymerge plan recipe.yaml", "pymerge plan recipe.yaml --memory 8GB --json"))
 def plan(
     recipe: RecipePath,
     memory: Memory = None,
@@ -168,7 +171,7 @@ def plan(
             show_plan(planned, options)
 
 
-@app.command()
+@app.command(epilog=examples("pymerge verify merged/", "pymerge verify merged/ --load --against recipe.yaml"))
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `merge` wrote.")],
     load: Annotated[bool, typer.Option("--load", help="Load it with its library too.")] = False,

@@ -41,6 +41,11 @@ Download = Annotated[
 ]
 
 
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines to copy."""
+    return "\n\n".join(["Examples:" if len(lines) > 1 else "Example:", *lines])
+
+
 def parse_bytes(text: str) -> int:
     """`1GB`, `512MiB`, `1e9` in bytes."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)

@@ -8,11 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from pymerge.cli.app import app
-from pymerge.cli.options import Debug, parse_bytes, reported_errors
+from pymerge.cli.options import Debug, examples, parse_bytes, reported_errors
 from pymerge.errors import RecipeError
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "pymerge observe math/ --data math.jsonl -o math.stats.safetensors",
+        "pymerge observe math/ --data math.jsonl -o math.stats.safetensors --stream --samples 64",
+    )
+)
 def observe(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the fine-tuned model.")],
     data: Annotated[
@@ -52,7 +57,12 @@ def observe(
         print(f"{out}: {len(found.modules)} layers, {holders} distinct inputs, {rows} rows")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "pymerge align a/ b/ -o perms.safetensors",
+        "pymerge align a/ b/ --data samples.jsonl -o perms.safetensors",
+    )
+)
 def align(
     models: Annotated[list[str], typer.Argument(metavar="A B [C ..]", help="Folders; all are brought to A's order.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, perms.safetensors.")],

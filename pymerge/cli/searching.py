@@ -18,12 +18,18 @@ from pymerge.cli.options import (
     ShardSize,
     Threads,
     budget,
+    examples,
     parse_bytes,
     reported_errors,
 )
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "pymerge search recipe.yaml --eval evaluate.py:accuracy --over scale=0..1 -o best/",
+        "pymerge search recipe.yaml --eval evaluate.py:accuracy --over density=0.1,0.2 --work grid.search",
+    )
+)
 def search(
     recipe: RecipePath,
     evaluate: Annotated[

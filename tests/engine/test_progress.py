@@ -1,4 +1,4 @@
-"""What is shown of long work: bars at terminals alone, lines of JSON where they are asked for, logs where logging says."""
+"""What is shown of long work: bars at terminals, lines of JSON where they are asked for, logs where logging says."""
 
 from __future__ import annotations
 
