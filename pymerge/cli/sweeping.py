@@ -18,12 +18,18 @@ from pymerge.cli.options import (
     ShardSize,
     Threads,
     budget,
+    examples,
     parse_bytes,
     reported_errors,
 )
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "pymerge sweep recipe.yaml --grid density=0.1,0.2 --grid scale=0.5,1.0 --out swept/",
+        "pymerge sweep recipe.yaml --grid density=0.1,0.2 --out scores/ --eval evaluate.py:accuracy --discard",
+    )
+)
 def sweep(
     recipe: RecipePath,
     grid: Annotated[list[str], typer.Option(help="NAME=VALUE,VALUE,... (once or more: all combinations).")],

@@ -15,7 +15,7 @@ from tests.docs.world import World  # noqa: E402
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # "demo" takes minutes: tests/demo runs it on a shorter schedule.
-RUN_HERE = ("align", "extract-lora", "info", "merge", "methods", "observe", "plan", "search", "verify")
+RUN_HERE = ("align", "extract-lora", "info", "merge", "methods", "observe", "plan", "search", "sweep", "verify")
 
 
 def examples_of(name: str) -> list[str]:
