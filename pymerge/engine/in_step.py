@@ -26,7 +26,7 @@ class InStep:
         self.found: dict[Hashable, tuple[Any, ...]] = {}  # () while somebody is finding it
         self.waiting: dict[Hashable, int] = {}
 
-    def run(self, functions: Sequence[Callable[[], None]], answer: Callable[[list[Any]], None]) -> None:
+    def run(self, functions: Sequence[Callable[[], object]], answer: Callable[[list[Any]], None]) -> None:
         """Until all have ended. answer: gets what was asked at once. The first error is raised, of whichever."""
         self.active = len(functions)
         threads = [threading.Thread(target=self._run, args=(function,), daemon=True) for function in functions]
@@ -82,7 +82,7 @@ class InStep:
         if self.error is not None:
             raise Stopped
 
-    def _run(self, function: Callable[[], None]) -> None:
+    def _run(self, function: Callable[[], object]) -> None:
         try:
             function()
         except BaseException as error:
