@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pymerge.integrations.mergekit_yaml import run_merge
     from pymerge.report.inspection import Inspection, inspect
     from pymerge.statistics import Statistics, observe, open_statistics, reset_batch_norm
-    from pymerge.tuning import search
+    from pymerge.tuning import search, sweep
 
 __all__ = [
     "Checkpoint",
@@ -49,6 +49,7 @@ __all__ = [
     "reset_batch_norm",
     "run_merge",
     "search",
+    "sweep",
     "verify",
 ]
 
@@ -72,6 +73,7 @@ _HOME = {
     "reset_batch_norm": "pymerge.statistics",
     "run_merge": "pymerge.integrations.mergekit_yaml",
     "search": "pymerge.tuning",
+    "sweep": "pymerge.tuning",
     "verify": "pymerge.engine.verify",
 }
 

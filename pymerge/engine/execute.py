@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import string_at
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pymerge import _C
 from pymerge.checkpoint import ITEMSIZE, safe_name
@@ -16,12 +16,12 @@ from pymerge.engine.arena import Arena, Block, Closed, address_of, trim
 from pymerge.engine.asking import rule_part, survey_key
 from pymerge.engine.check import FLOATS
 from pymerge.engine.devices import HOST
-from pymerge.engine.feed import Feed
+from pymerge.engine.feed import Feed, Range
 from pymerge.engine.non_finite import settle_non_finite
 from pymerge.engine.piece import IDENTITY, Piece, segment_of, segments_of
 from pymerge.engine.pipeline import Output, Pipeline, Segment
 from pymerge.engine.plan import Item, Plan
-from pymerge.engine.questions import answered, answered_purify, model_rule, sweep
+from pymerge.engine.questions import answered, answered_purify, model_rule, sweep, sweep_over
 from pymerge.engine.ranges import batches, tiles
 from pymerge.engine.sink import Sink
 from pymerge.engine.survey import HeldSurvey, SweptSurvey, Tile
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 TRIMMED = 64 << 20  # bytes of workspace from which freed memory is handed back at once: milliseconds, among seconds
-R = TypeVar("R")
 
 
 class Progress(Protocol):
@@ -53,13 +52,16 @@ class Stop:
 class Executor:
     """One run of a plan into a sink."""
 
-    def __init__(self, plan: Plan, sink: Sink, *, threads: int, progress: Progress, stop: Stop) -> None:
+    def __init__(
+        self, plan: Plan, sink: Sink, *, threads: int, progress: Progress, stop: Stop, arena: Arena | None = None
+    ) -> None:
+        """arena: in place of one of its own, of the size that the plan says."""
         self.plan, self.sink, self.progress, self.stop = plan, sink, progress, stop
-        self.arena = Arena(plan.arena_bytes)
+        self.arena = arena if arena is not None else Arena(plan.arena_bytes)
         self.lanes = self.open_lanes()
         devices = [] if self.lanes is None else list(self.lanes.of)
         self.pipeline = Pipeline(self.arena, threads, self.write, devices)
-        self.look()
+        self.look_at_sink()
         self.feed = Feed(plan, self.arena, sink)
         self.answers: list[DeltaRule] = []  # of the model-wide surveys
         self.decided: dict[tuple[int, ...], Combine] = {}  # survey_key of steps with a question -> what goes on
@@ -88,8 +90,7 @@ class Executor:
             if self.needed(items):
                 self.cleaned[id(step)] = answered_purify(self, step, items)
         for steps, items in self.plan.surveys:
-            survey = SweptSurvey(self.sweep_items(items), len(items[0].entry.tuned))
-            self.answers.append(model_rule(self.plan, steps, items, survey))
+            self.answers.append(model_rule(self.plan, steps, items, self.survey(items)))
         for steps, items in self.plan.questions:
             if self.left(items):
                 self.decided[survey_key(steps)] = answered(steps, partial(sweep, self, items))
@@ -130,8 +131,8 @@ class Executor:
 
     # what is left to do
 
-    def look(self) -> None:
-        """At what the sink has."""
+    def look_at_sink(self) -> None:
+        """What of the plan is done already."""
         self.done = {name: {(start, size) for start, size, _ in parts} for name, parts in self.sink.done.items()}
         self.forget_other_tiles()
 
@@ -342,35 +343,27 @@ class Executor:
 
     # surveys over more than fits into memory
 
-    def sweep_items(self, items: Sequence[Item]) -> Callable[..., list]:
-        """A function that runs another over all tiles of the items, reading ahead, and returns its results in order."""
-        ranges = [(item, first, count) for item in items for first, count in tiles(item, item.first, item.count)]
+    def each(
+        self,
+        ranges: Iterable[Range],
+        question: Callable[[Sequence[Piece], Place | None], None],
+        *,
+        in_memory: bool = False,
+    ) -> None:
+        """Has `question(pieces, place)` answered for all ranges, where they are merged; waits for the answers.
 
-        def sweep(function: Callable[[Tile], R], only: Collection[int] | None = None) -> list[R]:
-            numbers = {(item.entry.name, first): n for n, (item, first, _) in enumerate(ranges)}
-            asked = (found for n, found in enumerate(ranges) if only is None or n in only)
-            results: dict[int, R] = {}
+        in_memory   it is about the bytes that were read, wherever they are merged"""
+        for batch in batches(self.feed.order(ranges)):
+            self.pose(batch, question, in_memory)
+        self.pipeline.drain()
 
-            def work(block: Block, piece: Piece) -> None:
-                tile, _held = self.tile(piece)
-                results[piece.number] = function(tile)
-                self.feed.release([piece.item])
-                block.release()
+    def survey(self, items: Sequence[Item]) -> SweptSurvey:
+        """Of all entries of the items."""
+        return SweptSurvey(sweep_over(self, items), len(items[0].entry.tuned))
 
-            for found in self.feed.order(asked):
-                if found is not None:
-                    block, (piece,) = self.load([found])
-                    number = numbers[piece.item.entry.name, piece.first]
-                    self.pipeline.submit(partial(work, block, replace(piece, number=number)))
-            self.pipeline.drain()
-            return [results[number] for number in sorted(results)]
-
-        return sweep
-
-    def pose(self, batch: Sequence[tuple[Item, int, int]], question: Callable[..., None]) -> None:
-        """Reads a batch and has `question(pieces, place)` answered where they are merged."""
+    def pose(self, batch: Sequence[Range], question: Callable[..., None], in_memory: bool) -> None:
         block, pieces = self.load(batch)
-        device = pieces[0].item.device
+        device = HOST if in_memory else pieces[0].item.device
         job = None if device == HOST else self.stage(pieces)
 
         def work() -> None:
@@ -394,5 +387,4 @@ class Executor:
 
     def answer_swept(self, item: Item) -> None:
         assert item.rule is not None
-        survey = SweptSurvey(self.sweep_items([item]), len(item.entry.tuned))
-        self.params[id(item)] = delta_params(resolve(item.rule, survey))
+        self.params[id(item)] = delta_params(resolve(item.rule, self.survey([item])))

@@ -282,33 +282,38 @@ def run_staged(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Option
     stop = Stop()
     tensors, total = len(plan.layout.slots), plan.read_bytes / 1e9
     log.info("%d tensors to merge, %.2f GB to read; begun before: %d", tensors, total, len(staged.done))
-    with kept_or_removed(staged):
+    with kept_or_removed([staged]):
         with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             executor = Executor(plan, staged, threads=options.thread_count, progress=progress, stop=stop)
             with stopped_by_signals(stop, executor):
                 executor.run()
         inputs.check_unchanged()
-        return executor
+    return executor
 
 
 @contextmanager
-def kept_or_removed(staged: StagedOutput) -> Iterator[None]:
+def kept_or_removed(staged: Sequence[StagedOutput]) -> Iterator[None]:
     """Keeps what is done after a signal or a crash, removes it after an error that is sure to recur, and where an input
     has changed: nobody can tell which tensors are of which."""
+
+    def abort(keep: bool) -> None:
+        for one in staged:
+            one.abort(keep=keep)
+
     try:
         yield
     except Interrupted as error:
-        staged.abort(keep=True)
+        abort(keep=True)
         raise Interrupted(
             f"stopped by signal {error.exit_code - 128}; what is finished is kept: the same command continues it",
             error.exit_code - 128,
         ) from None
     except MergeError as error:
         read_failed = isinstance(error, InputError) and isinstance(error.__cause__, OSError)
-        staged.abort(keep=read_failed or isinstance(error, ClusterError | DeviceMemoryError))  # may be back in a minute
+        abort(keep=read_failed or isinstance(error, ClusterError | DeviceMemoryError))  # may be back in a minute
         raise
     except BaseException:
-        staged.abort(keep=True)
+        abort(keep=True)
         raise
 
 

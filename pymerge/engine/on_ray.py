@@ -93,7 +93,7 @@ def needed(options: Options) -> dict[str, float]:
 def run_on(cluster: Cluster, plan: Plan, inputs: Inputs, staged: StagedOutput, options: Options) -> Share:
     """Works through a plan on the cluster; what is done is kept or removed as in a local merge."""
     stop = Stop()
-    with kept_or_removed(staged):
+    with kept_or_removed([staged]):
         with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             executor = Share(plan, staged, answers=Answers(), threads=1, progress=progress, stop=stop)
             with stopped_by_signals(stop, executor):
@@ -129,7 +129,7 @@ class Run:
         """Everything that is not done yet. A worker that is told to stop returns what it has; the rest goes round
         again."""
         for _ in range(1 + RETRIES):
-            self.executor.look()
+            self.executor.look_at_sink()
             left = {id(item) for item, _, _ in self.executor.todo()}
             if not left:
                 return

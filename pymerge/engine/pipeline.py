@@ -87,6 +87,13 @@ class Pipeline:
             self.pending += 1
             self.changed.notify_all()
 
+    def finish(self, output: Output) -> None:
+        """Queue for the writer what a worker has finished beside what its work returns."""
+        with self.changed:
+            self.pending += 1
+            self.finished.append(output)
+            self.changed.notify_all()
+
     def drain(self) -> None:
         """Wait until everything submitted is written."""
         with self.changed:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pymerge.engine.asking import rule_part
-from pymerge.engine.ranges import batches, tiles
+from pymerge.engine.ranges import tiles
 from pymerge.methods.base import Combine, ElementWiseCombine, Purify, TensorInfo, chain_rule
 from pymerge.methods.surveyed import SurveyedCombine, SurveyedPurify
 from pymerge.ops.delta_rule import DeltaRule, Survey, resolve
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from pymerge.engine.lanes import Place
     from pymerge.engine.piece import Piece
     from pymerge.engine.plan import Item, Plan
+    from pymerge.engine.survey import Tile
     from pymerge.recipe import Steps
+
+R = TypeVar("R")
 
 
 def answered(steps: Steps, ask: Callable[[SurveyedCombine], Any]) -> Combine:
@@ -55,9 +58,7 @@ def sweep(executor: Executor, items: Sequence[Item], combine: SurveyedCombine) -
             answers[:] = [combine.join(answers[0], found) if answers else found]
 
     ranges = ((item, *tile) for item in items for tile in tiles(item, item.first, item.count))
-    for batch in batches(executor.feed.order(ranges)):
-        executor.pose(batch, question)
-    executor.pipeline.drain()
+    executor.each(ranges, question)
     return answers[0]
 
 
@@ -79,7 +80,26 @@ def sweep_matrices(executor: Executor, items: Sequence[Item], step: SurveyedPuri
             for one in found:
                 answers[:] = [step.join(answers[0], one) if answers else one]
 
-    for batch in batches(executor.feed.order((item, item.first, item.count) for item in items if item.count)):
-        executor.pose(batch, question)
-    executor.pipeline.drain()
+    executor.each(((item, item.first, item.count) for item in items if item.count), question)
     return answers[0] if answers else None
+
+
+def sweep_over(executor: Executor, items: Sequence[Item]) -> Callable[..., list]:
+    """A function that runs another over all tiles of the items, reading ahead, and returns its results in order."""
+    ranges = [(item, first, count) for item in items for first, count in tiles(item, item.first, item.count)]
+    numbers = {(item.entry.name, first): n for n, (item, first, _) in enumerate(ranges)}
+
+    def sweep(function: Callable[[Tile], R], only: Collection[int] | None = None) -> list[R]:
+        results: dict[int, R] = {}
+
+        def question(pieces: Sequence[Piece], place: Place | None) -> None:
+            for piece in pieces:
+                number = numbers[piece.item.entry.name, piece.first]
+                tile, _held = executor.tile(replace(piece, number=number))
+                results[number] = function(tile)
+
+        asked = (found for n, found in enumerate(ranges) if only is None or n in only)
+        executor.each(asked, question, in_memory=True)
+        return [results[number] for number in sorted(results)]
+
+    return sweep

@@ -21,7 +21,6 @@ from pymerge.engine.plan import Item, Options, Plan
 from pymerge.engine.progress import NoProgress
 from pymerge.engine.questions import sweep, sweep_matrices
 from pymerge.engine.shares import Answers, Share, digest_of
-from pymerge.engine.survey import SweptSurvey
 from pymerge.errors import Interrupted, MergeError
 from pymerge.recipe import Recipe
 
@@ -115,7 +114,7 @@ def ask_share(job: Job, answers: Answers, kind: str, number: int, numbers: Seque
 
         def question(executor: Executor) -> Any:
             if kind == "rules":
-                survey = SweptSurvey(executor.sweep_items(items), len(items[0].entry.tuned))
+                survey = executor.survey(items)
                 return getattr(survey, asked[0])(*asked[1:])
             return {"purify": sweep_matrices, "combine": sweep}[kind](executor, items, asked[0])
 

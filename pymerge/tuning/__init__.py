@@ -1,5 +1,6 @@
-"""Searches for hyperparameters: merge at a value, evaluate the model, go on with the next value."""
+"""Searches for hyperparameters (merge at a value, evaluate, go on with the next value) and sweeps over many at once."""
 
+from pymerge.tuning.grid import SweepResult, sweep
 from pymerge.tuning.run import SearchResult, search
 
-__all__ = ["SearchResult", "search"]
+__all__ = ["SearchResult", "SweepResult", "search", "sweep"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Axis:
     """
 
     name: str  # of the hyperparameter; method.name where it is not the combine step's
+    given: str  # as the user calls it
     key: str
     index: int
     field: str
@@ -60,15 +62,15 @@ class Axis:
         place[self.field] = value
 
 
-def parse_overs(texts: Sequence[str]) -> dict[str, str]:
+def parse_overs(texts: Sequence[str], option: str = "over") -> dict[str, str]:
     """Name -> spec, of NAME=LOW..HIGH and NAME=VALUE,VALUE,..."""
     found: dict[str, str] = {}
     for text in texts:
         name, equals, spec = (part.strip() for part in text.partition("="))
         if not equals or not name or not spec:
-            raise RecipeError(f"over: expected NAME=LOW..HIGH or NAME=VALUE,VALUE,..., got {text!r}")
+            raise RecipeError(f"{option}: expected NAME=LOW..HIGH or NAME=VALUE,VALUE,..., got {text!r}")
         if name in found:
-            raise RecipeError(f"over: {name} is given twice")
+            raise RecipeError(f"{option}: {name} is given twice")
         found[name] = spec
     return found
 
@@ -97,6 +99,20 @@ def axes_of(recipe: Recipe, over: Over) -> list[Axis]:
     return sorted(found, key=lambda axis: axis.is_scale)
 
 
+def combinations(axes: Sequence[Axis]) -> list[dict[str, float]]:
+    """All combinations of values; of a range its ends."""
+    each = [axis.values or (axis.low, axis.high) for axis in axes]
+    return [dict(zip([axis.name for axis in axes], values, strict=True)) for values in itertools.product(*each)]
+
+
+def without(recipe: Recipe, axes: Sequence[Axis]) -> dict[str, Any]:
+    """The recipe's plain data but for what is varied."""
+    raw = recipe.to_dict()
+    for axis in axes:
+        axis.put(raw, 0.0)
+    return raw
+
+
 def recipe_at(recipe: Recipe, axes: Sequence[Axis], values: Mapping[str, float]) -> Recipe:
     """The recipe with the values put in."""
     raw = recipe.to_dict()
@@ -113,7 +129,7 @@ def _axis(recipe: Recipe, name: str, spec: str | Sequence[float]) -> Axis:
     if param.kind not in (int, float):
         raise RecipeError(f"over: {name} is no number ({param.range})")
     _refuse_several(recipe, name, key, index, field)
-    given = {"name": label, "key": key, "index": index, "field": field, "param": param}
+    given = {"name": label, "given": name, "key": key, "index": index, "field": field, "param": param}
     if isinstance(spec, str) and ".." in spec:
         low, high = _range(name, spec, param)
         if param.kind is float:

@@ -77,13 +77,7 @@ class Record:
             "updates": self.updates,
             "failure": self.failure,
         }
-        new = self.folder / f"{FILE}.new"
-        with open(new, "w") as file:
-            json.dump(plain | more, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.folder / FILE)
+        write_json(self.folder / FILE, plain | more)
 
     def clear(self, pattern: str, keep: str = "") -> None:
         """Deletes what matches in the work folder, but for names that begin with `keep`."""
@@ -108,15 +102,7 @@ def opened(folder: Path, identity: dict[str, Any], *, restart: bool) -> Iterator
              process works there."""
     if folder.is_dir() and os.listdir(folder) and not any(folder.glob(f"{FILE}*")):  # what is written first
         raise OutputError(f"{folder}: holds files that are not of a search: choose another --work folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{folder}: another search works there now: wait for it, or choose another --work folder"
-            ) from None
+    with locked(folder, "search", "choose another --work folder"):
         record = Record(folder, normal_form(identity))
         if restart:
             for pattern in OURS:
@@ -124,8 +110,39 @@ def opened(folder: Path, identity: dict[str, Any], *, restart: bool) -> Iterator
         _read(record)
         record.save()
         yield record
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str, otherwise: str) -> Iterator[None]:
+    """The folder, made where there is none, for this process alone. OutputError where another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{folder}: another {what} works there now: wait for it, or {otherwise}") from None
+        yield
     finally:
         os.close(lock)
+
+
+def write_json(path: Path, plain: Mapping[str, Any]) -> None:
+    """Replaces the file in one step."""
+    new = path.with_name(f"{path.name}.new")
+    with open(new, "w") as file:
+        json.dump(plain, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def changes_text(old: Any, new: Any) -> str:
+    """Where two identities differ; "" where they do not."""
+    changes = differences(old, new)
+    more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+    return "; ".join(changes[:5]) + more
 
 
 def _read(record: Record) -> None:
@@ -141,11 +158,9 @@ def _read(record: Record) -> None:
         raise OutputError(
             f"{path}: is no record of a search ({e}): --restart begins anew, or choose another --work"
         ) from e
-    changes = differences(identity, record.identity)
-    if changes:
-        more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+    if changes := changes_text(identity, record.identity):
         raise OutputError(
-            f"{path}: holds {len(tries)} tries of another search: {'; '.join(changes[:5])}{more}. --restart begins "
-            "anew, --work FOLDER keeps both"
+            f"{path}: holds {len(tries)} tries of another search: {changes}. --restart begins anew, --work FOLDER "
+            "keeps both"
         )
     record.tries = tries

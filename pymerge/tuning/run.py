@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import signal
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.checkpoint import check_output_path, plan_side_files
-from pymerge.engine.local import Extras, merge_to_disk, opened_plan
-from pymerge.engine.plan import Options
+from pymerge.engine.local import Extras, Inputs, merge_to_disk, opened_plan
+from pymerge.engine.plan import Options, Plan
 from pymerge.engine.scaled import merge_scaled, merge_update, why_merged_anew
 from pymerge.engine.summary import packages_of
 from pymerge.errors import EvaluationError, Interrupted, NumericError, OutputError, RecipeError
@@ -22,7 +21,7 @@ from pymerge.recipe import Recipe
 from pymerge.tuning.evaluate import Evaluation
 from pymerge.tuning.figure import draw
 from pymerge.tuning.golden import golden_section, tries
-from pymerge.tuning.over import Axis, Over, axes_of, recipe_at
+from pymerge.tuning.over import Axis, Over, axes_of, combinations, recipe_at, without
 from pymerge.tuning.record import How, Record, Try, opened, own_name
 from pymerge.tuning.show import Display, make_display, values_text
 from pymerge.version import __version__
@@ -84,16 +83,16 @@ def search(
     options = options or Options()
     path = None if isinstance(recipe, Recipe) else Path(recipe)
     described = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(Path(recipe))
-    _on_disk(described)
+    check_on_disk(described, "search")
     axes = axes_of(described, over)
     _check_tolerance(axes, tolerance)
     folder, target = _work(work, out, path), None if out is None else Path(out)
-    first, *_ = [recipe_at(described, axes, values) for values in _combinations(axes)]  # each is checked now
+    first, *_ = [recipe_at(described, axes, values) for values in combinations(axes)]  # each is checked now
     inputs = _inputs(first, folder, target, options)
     evaluation = Evaluation.of(evaluate)
     identity = {
         "pymerge": __version__,
-        "recipe": _without(described, axes),
+        "recipe": without(described, axes),
         "over": sorted(axis.name for axis in axes),
         "evaluation": {"name": evaluation.name, "digest": evaluation.digest},
         **inputs,
@@ -160,9 +159,9 @@ class _Run:
                 lambda value: sign * self.score({axis.name: axis.rounded(value)}), axis.low, axis.high, tolerance
             )
             return
-        combinations = _combinations(self.axes)
-        self.expected = len(combinations)
-        for values in combinations:
+        every = combinations(self.axes)
+        self.expected = len(every)
+        for values in every:
             self.score(values)
 
     def score(self, values: dict[str, float]) -> float:
@@ -257,17 +256,14 @@ class _Run:
             merge_to_disk(recipe, out, options, Extras(summary={"search": found}))
 
 
-def _on_disk(recipe: Recipe) -> None:
+def check_on_disk(recipe: Recipe, what: str) -> None:
+    """RecipeError where the recipe holds what no YAML file could."""
     if any(model.in_memory for model in (*recipe.models, *([recipe.base] if recipe.base else []))):
-        raise RecipeError("search: models must be folders: each try is written to disk and evaluated there")
+        raise RecipeError(f"{what}: models must be folders: what it makes is written to disk")
     if recipe.align is not None and recipe.align.in_memory:
-        raise RecipeError("search: align: permutations and samples must be files, groups those of a known architecture")
-
-
-def _combinations(axes: Sequence[Axis]) -> list[dict[str, float]]:
-    """All combinations of values; of a range its ends."""
-    each = [axis.values or (axis.low, axis.high) for axis in axes]
-    return [dict(zip([axis.name for axis in axes], values, strict=True)) for values in itertools.product(*each)]
+        raise RecipeError(
+            f"{what}: align: permutations and samples must be files, groups those of a known architecture"
+        )
 
 
 def _at_an_end(axis: Axis, best: Try, tolerance: float) -> str:
@@ -296,14 +292,6 @@ def _work(work: str | os.PathLike[str] | None, out: str | os.PathLike[str] | Non
     raise RecipeError("search: say where the tries are kept: work=")
 
 
-def _without(recipe: Recipe, axes: Sequence[Axis]) -> dict[str, Any]:
-    """The recipe's plain data but for what is searched."""
-    raw = recipe.to_dict()
-    for axis in axes:
-        axis.put(raw, 0.0)
-    return raw
-
-
 def _inputs(recipe: Recipe, work: Path, out: Path | None, options: Options) -> dict[str, Any]:
     """Fingerprints of the inputs. Refuses now what would be refused later: inputs, plan, places of the output."""
     with opened_plan(recipe, options) as (inputs, plan):
@@ -315,10 +303,15 @@ def _inputs(recipe: Recipe, work: Path, out: Path | None, options: Options) -> d
             if own_name(work, out):
                 raise OutputError(f"{out}: the search deletes what has such a name in {work}: choose another")
         plan_side_files(inputs.reference)
-        return {
-            "methods_from": packages_of(plan),
-            "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
-            "statistics": [found.fingerprint() for found in inputs.statistics],
-            "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,
-            "vocabulary": inputs.vocabulary.digest if inputs.vocabulary is not None else None,
-        }
+        return fingerprints(inputs, plan)
+
+
+def fingerprints(inputs: Inputs, plan: Plan) -> dict[str, Any]:
+    """What a score depends on beside recipe and evaluation."""
+    return {
+        "methods_from": packages_of(plan),
+        "inputs": [checkpoint.fingerprint() for checkpoint in inputs.all],
+        "statistics": [found.fingerprint() for found in inputs.statistics],
+        "permutations": inputs.alignment.digest() if inputs.alignment is not None else None,
+        "vocabulary": inputs.vocabulary.digest if inputs.vocabulary is not None else None,
+    }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pymerge.tuning.record import FILE, Try
 
 if TYPE_CHECKING:
+    from pymerge.tuning.grid import SweepResult
     from pymerge.tuning.run import SearchResult
 
 WIDTH = 40  # of the longest bar
@@ -30,6 +31,9 @@ class Display:
     def continued(self, tries: int) -> None:
         """How many are known from an earlier run."""
 
+    def line(self, text: str) -> None:
+        """Says something."""
+
     def tried(self, one: Try, progress: tuple[int, int], is_best: bool) -> None:
         """After a try. progress: values so far, and in all."""
 
@@ -47,13 +51,16 @@ class Lines(Display):
 
     def continued(self, tries: int) -> None:
         if tries:
-            self.console.print(f"continuing: {tries} tries are known")
+            self.line(f"continuing: {tries} tries are known")
+
+    def line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
 
     def tried(self, one: Try, progress: tuple[int, int], is_best: bool) -> None:
         where = f"[{progress[0]}/{progress[1]}] try {one.number}: {values_text(one.values)}"
         seconds = f"({one.merge_seconds:.1f} s + {one.evaluate_seconds:.1f} s)"
         best = "  best so far" if is_best else ""
-        self.console.print(f"{where}  score {one.score:.6g}  {seconds}{best}", soft_wrap=True)
+        self.line(f"{where}  score {one.score:.6g}  {seconds}{best}")
 
 
 def make_display(wanted: bool | None) -> Display:
@@ -100,3 +107,22 @@ def bars(tries: Sequence[Try], best: Try) -> str:
     if len(near) < len(tries):
         lines.append(f"({len(tries) - len(near)} more in search.json)")
     return "\n".join(lines)
+
+
+def describe_sweep(result: SweepResult) -> str:
+    """The settings with their scores and folders, and what was read how often."""
+    cells = [[f"{value:g}" for value in row.values.values()] for row in result.rows]
+    heads = list(result.rows[0].values)
+    if any(row.score is not None for row in result.rows):
+        heads.append("score")
+        cells = [[*c, "" if r.score is None else f"{r.score:.6g}"] for c, r in zip(cells, result.rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    lines = ["  ".join(head.rjust(w) for head, w in zip(heads, widths, strict=True))]
+    for row, values in zip(result.rows, cells, strict=True):
+        kept = row.folder if (result.out / row.folder).is_dir() else ""
+        best = "  best" if row is result.best else ""
+        lines.append(f"{'  '.join(c.rjust(w) for c, w in zip(values, widths, strict=True))}  {kept}{best}".rstrip())
+    for one in result.passes:
+        lines.append(f"{one.outputs} model(s) of one pass: {one.read / 1e9:.2f} GB read, {one.seconds:.1f} s")
+    lines += [f"a pass each: {result.apart}"] if result.apart else []
+    return "\n".join([*lines, f"table: {result.out / 'sweep.json'}"])

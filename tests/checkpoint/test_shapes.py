@@ -28,7 +28,7 @@ def test_published_parameter_counts(name):
 def small(kind: str) -> dict:
     """A config of a few thousand parameters."""
     shrunk = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shrunk |= {"num_key_value_heads": 2, "vocab_size": 32, "num_local_experts": 2, "n_routed_experts": 4}
+    shrunk |= {"num_key_value_heads": 2, "vocab_size": 32, "num_local_experts": 4, "n_routed_experts": 4}
     shrunk |= {"moe_intermediate_size": 6, "first_k_dense_replace": 1, "q_lora_rank": 4, "kv_lora_rank": 4}
     shrunk |= {"qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4, "n_shared_experts": 1}
     shrunk |= {"head_dim": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}

@@ -15,7 +15,7 @@ from tests.docs.world import World  # noqa: E402
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # "demo" takes minutes: tests/demo runs it on a shorter schedule.
-RUN_HERE = tuple("align extract-lora info inspect merge methods observe plan report search verify".split())
+RUN_HERE = tuple("align extract-lora info inspect merge methods observe plan report search sweep verify".split())
 
 
 def examples_of(name: str) -> list[str]:

@@ -405,9 +405,7 @@ def test_a_survey_in_shares_finds_what_a_sweep_finds(tmp_path: Path, ranks: tupl
             return [one.kth(ranks, rule, keep_ties), one.gram(), one.l1(rule), one.signs(rule)]
 
         how = {"threads": 2, "progress": NoProgress(), "stop": Stop()}
-        here = Share(
-            plan, staged, answers=Answers(), question=lambda e: answers(SweptSurvey(e.sweep_items(items), 2)), **how
-        )
+        here = Share(plan, staged, answers=Answers(), question=lambda e: answers(e.survey(items)), **how)
         here.run()
         found["here"] = here.found
         shared = SharedSurvey(Run(InTurn(), job_of(plan, inputs, staged, options), here, 2), 0, items)
