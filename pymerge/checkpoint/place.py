@@ -55,6 +55,37 @@ def check_output_path(
     return target
 
 
+def check_output_file(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse a file in place of one of an input: in a model's folder, an adapter's of `base+adapter`, or the file that
+    the input is. A page (.html) is of no model, an earlier one may be replaced.
+
+    Raises   OutputError."""
+    target = real_output(out)
+    if target.suffix == ".html" or not os.path.lexists(target):
+        return
+    for path in _parts(inputs):
+        if _is_inside(target, path) or (path.is_dir() and _identity(target) in map(_identity, path.iterdir())):
+            raise OutputError(
+                f"output {_shown(out)} replaces a file of the input {_shown(path)}; inputs are never changed"
+            )
+
+
+def check_output_beside(folder: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse a folder for several files that is, or lies inside, an input. Raises OutputError."""
+    target = real_output(folder)
+    for path in _parts(inputs):
+        if _is_inside(target, path):
+            raise OutputError(
+                f"output {_shown(folder)} is, or lies inside, the input {_shown(path)}; inputs are never changed"
+            )
+
+
+def _parts(references: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
+    """The paths of references that exist here."""
+    for reference in map(os.fspath, references):
+        yield from (Path(part) for part in {reference, *reference.split("+")} if part and os.path.exists(part))
+
+
 def check_free(target: Path, overwrite: bool) -> None:
     """Refuse a target that holds something: a model unless `overwrite`, anything else always."""
     if not os.path.lexists(target):

@@ -53,10 +53,15 @@ def inspect(
 ) -> None:
     """What fine-tuning changed, how the models agree, and which method that suggests."""
     with reported_errors(debug), hub.access(download=download):
+        from pymerge.checkpoint.place import check_output_beside, check_output_file
         from pymerge.engine.plan import Options
         from pymerge.report.inspect_page import sections, subtitle
         from pymerge.report.inspection import inspect as run
 
+        for file in filter(None, (out, as_json)):
+            check_output_file(file, [base, *models])
+        for folder in filter(None, (png, svg)):
+            check_output_beside(folder, [base, *models])
         check_outputs(out, as_json)
         options = Options(
             memory=budget(memory),

@@ -40,10 +40,12 @@ def observe(
 ) -> None:
     """Run MODEL over a few samples and keep what its linear layers see, for methods that need statistics."""
     with reported_errors(debug):
+        from pymerge.checkpoint.place import check_output_file
         from pymerge.engine.progress import status_shown
         from pymerge.statistics.observing import observe as run
         from pymerge.statistics.samples import batches_of
 
+        check_output_file(out, [model, data])
         at_once = samples if stream else batch_size
         batches = batches_of(model, data, samples=samples, length=length, batch_size=at_once, field=field)
         dtype = "float64" if float64 else "float32"
@@ -95,10 +97,12 @@ def align(
     with reported_errors(debug):
         if out.suffix != ".safetensors":
             raise RecipeError(f"--out {out}: must end in .safetensors")
+        from pymerge.checkpoint.place import check_output_file
         from pymerge.engine.alignment import find, parsed_search
         from pymerge.engine.describe import show_alignment
         from pymerge.engine.progress import status_shown
 
+        check_output_file(out, models if data is None else [*models, data])
         asked = {"data": data, "samples": samples, "length": length, "field": field, "alpha": alpha, "mode": mode}
         search = parsed_search(asked | {"spec": spec, "seed": seed, "tie_heads": tie_heads})
         with status_shown(False if quiet else None, "activations and first matches") as show:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pymerge.checkpoint import safe_name
 from pymerge.checkpoint.index import read_json_object
+from pymerge.checkpoint.place import check_output_file
 from pymerge.engine.verify import MAX_SUMMARY
 from pymerge.errors import InputError
 from pymerge.report.diagnostics import diagnostics, shown
@@ -26,8 +27,10 @@ def report(
     folder    what `merge` wrote, models and adapters
     png, svg  folders for the pictures
     Returns   the files written
-    Raises    InputError: no merge.json of pymerge, or plotly (for pictures matplotlib) is missing; OutputError."""
+    Raises    InputError: no merge.json of pymerge, or plotly (for pictures matplotlib) is missing; OutputError,
+              also where the page would replace a file of the model."""
     folder = Path(folder)
+    check_output_file(out, [folder])
     title, subtitle, sections = merge_sections(folder)
     write_page(out, title, subtitle, sections)
     written = [Path(out)]
