@@ -147,3 +147,12 @@ def test_methods_are_shown_with_their_brackets(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     show_methods([describe("esm")])
     assert "U = [E_1 w_1 | ..], V = [w_1 E_1^T D_1; ..]." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [("plan", "recipe.yaml"), ("methods", "--json")])
+def test_a_full_disk_behind_standard_output_is_one_line(recipe, tmp_path, arguments):
+    recipe()
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pymerge", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5 and done.stderr.count("\n") == 1 and "No space left" in done.stderr, done.stderr

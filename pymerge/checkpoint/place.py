@@ -95,7 +95,7 @@ def check_free(target: Path, overwrite: bool) -> None:
     names = os.listdir(target)
     if not names:
         return
-    is_model = any(name in names for name in _MODEL_FILES) or any(n.endswith(".safetensors") for n in names)
+    is_model = holds_model(target)
     if not overwrite:
         what = "holds a model already" if is_model else "is not empty"
         raise OutputError(
@@ -105,6 +105,12 @@ def check_free(target: Path, overwrite: bool) -> None:
         raise OutputError(
             f"{_shown(target)}: --overwrite replaces the folder of a model, and this does not look like one"
         )
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether files of a model are in a folder, if there is one."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return any(name in _MODEL_FILES or name.endswith(".safetensors") for name in names)
 
 
 def replace_folder(staging: Path, target: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pymerge.errors import MergeError, RecipeError
+from pymerge.errors import MergeError, OutputError, RecipeError
 
 if TYPE_CHECKING:
     from pymerge.engine.progress import Shown
@@ -142,7 +144,10 @@ def reported_errors(debug: bool) -> Iterator[None]:
         logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s: %(message)s")
     try:
         yield
-    except MergeError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # whoever reads has enough: click ends quietly
+    except (MergeError, OSError) as error:
         if debug:
             raise
         from rich.console import Console
@@ -150,4 +155,15 @@ def reported_errors(debug: bool) -> Iterator[None]:
 
         text = Text.assemble((type(error).__name__, "bold red"), f": {error}")
         Console(stderr=True).print(text, soft_wrap=True)  # in colour on terminals, unless NO_COLOR is set
-        raise typer.Exit(error.exit_code) from None
+        if isinstance(error, MergeError):
+            raise typer.Exit(error.exit_code) from None
+        leave_unwritten()
+        raise typer.Exit(OutputError.exit_code) from None
+
+
+def leave_unwritten() -> None:
+    """What standard output does not take is lost: it would be tried again, and fail again, at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -124,6 +124,7 @@ def write_adapter(target: Path, recipe: Recipe, inputs: Inputs, plan: Plan, sink
         try:
             save_file(tensors, staging / WEIGHTS[0], metadata={"format": "pt"})
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            shutil.copymode(staging / CONFIG, staging / WEIGHTS[0])  # save_file's are for their owner alone
             write_summary(staging, summary)
             sync_tree(staging)
             replace_folder(staging, target)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pymerge.checkpoint import Layout, check_output_path
 from pymerge.checkpoint.journal import normal_form
-from pymerge.checkpoint.place import staging_of
+from pymerge.checkpoint.place import holds_model, staging_of
 from pymerge.engine.local import read_summary
 from pymerge.engine.many import Pass, Setting, merge_many, planned_many, why_apart
 from pymerge.engine.plan import Options
@@ -26,7 +26,7 @@ from pymerge.tuning.over import Axis, Over, axes_of, combinations, recipe_at, wi
 from pymerge.tuning.record import locked
 from pymerge.tuning.run import check_on_disk, fingerprints
 from pymerge.tuning.show import Display, make_display
-from pymerge.tuning.table import Row, Table
+from pymerge.tuning.table import FILE, Row, Table
 from pymerge.version import __version__
 
 FILES = 64  # open files that are not of the outputs: inputs, standard streams, the evaluation's
@@ -89,6 +89,8 @@ def sweep(
         }
         scored_by = None if evaluation is None else {"name": evaluation.name, "digest": evaluation.digest}
         check_output_path(folder / "sweep", inputs.all)
+        if not (folder / FILE).exists() and holds_model(folder):
+            raise OutputError(f"{folder}: holds a model, and no sweep: choose another folder")
         with locked(folder, "sweep", "choose another folder"):
             table = Table(folder, same, scored_by, rows, apart=why_apart(described))
             table.continued()
@@ -126,13 +128,15 @@ class _Run:
         return self.rows[setting.label].score is not None
 
     def is_made(self, setting: Setting) -> bool:
-        """Whether the model in the folder is this setting's."""
+        """Whether the model in the folder is this setting's, with its weights."""
         try:
             found = read_summary(setting.out)
         except (OSError, ValueError):
             return False
         wanted = {"pymerge": __version__, "recipe": setting.recipe.to_dict(), "inputs": self.table.identity["inputs"]}
-        return normal_form(wanted) == {key: found.get(key) for key in wanted}
+        if normal_form(wanted) != {key: found.get(key) for key in wanted}:
+            return False
+        return sum(file.stat().st_size for file in setting.out.rglob("*.safetensors")) >= found.get("bytes_written", 0)
 
     def at_once(self, missing: int, layout: Layout) -> int:
         """How many models there may be at a time. OutputError where the disk or the open files do not suffice."""
@@ -169,9 +173,9 @@ class _Run:
             self.table.passes += found
             self.table.save()
             self.score(part)
-        best = self.table.best(self.minimize) if self.evaluation is not None else None
-        self.table.save(**({"best": best.folder, "minimize": self.minimize} if best is not None else {}))
         asked = [self.rows[one.label] for one in self.settings]
+        best = self.table.best(asked, self.minimize) if self.evaluation is not None else None
+        self.table.save()
         return SweepResult(
             rows=tuple(asked), passes=tuple(passes), apart=self.table.apart, best=best, out=self.table.folder
         )
@@ -189,7 +193,7 @@ class _Run:
                 if not self.is_scored(setting):
                     self.evaluate(setting, self.evaluation)
                 if self.discard:
-                    shutil.rmtree(setting.out)
+                    shutil.rmtree(os.path.realpath(setting.out))  # a link may lead to another disk
 
     def evaluate(self, setting: Setting, evaluation: Evaluation) -> None:
         row, started = self.rows[setting.label], time.monotonic()

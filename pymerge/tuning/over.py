@@ -68,7 +68,8 @@ def parse_overs(texts: Sequence[str], option: str = "over") -> dict[str, str]:
     for text in texts:
         name, equals, spec = (part.strip() for part in text.partition("="))
         if not equals or not name or not spec:
-            raise RecipeError(f"{option}: expected NAME=LOW..HIGH or NAME=VALUE,VALUE,..., got {text!r}")
+            forms = "NAME=VALUE,VALUE,..." if option == "grid" else "NAME=LOW..HIGH or NAME=VALUE,VALUE,..."
+            raise RecipeError(f"{option}: expected {forms}, got {text!r}")
         if name in found:
             raise RecipeError(f"{option}: {name} is given twice")
         found[name] = spec
@@ -78,6 +79,8 @@ def parse_overs(texts: Sequence[str], option: str = "over") -> dict[str, str]:
 def axes_of(recipe: Recipe, over: Over) -> list[Axis]:
     """The axes of a search, checked against the recipe; RecipeError lists every problem. The overall coefficient comes
     last: it changes fastest, and the update is merged once for all its values."""
+    if not isinstance(over, Mapping):
+        raise RecipeError(f"over: expected hyperparameters with their values, {{name: values}}, got {over!r}")
     if not over:
         raise RecipeError("over: nothing to search over: give a hyperparameter and its values")
     found: list[Axis] = []

@@ -115,8 +115,11 @@ def opened(folder: Path, identity: dict[str, Any], *, restart: bool) -> Iterator
 @contextlib.contextmanager
 def locked(folder: Path, what: str, otherwise: str) -> Iterator[None]:
     """The folder, made where there is none, for this process alone. OutputError where another one has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as e:
+        raise OutputError(f"{folder}: is no folder that a {what} can write to ({e.strerror}): {otherwise}") from e
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -42,6 +42,8 @@ def test_exact(method: str, problem: Any, tmp_path: Path) -> None:
     summary = pymerge.merge(base, adapters, method=method, as_adapter=True, out=tmp_path / "adapter")
     pymerge.merge(base, adapters, method=method, out=tmp_path / "whole")
     assert summary["error"] < 1e-6 and summary["r"] <= 7
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}
+    assert len(set(modes.values())) == 1, modes
     found, start, whole = update_by(tmp_path / "adapter", base), read_model(base), read_model(tmp_path / "whole")
     for name in start:
         torch.testing.assert_close(found[name], whole[name].double() - start[name], rtol=0, atol=1e-6)

@@ -166,6 +166,7 @@ def test_what_lies_in_the_folder_is_kept(problem: Problem, tmp_path: Path) -> No
         ({"base_model": [1, 2]}, "grid: unknown hyperparameter 'base_model'"),
         ({"density": "0.1..0.5"}, "grid: density: list its values, as in density=0.1,0.5"),
         ({"density": [2.0]}, "grid: density: "),
+        (["density"], "grid: expected hyperparameters with their values, {name: values}, got"),
         ({"scale": [1], "lambda": [1]}, "grid: scale is given twice"),
     ],
 )
@@ -178,3 +179,66 @@ def test_grids_that_cannot_be(grid: Any, message: str, problem: Problem, tmp_pat
 def test_discarding_without_an_evaluation(problem: Problem, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="discard: models are deleted when they have been evaluated"):
         pymerge.sweep(problem.recipe(**TIES), GRID, out=tmp_path / "out", discard=True)
+
+
+@pytest.mark.parametrize("command", ["sweep", "search"])
+def test_folders_that_cannot_be_made(command: str, problem: Problem, tmp_path: Path) -> None:
+    recipe, score = str(problem.recipe(**TIES)), tmp_path / "score.py"
+    score.write_text("def one(folder):\n    return 1.0\n")
+    ends = {"sweep": ["--grid", "density=0.1", "--out"], "search": ["--over", "density=0.1", "--work"]}[command]
+    for where in (recipe, "/proc/not/here"):
+        found = CliRunner().invoke(app, [command, recipe, "--eval", f"{score}:one", *ends, where])
+        assert found.exit_code == 5 and "OutputError" in found.output, found.output
+
+
+def test_a_linked_model_is_discarded(problem: Problem, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other disk"
+    out.mkdir()
+    other.mkdir()
+    (out / "density=0.1").symlink_to(other)
+    found = pymerge.sweep(problem.recipe(**TIES), {"density": [0.1]}, out=out, evaluate=counted(problem), discard=True)
+    assert found.rows[0].score is not None and not other.exists()
+
+
+def test_a_model_without_its_weights_is_not_done(problem: Problem, tmp_path: Path) -> None:
+    recipe, out = problem.recipe(**TIES), tmp_path / "out"
+    assert [one.outputs for one in pymerge.sweep(recipe, GRID, out=out).passes] == [4]
+    assert pymerge.sweep(recipe, GRID, out=out).passes == ()
+    weights = out / FOLDERS[0] / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    with pytest.raises(OutputError, match="holds a model already"):
+        pymerge.sweep(recipe, GRID, out=out)
+    found = pymerge.sweep(recipe, GRID, out=out, options=pymerge.Options(overwrite=True))
+    assert [one.outputs for one in found.passes] == [1] and weights.read_bytes() == whole
+
+
+def test_a_sweep_that_never_began_leaves_the_folder_to_others(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merge_many", lambda *_: (_ for _ in ()).throw(OutputError("disk")))
+        with pytest.raises(OutputError, match="disk"):
+            pymerge.sweep(problem.recipe(**TIES), GRID, out=out)
+    pymerge.sweep(problem.recipe(**TIES, seed=7), {"density": [0.1]}, out=out)
+    assert [row["folder"] for row in table_of(out)["settings"]] == ["density=0.1"]
+
+
+def test_the_best_is_one_of_the_asked_and_stays(problem: Problem, tmp_path: Path) -> None:
+    recipe, out, score = problem.recipe(**TIES), tmp_path / "out", counted(problem)
+    first = pymerge.sweep(recipe, GRID, out=out, evaluate=score)
+    assert first.best is not None
+    pymerge.sweep(recipe, GRID, out=out)
+    assert table_of(out)["best"] == first.best.folder and table_of(out)["minimize"] is False
+    others = {"density": [0.1 if first.best.values["density"] == 0.6 else 0.6], "lambda": [0.5, 1.0]}
+    second = pymerge.sweep(recipe, others, out=out, evaluate=score)
+    assert second.best in second.rows and second.best.score == max(row.score or 0.0 for row in second.rows)
+    assert table_of(out)["best"] == second.best.folder != first.best.folder
+
+
+def test_a_model_is_no_folder_of_a_sweep(problem: Problem, tmp_path: Path) -> None:
+    shutil.copytree(problem.base, tmp_path / "out")
+    with pytest.raises(OutputError, match="holds a model, and no sweep"):
+        pymerge.sweep(problem.recipe(**TIES), GRID, out=tmp_path / "out")
+    assert folders(tmp_path / "out") == []
