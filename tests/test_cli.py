@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import yaml
@@ -156,3 +157,31 @@ def test_a_full_disk_behind_standard_output_is_one_line(recipe, tmp_path, argume
         command = [sys.executable, "-m", "pymerge", *arguments]
         done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 5 and done.stderr.count("\n") == 1 and "No space left" in done.stderr, done.stderr
+
+
+def test_a_plan_of_shapes_promises_neither_memory_nor_a_merge():
+    asked = ("plan", "--shape", "llama3-8b", "--method", "linear")
+    shown = run(*asked).stdout
+    assert "tensors" in shown and "at most" not in shown and "no problems found" not in shown
+    assert json.loads(run(*asked, "--json").stdout)["memory_limit"] is None
+
+
+@pytest.mark.parametrize("command", ["sweep", "search", "extract-lora"])
+def test_commands_that_take_names_on_the_hub_can_download(command):
+    from typer.main import get_command
+
+    from pymerge.cli import app
+
+    group: Any = get_command(app)
+    options = group.commands[command].params
+    assert "--download" in [name for option in options for name in option.opts]
+
+
+def test_a_url_of_nothing(recipe):
+    done = run("plan", recipe(base_model="s3://"))
+    assert done.returncode == 2 and "s3://: names no bucket or path" in done.stderr, done.stderr
+
+
+def test_a_budget_that_the_libraries_use_up_leaves_nothing(recipe):
+    done = run("plan", recipe(), "--memory", "10MB")
+    assert done.returncode == 2 and "leaves 0 MB" in done.stderr, done.stderr

@@ -82,8 +82,9 @@ def check_output_beside(folder: str | os.PathLike[str], inputs: Iterable[str | o
 
 def _parts(references: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
     """The paths of references that exist here."""
-    for reference in map(os.fspath, references):
-        yield from (Path(part) for part in {reference, *reference.split("+")} if part and os.path.exists(part))
+    for reference in references:
+        text = os.fspath(reference)
+        yield from (Path(part) for part in {text, *text.split("+")} if part and os.path.exists(part))
 
 
 def check_free(target: Path, overwrite: bool) -> None:

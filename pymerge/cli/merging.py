@@ -129,12 +129,13 @@ def extract_lora(
     threads: Threads = None,
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
+    download: Download = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no closing line.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write what MODEL has more than BASE as a LoRA adapter: the best of that rank for each matrix."""
-    with reported_errors(debug):
+    with reported_errors(debug), hub.access(download=download):
         from pymerge.engine.adapter_out import extract
         from pymerge.engine.plan import Options
 

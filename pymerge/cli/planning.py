@@ -84,14 +84,15 @@ def said(asked: Asked, plan: Plan, options: Options, cluster: Cluster | None, as
     from pymerge.engine.describe_simulation import show_simulation
     from pymerge.engine.simulate import simulated
 
+    made_up = asked.shape is not None
     if cluster is None:
         if as_json:
-            print(json.dumps(describe_plan(plan, options), indent=1))
+            print(json.dumps(describe_plan(plan, options, made_up=made_up), indent=1))
         else:
-            show_plan(plan, options)
+            show_plan(plan, options, made_up=made_up)
         return
     facts = simulated(plan, cluster)
     if as_json:
-        print(json.dumps(describe_plan(plan, options) | {"simulation": facts}, indent=1))
+        print(json.dumps(describe_plan(plan, options, made_up=made_up) | {"simulation": facts}, indent=1))
     else:
         show_simulation(facts)

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from pymerge import hub
 from pymerge.cli.app import app
 from pymerge.cli.options import (
     AllowPickle,
     Debug,
     Device,
     DeviceMemory,
+    Download,
     Memory,
     Prefer,
     RecipePath,
@@ -51,6 +53,7 @@ def search(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the best is complete.")] = False,
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
+    download: Download = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no plot.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -59,7 +62,7 @@ def search(
     A range is searched by golden sections, values are all tried. Over the scale, the models are merged once. An
     interrupted search continues when the same command is given again.
     """
-    with reported_errors(debug):
+    with reported_errors(debug), hub.access(download=download):
         from pymerge.engine.plan import Options
         from pymerge.recipe import Recipe
         from pymerge.tuning import search as run

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from pymerge import hub
 from pymerge.cli.app import app
 from pymerge.cli.options import (
     AllowPickle,
     Debug,
+    Download,
     Memory,
     Prefer,
     RecipePath,
@@ -44,6 +46,7 @@ def sweep(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace models in OUT that are not of it.")] = False,
     allow_pickle: AllowPickle = False,
     prefer: Prefer = None,
+    download: Download = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -52,7 +55,7 @@ def sweep(
     Each folder holds what `merge` writes at these values. An interrupted sweep continues when the same command is given
     again.
     """
-    with reported_errors(debug):
+    with reported_errors(debug), hub.access(download=download):
         from pymerge.engine.plan import Options
         from pymerge.recipe import Recipe
         from pymerge.tuning import sweep as run

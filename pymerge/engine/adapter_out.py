@@ -23,6 +23,7 @@ from pymerge.engine.scaled import updates
 from pymerge.engine.summary import FORMAT, packages_of
 from pymerge.errors import OutputError, RecipeError
 from pymerge.recipe import Recipe
+from pymerge.recipe.references import refuse_base
 from pymerge.version import __version__
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def extract(
     options: Options | None = None,
 ) -> dict[str, Any]:
     """What a model has more than its base, as an adapter of this rank. Returns, raises: as merge_to_adapter."""
+    refuse_base(base, [model], "extract")
     given = {"weight": 1.0, "scale": 1.0, "exclude": list(exclude)}
     recipe = Recipe.from_kwargs(os.fspath(base), [os.fspath(model)], "task_arithmetic", **given)
     return merge_to_adapter(recipe, out, rank, options)

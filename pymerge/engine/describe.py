@@ -24,8 +24,10 @@ from pymerge.methods import Auto, MethodInfo
 from pymerge.version import __version__
 
 
-def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
-    """The plan in numbers: bytes, memory, estimated seconds, what is copied, the largest items, notes."""
+def describe_plan(plan: Plan, options: Options, *, made_up: bool = False) -> dict[str, Any]:
+    """The plan in numbers: bytes, memory, estimated seconds, what is copied, the largest items, notes.
+
+    made_up  the models are shapes alone: no limit of memory is meant, and there is nothing to run"""
     rates = known_rates()
     observing = describe_observing(plan)
     seconds = local(plan, options, rates).seconds
@@ -48,7 +50,7 @@ def describe_plan(plan: Plan, options: Options) -> dict[str, Any]:
         "bytes_written": plan.write_bytes,
         "flops": sum(item.flops for item in plan.items),
         "shards": len(plan.layout.shards),
-        "memory_limit": resident_memory() + options.memory_bytes,
+        "memory_limit": None if made_up else resident_memory() + options.memory_bytes,
         "threads": options.thread_count,
         **({"devices": [device.plain() for device in plan.devices]} if plan.devices else {}),
         "seconds": {
@@ -84,8 +86,8 @@ def describe_observing(plan: Plan) -> dict[str, int]:
     return work | observing_bytes(plan.observed)
 
 
-def show_plan(plan: Plan, options: Options) -> None:
-    facts, console = describe_plan(plan, options), Console(highlight=False, soft_wrap=True)
+def show_plan(plan: Plan, options: Options, *, made_up: bool = False) -> None:
+    facts, console = describe_plan(plan, options, made_up=made_up), Console(highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     counts, seconds = facts["tensors"], facts["seconds"]
     rates = "measured here" if facts["rates"] == "measured" else "built in, `pymerge plan --calibrate` measures yours"
@@ -116,7 +118,8 @@ def show_plan(plan: Plan, options: Options) -> None:
             f"memory at most {device['peak_bytes'] / 1e9:.2f} GB",
         )
     table.add_row("together", f"about {seconds['total']:.1f} s (the three overlap; rates: {rates})")
-    table.add_row("memory", f"at most {facts['memory_limit'] / 1e9:.2f} GB")
+    if not made_up:
+        table.add_row("memory", f"at most {facts['memory_limit'] / 1e9:.2f} GB")
     console.print(table)
     biggest = Table("largest tensors", "shape", "read", "in memory", "how", box=None, padding=(0, 2, 0, 0))
     for item in facts["largest"]:
@@ -130,7 +133,8 @@ def show_plan(plan: Plan, options: Options) -> None:
     console.print(biggest)
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False)
-    console.print("no problems found: `pymerge merge` will run this")
+    if not made_up:
+        console.print("no problems found: `pymerge merge` will run this")
 
 
 def align_in_words(facts: dict[str, Any]) -> str:

@@ -221,8 +221,9 @@ class Planner:
 
     def refuse(self, needed: int, what: str) -> NoReturn:
         left, needed = self.options.memory_bytes, needed + self.reserved
+        shown = max(0, left) / 1e6  # what the libraries take may be more than was given
         raise RecipeError(
-            f"the memory budget leaves {left / 1e6:.0f} MB for the merge, {what} needs {needed / 1e6:.0f} MB: raise "
+            f"the memory budget leaves {shown:.0f} MB for the merge, {what} needs {needed / 1e6:.0f} MB: raise "
             f"--memory (memory= in Python) by {(needed - left) / 1e6:.0f} MB"
         )
 

@@ -56,16 +56,19 @@ class Bar(NoProgress):
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
+        from rich.table import Column
 
+        one = Column(no_wrap=True)
+        rest = Column(no_wrap=True, ratio=1, overflow="ellipsis")
         columns = (
-            BarColumn(bar_width=20),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[tensors]} tensors, {task.fields[memory]:.1f} GB memory"),
-            TextColumn("{task.description}"),
+            BarColumn(bar_width=10, table_column=one),
+            DownloadColumn(table_column=one),
+            TransferSpeedColumn(table_column=one),
+            TimeRemainingColumn(compact=True, table_column=one),
+            TextColumn("{task.fields[tensors]} tensors, {task.fields[memory]:.1f} GB memory", table_column=one),
+            TextColumn("{task.description}", table_column=rest),
         )
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
         self.looked = time.monotonic()
         self.task = self.bar.add_task("", total=total, tensors=self.tensors, memory=resident_memory() / 1e9)
 

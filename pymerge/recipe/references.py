@@ -7,13 +7,13 @@ path, a URL (then without `@revision`) or a name on the Hugging Face Hub.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from pymerge import hub
-from pymerge.errors import InputError
+from pymerge.errors import InputError, RecipeError
 from pymerge.recipe.problems import Problems
 from pymerge.remote.mirror import local_of
 from pymerge.remote.urls import is_collapsed, is_url
@@ -42,6 +42,15 @@ def split_adapter(path: str) -> tuple[str, str] | None:
 
 def _cuts(text: str) -> list[tuple[str, str]]:
     return [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "+"]
+
+
+def refuse_base(base: Any, models: Sequence[Any], what: str) -> None:
+    """RecipeError where a model is the base itself: there is nothing to `what` then."""
+    for model in models:
+        paths = isinstance(base, str | os.PathLike) and isinstance(model, str | os.PathLike)
+        if model is base or (paths and os.path.realpath(model) == os.path.realpath(base)):
+            shown = os.fspath(model) if paths else "a model"
+            raise RecipeError(f"{shown}: is the base itself: there is nothing to {what}")
 
 
 def names_in(text: str) -> list[str]:
@@ -96,6 +105,8 @@ def _folder(part: str, raw: str, where: str, problems: Problems) -> str | None:
     if at and _is_known(name):
         text = f"{name} is a folder here, which has no revisions: give the folder that holds {revision!r}"
         problems.add(where, f"{what}: {text}")
+    elif part.endswith("://"):
+        problems.add(where, f"{what}: names no bucket or path")
     elif is_collapsed(part):
         problems.add(where, f"{what}: a URL that pathlib has taken a slash of: give it as text, s3://...")
     elif not hub.is_name(name) or (at and not revision):

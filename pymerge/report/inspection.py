@@ -24,6 +24,7 @@ from pymerge.engine.progress import make_progress
 from pymerge.errors import InputError, RecipeError, UnsupportedDtype
 from pymerge.methods.matrices import Matrices
 from pymerge.recipe import Recipe
+from pymerge.recipe.references import refuse_base
 from pymerge.recipe.stacks import LayerName
 from pymerge.report.spectra import MatrixOf, Spectrum, decompose
 
@@ -153,6 +154,7 @@ def inspect(
         raise RecipeError(f"rank must be at least 1, got {rank}")
     if base is None or not models:
         raise RecipeError("inspect needs a base and one fine-tuned model at least")
+    refuse_base(base, models, "compare")
     started, options = time.monotonic(), options or Options()
     patterns = {"exclude": list(exclude)} if exclude else {}
     recipe = Recipe.from_kwargs(base, list(models), "task_arithmetic", **patterns)

@@ -44,6 +44,8 @@ def report(
 def merge_sections(folder: Path) -> tuple[str, str, list[Section]]:
     """Title, subtitle and sections of the page."""
     path = folder / "merge.json"
+    if not path.is_file() and (folder / "sweep.json").is_file():
+        raise InputError(f"{folder}: a sweep: report one of its folders")
     if not path.is_file():
         raise InputError(f"{folder}: no merge.json here: a report is made of a folder that pymerge wrote")
     summary = read_json_object(path, MAX_SUMMARY)

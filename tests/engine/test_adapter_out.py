@@ -218,3 +218,9 @@ def test_peft_loads_what_is_extracted(llama: Path, tmp_path: Path) -> None:
     found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
     for name, tensor in read_model(llama / "merged1").items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_has_nothing_to_extract(problem: Any, tmp_path: Path) -> None:
+    base, _, _ = problem
+    with pytest.raises(RecipeError, match="is the base itself: there is nothing to extract"):
+        extract(f"{base}/", base, tmp_path / "out", 4)

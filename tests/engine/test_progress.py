@@ -101,3 +101,13 @@ def test_names_and_unknown_totals_cannot_break_the_bar(capsys):
         bar.advance(10, "[red]x[/]\x1b]0;owned\x07é")
         assert (bar.read, bar.tensors) == (10, "1")
     assert "\x1b]0;" not in capsys.readouterr().err
+
+
+def test_a_bar_keeps_to_one_line_of_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    bar = progress.Bar(456_700_000_000, 1234)
+    bar.advance(123_400_000_000, "model.language_model.layers.17.mlp.experts.gate_up_proj.weight")
+    with bar.bar.console.capture() as drawn:
+        bar.bar.console.print(bar.bar.get_renderable())
+    (line,) = drawn.get().splitlines()
+    assert "123.4/456.7 GB" in line and "1/1234 tensors" in line and " GB memory" in line and len(line) <= 80, line

@@ -267,3 +267,13 @@ def test_plain_data_is_json(tmp_path):
     tensor = next(t for t in found["tensors"] if t["name"] == "layers.0.up.weight")
     assert len(tensor["spectra"][0]["singular_values"][0]) == 4
     assert tensor["cosine"][0][0] is None and tensor["cosine"][0][1] == tensor["cosine"][1][0]
+
+
+def test_the_base_is_no_model_of_its_own(tmp_path):
+    base, (tuned,) = family(tmp_path, 1)
+    state = random_tensors(0, SHAPES)
+    for models in ([str(base)], [f"{base}/", str(tuned)], [tuned, base]):
+        with pytest.raises(RecipeError, match="is the base itself: there is nothing to compare"):
+            inspect(str(base), models)
+    with pytest.raises(RecipeError, match="a model: is the base itself"):
+        inspect(state, [state])

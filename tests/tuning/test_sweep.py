@@ -242,3 +242,15 @@ def test_a_model_is_no_folder_of_a_sweep(problem: Problem, tmp_path: Path) -> No
     with pytest.raises(OutputError, match="holds a model, and no sweep"):
         pymerge.sweep(problem.recipe(**TIES), GRID, out=tmp_path / "out")
     assert folders(tmp_path / "out") == []
+
+
+def test_a_report_is_of_one_model_of_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    found = CliRunner().invoke(app, ["report", str(tmp_path), "-o", str(tmp_path / "report.html")])
+    assert found.exit_code == 3 and "report one of its folders" in " ".join(found.output.split()), found.output
+
+
+def test_a_grid_without_values_is_told_what_a_grid_takes(problem: Problem, tmp_path: Path) -> None:
+    line = ["sweep", str(problem.recipe(**TIES)), "--grid", "density", "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, line)
+    assert found.exit_code == 2 and "NAME=VALUE,VALUE" in found.output and "LOW" not in found.output, found.output
