@@ -276,13 +276,19 @@ class Checkpoint(Mapping[str, AnyTensor]):
         view.config_changes = {**self.config_changes, **config_changes}
         return view
 
+    @property
+    def place(self) -> str:
+        """Where the model's files are, for who comes from elsewhere: a URL, or a path from the root."""
+        assert self.path is not None
+        return self.where if is_remote(self.path) else os.path.realpath(self.path)
+
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed merge must find again: size, time and header hash of every file, and how its tensors are read.
         For tensors in memory a token of this very object, since only it can vouch for their values."""
         if self.path is None:
             return {"memory": self._token}
         return {
-            "path": self.where if is_remote(self.path) else os.path.realpath(self.path),
+            "path": self.place,
             "files": [[self.name_of(f.path), f.size, f.mtime_ns, f.digest] for f in self._files],
         } | ({"notes": list(self.notes)} if self.notes else {})
 

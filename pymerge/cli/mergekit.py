@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -219,7 +220,8 @@ def mergekit_multi(
 def options_of(given: Mapping[str, Any]) -> MergekitOptions:
     """The options among the arguments of a command."""
     known = {name: given[name] for name in given if name in MergekitOptions.__dataclass_fields__}
-    return MergekitOptions.of(known | {"memory": budget(given["memory"])})
+    found = MergekitOptions.of(known | {"memory": None})
+    return replace(found, memory=budget(given["memory"], device=found.devices))
 
 
 def warn(remarks: list[str]) -> None:

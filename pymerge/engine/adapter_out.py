@@ -208,7 +208,7 @@ def config_of(
     config = {
         "peft_type": "LORA",
         "task_type": given.get("task_type"),
-        "base_model_name_or_path": given.get("base_model_name_or_path") or os.path.abspath(str(base.path)),
+        "base_model_name_or_path": given.get("base_model_name_or_path") or base.place,
         "inference_mode": True,
         "r": r,
         "lora_alpha": r,

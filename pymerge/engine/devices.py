@@ -268,6 +268,6 @@ def remarks(items: Sequence[Item], devices: Sequence[Device]) -> list[str]:
 
 
 def placement(items: Sequence[Item]) -> str:
-    """A digest of which item goes to which device."""
-    lines = [f"{item.entry.name} {item.first} {item.device}" for item in items]
+    """A digest of which item goes to which device, and is merged by its factors there."""
+    lines = [f"{item.entry.name} {item.first} {item.device} {item.factored}" for item in items]
     return f"{crc32(chr(10).join(lines).encode('utf-8', 'surrogatepass')):08x}"

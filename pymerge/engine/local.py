@@ -249,7 +249,7 @@ def write_folder(
     with staged:  # whatever fails from here on lets go of the staging folder
         executor = (run or run_staged)(plan, inputs, staged, options)
         seconds = time.monotonic() - started
-        checksums, facts, busy = staged.checksums(), staged.facts(), executor.pipeline.busy
+        checksums, facts, busy = staged.checksums(), staged.facts(), executor.pipeline.busy_seconds
         summary = summary_of(plan, inputs.all, checksums, facts, seconds=seconds, peak=peak_memory(), busy=busy)
         if executor.lanes is not None:
             summary["devices"] = executor.lanes.summary()
@@ -273,7 +273,7 @@ def identity(recipe: Recipe, inputs: Inputs, options: Options, plan: Plan) -> di
         "methods_from": packages_of(plan),
     } | (
         ({"observing_threads": plan.observing_threads} if plan.observed else {})
-        | ({"placement": placement(plan.items)} if plan.devices else {})
+        | ({"placement": placement(plan.items)} if plan.devices or any(i.factored for i in plan.items) else {})
     )
 
 

@@ -145,7 +145,7 @@ def in_one_pass(
     started, stop = time.monotonic(), Stop()
     plan = together(group, options)
     with ExitStack() as stack:
-        staged = staged_outputs(settings, group, options, stack)
+        staged, known = staged_outputs(settings, group, options, stack), len(plan.reading.notes)
         with kept_or_removed(staged):
             tensors = len(plan.reading.layout.slots)
             with make_progress(plan.reading.read_bytes, options.progress, tensors) as progress:
@@ -155,8 +155,9 @@ def in_one_pass(
             inputs.check_unchanged()
         for setting, alone, output in zip(settings, group, staged, strict=True):
             seconds = time.monotonic() - started
+            told = replace(alone.plan, notes=[*alone.plan.notes, *plan.reading.notes[known:]])
             summary = summary_of(
-                alone.plan, inputs.all, output.checksums(), output.facts(), seconds=seconds, peak=peak_memory()
+                told, inputs.all, output.checksums(), output.facts(), seconds=seconds, peak=peak_memory()
             )
             output.commit(
                 lambda folder, alone=alone, summary=summary: write_side_files(

@@ -7,6 +7,7 @@ recipe, numbers of items, answers to questions, and checksums of what was writte
 from __future__ import annotations
 
 import os
+import pickle
 import uuid
 from array import array
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+from pymerge import hub
 from pymerge.checkpoint import StagedOutput
 from pymerge.checkpoint.journal import Segment
 from pymerge.engine.execute import Stop
@@ -96,6 +98,7 @@ def run_on(cluster: Cluster, plan: Plan, inputs: Inputs, staged: StagedOutput, o
     with kept_or_removed([staged]):
         with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             executor = Share(plan, staged, answers=Answers(), threads=1, progress=progress, stop=stop)
+            executor.lanes = None  # the devices are the workers'
             with stopped_by_signals(stop, executor):
                 run = Run(cluster, cluster.put(job_of(plan, inputs, staged, options)), executor, options.thread_count)
                 run.ask()
@@ -107,7 +110,8 @@ def run_on(cluster: Cluster, plan: Plan, inputs: Inputs, staged: StagedOutput, o
 def job_of(plan: Plan, inputs: Inputs, staged: StagedOutput, options: Options) -> Job:
     budgets = [device.budget for device in plan.devices]  # not what is free on each worker's: all plan alike
     return Job(
-        recipe=plan.recipe,
+        recipe=pickle.dumps(plan.recipe),
+        download=hub.downloads(),
         options=replace(options, device_memory=min(budgets)) if budgets else options,
         units=inputs.alignment.units if inputs.alignment is not None else None,
         folder=os.getcwd(),
@@ -128,11 +132,13 @@ class Run:
     def merge(self) -> None:
         """Everything that is not done yet. A worker that is told to stop returns what it has; the rest goes round
         again."""
-        for _ in range(1 + RETRIES):
+        for rounds in range(2 + RETRIES):
             self.executor.look_at_sink()
             left = {id(item) for item, _, _ in self.executor.todo()}
             if not left:
                 return
+            if rounds > RETRIES:
+                break
             self.merge_items([n for n, item in enumerate(self.executor.plan.items) if id(item) in left])
         raise ClusterError(
             "workers are stopped again and again; what is finished is kept: the same command continues it"

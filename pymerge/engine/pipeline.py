@@ -61,6 +61,11 @@ class Pipeline:
         workers = [partial(self.compute_loop, self.ready[where]) for where in (*[HOST] * threads, *devices)]
         self.threads = [threading.Thread(target=target, daemon=True) for target in (*workers, self.write_loop)]
 
+    @property
+    def busy_seconds(self) -> dict[str, float] | None:
+        """Seconds by stage; None where nothing was done here, but by other machines."""
+        return self.busy if any(self.busy.values()) else None
+
     def __enter__(self) -> Pipeline:
         for thread in self.threads:
             thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pymerge import hub
 from pymerge.checkpoint.journal import Segment, differences, normal_form
 from pymerge.checkpoint.shared import SharedOutput
 from pymerge.engine.alignment import aligned, with_given
@@ -34,12 +36,14 @@ Done = Mapping[str, Sequence[tuple[int, int, int]]]  # tensor -> (start, bytes, 
 class Job:
     """A merge as its workers are told of it: small, whatever the models are.
 
+    recipe    pickled: its names and URLs are looked up where it is unpickled, from `folder`; download: also on the Hub
     units     the permutations that were found for it
     folder    in which the paths of the recipe are meant
     identity  of the staged output; plan: digest of the plan's cuts
     number    differs from that of every other run"""
 
-    recipe: Recipe
+    recipe: bytes
+    download: bool
     options: Options
     units: Permutations | Clusters | None
     folder: str
@@ -137,6 +141,9 @@ def reported(job: Job, work: Callable[[Opened], Any]) -> Any:
             _opened = opened_job(job)
         return work(_opened)
     except MergeError as error:
+        if _opened is not None:  # its files would be held while this process waits for other work
+            _opened.stack.close()
+            _opened = None
         return Failure(error, error.__cause__ if isinstance(error.__cause__, OSError) else None)
 
 
@@ -146,13 +153,15 @@ def opened_job(job: Job) -> Opened:
         os.chdir(job.folder)
     with ExitStack() as stack:
         try:
-            inputs = with_parts(job.recipe, with_given(job.recipe, open_inputs(job.recipe, job.options, stack)))
+            with hub.access(download=job.download):
+                recipe: Recipe = pickle.loads(job.recipe)
+            inputs = with_parts(recipe, with_given(recipe, open_inputs(recipe, job.options, stack)))
             if job.units is not None and inputs.alignment is None:
-                inputs = aligned(job.recipe, inputs, job.units)
-            plan = planned(job.recipe, inputs, job.options)
+                inputs = aligned(recipe, inputs, job.units)
+            plan = planned(recipe, inputs, job.options)
         except MergeError as error:
             raise type(error)(f"on {socket.gethostname()}: {error}") from error.__cause__
-        found = normal_form({**identity(job.recipe, inputs, job.options, plan), "layout": plan.layout.digest()})
+        found = normal_form({**identity(recipe, inputs, job.options, plan), "layout": plan.layout.digest()})
         changes = differences({**job.identity, "plan": job.plan}, {**found, "plan": digest_of(plan)})
         if changes:
             raise MergeError(

@@ -15,6 +15,7 @@ from typing import Any
 
 from pymerge.checkpoint import Checkpoint, open_checkpoint, plan_layout
 from pymerge.engine.check import Entry
+from pymerge.engine.devices import HOST, names_of
 from pymerge.engine.execute import Executor
 from pymerge.engine.local import (
     identity,
@@ -31,8 +32,11 @@ from pymerge.methods.param import params_of
 from pymerge.recipe import Recipe, Steps
 
 
-def why_merged_anew(recipe: Recipe) -> str:
+def why_merged_anew(recipe: Recipe, device: str = HOST) -> str:
     """Why the recipe at another scale is another merge; "" where one update serves all scales."""
+    devices, host = names_of(device)
+    if len(devices) + host > 1:
+        return "what fits which device depends on the dtype that is written"
     scale = params_of(recipe.combine_class).get("scale")
     if scale is None or scale.per_model:
         return f"{recipe.method} has no scale"

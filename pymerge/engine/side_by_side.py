@@ -51,6 +51,14 @@ def together(group: Sequence[Alone], options: Options) -> Together:
         refuse(options, missing * ROOM // (ROOM - 1))
     smaller = replace(options, memory=options.memory_bytes - kept)
     makers = [maker_of(group, members, smaller) for members in families_of(group)]
+    whole = [
+        own.peak_bytes
+        for maker in makers
+        for own, item in zip(group[0].plan.items, maker.plan.items, strict=True)
+        if own.factored and not item.factored
+    ]
+    if whole:  # merged as whole matrices they would have other bits than in a merge alone
+        refuse(options, (max(whole) - makers[0].plan.arena_bytes) * ROOM // (ROOM - 1) + 1)
     shapes = [unified(items) for items in zip(*(maker.plan.items for maker in makers), strict=True)]
     lead = next((maker.plan for maker in makers if maker.scaled), makers[0].plan)
     reading = with_items(lead, [shape.of_reading(item) for shape, item in zip(shapes, lead.items, strict=True)])
@@ -96,7 +104,8 @@ def families_of(group: Sequence[Alone]) -> list[list[int]]:
     """Places of the outputs that one update serves."""
     first = group[0]
     merged = [item.entry for item in first.plan.items if item.mode != "copy"]
-    if first.unscaled is None or why_merged_anew(first.recipe) or any(entry.base is None for entry in merged):
+    anew = first.plan.observed or why_merged_anew(first.recipe)  # observed: some modules may turn out not to run
+    if first.unscaled is None or anew or any(entry.base is None for entry in merged):
         return [[n] for n in range(len(group))]
     found: dict[str, list[int]] = {}
     for n, alone in enumerate(group):

@@ -117,7 +117,7 @@ class MergekitOptions:
         return Options(
             memory=self.memory,
             threads=self.num_threads,
-            device=self._device(),
+            device=self.devices,
             shard_bytes=self.out_shard_size if self.out_shard_size > 0 else ONE_FILE,
             overwrite=overwrite,
             resume=not self.restart,
@@ -126,7 +126,8 @@ class MergekitOptions:
             progress=False if self.quiet else None,
         )
 
-    def _device(self) -> str:
+    @property
+    def devices(self) -> str:
         return self.device or ("auto" if self.multi_gpu else "cuda" if self.cuda or self.gpu_rich else "cpu")
 
     def remarks(self) -> list[str]:

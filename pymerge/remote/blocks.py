@@ -87,7 +87,7 @@ class Blocks:
             self.most = max(1, streams) * (self.ahead + 1) + REQUESTS
             size = limit // (self.most + REQUESTS) // SMALLEST_BLOCK * SMALLEST_BLOCK
             self.size = max(SMALLEST_BLOCK, min(LARGEST_BLOCK, size))
-            self.forget(list(self.held))
+            self.held.clear()  # not cancelled: other threads may wait for some
 
     def read_into(self, source: Source, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on, all of them data of the file."""

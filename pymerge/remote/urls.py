@@ -13,6 +13,7 @@ T = TypeVar("T")
 _SCHEME = r"[a-zA-Z][a-zA-Z0-9]*(?:::[a-zA-Z][a-zA-Z0-9]*)*"
 _URL = re.compile(rf"{_SCHEME}://.+", re.DOTALL)
 _PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
+_SECRET_IN_HTTP = re.compile(r"(?:^|::)https?://(?:[^?]*\?|[^/]*@)", re.IGNORECASE)  # a query, or a token for a name
 _LOCAL = re.compile(r"(?:file|local)://", re.IGNORECASE)
 ATTEMPTS = 5  # at one request
 BACKOFF = 0.5  # seconds before the second attempt; twice as long before each further one
@@ -49,7 +50,7 @@ def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it.
 
     Raises   InputError: no such protocol, a package that is missing, a URL that holds a secret."""
-    if _PASSWORD.search(url) or (url.lower().startswith("http") and "?" in url):
+    if _PASSWORD.search(url) or _SECRET_IN_HTTP.search(url):
         raise InputError(
             f"{url.partition('//')[0]}//...: a URL must hold no password, signature or query, since recipes are "
             "copied into merge.json. Give credentials where the protocol's library looks for them (environment, "

@@ -19,6 +19,7 @@ from pymerge.engine.check import FLOATS
 from pymerge.engine.expert_matrices import expert_parts
 from pymerge.engine.local import open_inputs
 from pymerge.engine.moments import Compared, Moments, sweep
+from pymerge.engine.network import offline
 from pymerge.engine.plan import Options
 from pymerge.engine.progress import make_progress
 from pymerge.errors import InputError, RecipeError, UnsupportedDtype
@@ -160,6 +161,7 @@ def inspect(
     recipe = Recipe.from_kwargs(base, list(models), "task_arithmetic", **patterns)
     with ExitStack() as stack:
         inputs = open_inputs(recipe, options, stack)
+        options = offline(options, inputs.base, inputs.models, (), ())
         compared, left_out = matched(recipe, inputs)
         matrices = {name: matrices_of(inputs.reference, name, c) for name, c in compared.items()} if spectra else {}
         labels = ("base", *inputs.labels)

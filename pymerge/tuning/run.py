@@ -125,7 +125,7 @@ class _Run:
         """Why one update does not serve all tries."""
         if not any(axis.is_scale for axis in self.axes):
             return "the scale is not searched"
-        return why_merged_anew(self.recipe)
+        return why_merged_anew(self.recipe, self.options.device)
 
     def search(self, tolerance: float, out: Path | None, options: Options) -> SearchResult:
         self.display.continued(len(self.record.tries))

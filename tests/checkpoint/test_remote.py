@@ -388,6 +388,8 @@ def refused(reference: str, *, models: list[str] | None = None) -> str:
         ("nothing://x/y", "nothing://x/y: Protocol not known"),
         ("https://user:secret@host/m", "must hold no password"),
         ("https://host/m?X-Amz-Signature=secret", "must hold no password"),
+        ("https://secret@host/m", "must hold no password"),
+        ("simplecache::https://host/m?X-Amz-Signature=secret", "must hold no password"),
     ],
 )
 def test_urls_that_lead_nowhere(reference: str, said: str) -> None:

@@ -164,6 +164,17 @@ def test_adapters_are_merged_by_their_factors_once(tmp_path: Path) -> None:
         check_same(settings, tmp_path / name)
 
 
+def test_adapters_that_a_sweep_would_merge_as_whole_matrices_are_refused(tmp_path: Path) -> None:
+    """Whether the factors are merged depends on the memory, and a sweep has less of it than a merge alone."""
+    shape = {"model.layers.0.mlp.up_proj.weight": (2048, 2560)}
+    base = write_model(tmp_path / "base", random_tensors(0, shape, torch.bfloat16, 0.05))
+    tuned = [write_adapter(tmp_path / f"a{t}", random_factors(t + 1, shape), base) for t in range(2)]
+    settings = settings_of((base, tuned, []), "task_arithmetic", grid(weight=(0.5, 0.7)), tmp_path / "many")
+    with pytest.raises(RecipeError, match="a sweep of these models needs 1[01].* MB"):
+        merge_many(settings, Options(memory=100_000_000, threads=1, progress=False))
+    check_same(settings, tmp_path, Options(memory=120_000_000, threads=1, progress=False), reads=False)
+
+
 def test_slices(tmp_path: Path) -> None:
     base, tuned = family(tmp_path, 2)
     for folder in (base, *tuned):

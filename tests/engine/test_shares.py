@@ -12,6 +12,7 @@ import signal
 import sys
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 
 import pymerge
 from pymerge.checkpoint.shared import SharedOutput
+from pymerge.engine.devices import BACKENDS
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.local import merge_to_disk, opened_plan
 from pymerge.engine.on_ray import Run, SharedSurvey, job_of, merge_on_ray, run_on
@@ -35,6 +37,7 @@ from pymerge.ops.delta_rule import DeltaRule
 from pymerge.recipe import Recipe
 from tests.adapters import SHAPES as ADAPTED
 from tests.adapters import random_factors, write_adapter
+from tests.engine.fake_device import fake_devices
 from tests.engine.observed import SHAPES as OBSERVED
 from tests.engine.observed import saved, statistics_of
 from tests.models import family, interrupted_after, random_tensors, read_model, write_model
@@ -118,6 +121,17 @@ def both(tmp_path: Path, recipe: Recipe) -> None:
 def test_the_bytes_of_a_local_merge(tmp_path: Path, setting: dict[str, Any]) -> None:
     base, models = family(tmp_path, 3, SHAPES, torch.bfloat16)
     both(tmp_path, Recipe.from_kwargs(None if setting["method"] == "linear" else base, models, **setting))
+
+
+def test_devices_are_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "fake", fake_devices()[1])
+    base, models = family(tmp_path, 3, {f"layers.{i}.up.weight": (64, 64) for i in range(3)}, torch.bfloat16)
+    recipe = Recipe.from_kwargs(base, models, "tsv_m")
+    here, options = tmp_path / "here", replace(OPTIONS, memory=OPTIONS.memory_bytes + (64 << 20))
+    merge_to_disk(recipe, here, options)
+    summary = in_shares(recipe, tmp_path / "shared", options=replace(options, device="fake:0"))
+    assert files(here) == files(tmp_path / "shared")
+    assert "devices" not in summary and "busy_seconds" not in summary  # those of other machines
 
 
 @pytest.mark.parametrize("setting", WITH_STATISTICS.values(), ids=WITH_STATISTICS)
