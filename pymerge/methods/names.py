@@ -10,6 +10,8 @@ def nearest(name: object, known: Iterable[str]) -> str:
     import difflib  # only errors need it
 
     known = list(known)
-    word = str(name).lower().replace("-", "_").removeprefix("pymerge_")  # as methods are called inside mergekit
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    word = str(name).lower().replace("-", "_")
+    spellings = (word, word.removeprefix("pymerge_"))  # with which methods are called inside mergekit
+    found = (difflib.get_close_matches(spelling, known, n=3, cutoff=0.6) for spelling in spellings)
+    near = next(filter(None, found), [])
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
