@@ -185,7 +185,7 @@ def test_a_chart_is_filtered_and_ordered_and_has_its_values_as_a_table(opened):
     sync_api.expect(bars.locator(".xtick")).to_have_text(["plain"])
     bars.locator("summary").click()
     row = bars.locator("tbody tr").first
-    assert row.locator("th, td").all_inner_texts() == [HOSTILE[0], "1", "10"]
+    sync_api.expect(row.locator("th, td")).to_have_text([HOSTILE[0], "1", "10"])  # filled when it is opened: waits
 
 
 @pytest.mark.parametrize("system", ["light", "dark"])
