@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pymerge.checkpoint import ITEMSIZE, AnyTensor
 from pymerge.engine.check import Entry
-from pymerge.engine.execute import Executor, Piece
+from pymerge.engine.execute import Executor
 from pymerge.engine.factored import factored_group, update_of
+from pymerge.engine.piece import Piece
 from pymerge.engine.pipeline import Segment
 from pymerge.linalg import truncated_svd
 from pymerge.methods.base import Factors

@@ -39,7 +39,6 @@ class Block:
 
     def __init__(self, arena: Arena, start: int, size: int) -> None:
         self.arena, self.start, self.size = arena, start, size
-        self.size = size
         self.address = arena.address + start
         self.view = memoryview(arena.mapping)[start : start + size]
         self.holders = 1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pymerge.engine.check import Entry
-    from pymerge.engine.execute import Piece
+    from pymerge.engine.piece import Piece
     from pymerge.engine.plan import Item, Plan
 
 ROWS = 256  # of the output that are computed at once

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from pymerge import _C
 from pymerge.checkpoint import StagedOutput
-from pymerge.engine.execute import Executor, Piece, Stop
+from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.local import identity, opened_plan
+from pymerge.engine.piece import Piece
 from pymerge.engine.pipeline import Segment
 from pymerge.engine.plan import Options
 from pymerge.engine.progress import NoProgress

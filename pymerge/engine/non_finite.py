@@ -11,7 +11,7 @@ from pymerge.errors import NonFinite, Overflow
 from pymerge.recipe import Recipe
 
 if TYPE_CHECKING:
-    from pymerge.engine.execute import Piece
+    from pymerge.engine.piece import Piece
 
 CHUNK = 1 << 22  # entries looked at together
 
