@@ -20,14 +20,17 @@ import method_pages  # noqa: E402
 from pymerge import methods  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SOURCE = re.compile(r"\[([^\]]+)\]\(((?:pymerge|benchmarks|csrc|tests)/[^)]*)\)")  # what is left behind relinked's own
 
 
 def relinked(text: str) -> str:
     """Text of a file at the top of the repository, with its links as they are on a page of the site."""
     moved = {"docs/own_method)": "own_method/README.md)", "docs/demo.ipynb": "demo.md", "docs/": ""}
-    for there, here in (moved | {"benchmarks/results/": "results/", "CONTRIBUTING.md": "contributing.md"}).items():
+    for there, here in (moved | {"CONTRIBUTING.md": "contributing.md"}).items():
         text = text.replace(f"]({there}", f"]({here}")
-    return text
+    text = re.sub(r"\]\(benchmarks/results/([^)]*\.(?:md|png))\)", r"](results/\1)", text)
+    return SOURCE.sub(r"\1 (`\2`)", text)  # the site has no sources
 
 
 def manual() -> str:
@@ -54,7 +57,7 @@ def pages() -> dict[str, str]:
     found |= {"manual.md": manual(), "demo.md": demo()}
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         found[name.lower()] = relinked((ROOT / name).read_text())
-    found["results/parity.md"] = (ROOT / "benchmarks/results/parity.md").read_text()
+    found |= {f"results/{path.name}": path.read_text() for path in RESULTS.glob("*.md")}
     return {path: re.sub(r"\n{3,}", "\n\n", text) for path, text in found.items()}
 
 
@@ -63,6 +66,8 @@ def write(folder: Path) -> None:
     for path, text in pages().items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
+    for picture in RESULTS.glob("*.png"):
+        shutil.copy(picture, folder / "results")
 
 
 if __name__ == "__main__":

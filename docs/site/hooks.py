@@ -7,7 +7,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-GROUPS = {"Methods": "methods", "API": "api"}  # entries of the navigation that list a folder
+GROUPS = {"Methods": "methods", "API": "api", "Measured": "results"}  # entries of the navigation that list a folder
 
 
 def folder_of(config: Any) -> Path:
@@ -31,6 +31,8 @@ def on_files(files: Files, config: Any) -> Files:
     folder = folder_of(config)
     for path in sorted(folder.rglob("*.md")):
         files.append(File.generated(config, str(path.relative_to(folder)), content=path.read_text()))
+    for path in sorted(folder.rglob("*.png")):
+        files.append(File.generated(config, str(path.relative_to(folder)), content=path.read_bytes()))
     return files
 
 

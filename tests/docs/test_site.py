@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +89,16 @@ def test_the_citation_is_of_this_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert str(cited["version"]) == pymerge.__version__
     assert {"cff-version", "message", "title", "authors", "license"} <= cited.keys()
+
+
+def test_links_lead_somewhere(pages: dict[str, str], site: ModuleType, tmp_path: Path) -> None:
+    site.write(tmp_path)
+    written = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*") if path.is_file()}
+    there = written | {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    for name, text in pages.items():
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)):
+            target = os.path.normpath(os.path.join(os.path.dirname(name), link))
+            assert "://" in link or link.startswith("mailto:") or target in there, f"{name}: {link}"
 
 
 def test_the_manual_is_the_readme(pages: dict[str, str]) -> None:
