@@ -37,8 +37,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/* csrc/*/*)
 FORMATTED := $(wildcard benchmarks/*/*.cpp $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
 ATHERIS ?= atheris>=2.3
-KERNEL_TIMES := --benchmark-storage=file://benchmarks/results/kernel_times --benchmark-columns=median,iqr,rounds \
-	$(if $(ACCEPT),--benchmark-save=times,--benchmark-compare)
+KERNEL_TIMES := --benchmark-storage=file://benchmarks/results/kernel_times --benchmark-columns=min,median \
+	--benchmark-sort=name $(if $(ACCEPT),--benchmark-save=times,--benchmark-compare)
 RUNS ?= 5000
 REMOTE ?= s3fs>=2024.6 moto[server]>=5
 PYTEST_ARGS ?=
@@ -135,6 +135,7 @@ instructions:
 	$(PYTHON) benchmarks/instructions/count.py $(if $(ACCEPT),--accept)
 
 kernel-times: $(VENV)/.installed
+	$(if $(ACCEPT),rm -rf benchmarks/results/kernel_times)
 	$(BIN)/python -m pytest benchmarks/kernel_times.py -q $(KERNEL_TIMES) $(PYTEST_ARGS)
 
 fusion-bench-configs: $(VENV)/.installed
