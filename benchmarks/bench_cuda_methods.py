@@ -5,8 +5,8 @@
 
 One weight matrix of each shape, inputs and results on the device; formulas as the authors' code states them, their SVDs
 by cuSOLVER (torch.linalg.svd), for TSV-M also by torch.svd_lowrank and, where installed, CuPy. Milliseconds are between
-CUDA events, the median of up to five runs, one where a run takes over two seconds; a small run of each comes first, for the
-libraries. Memory is the peak of torch's allocator above the inputs (CuPy has its own). `distance` is between the
+CUDA events, the median of up to five runs, one where a run takes over two seconds; a small run of each comes first, for
+the libraries. Memory is the peak of torch's allocator above the inputs (CuPy has its own). `distance` is between the
 results, ||ours - theirs|| / ||theirs||. No row begins after --seconds, and what is measured is written at once.
 Element-wise methods are timed by bench_cuda.py, X^T X against cuBLAS by bench_cuda_linalg.py.
 """

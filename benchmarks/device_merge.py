@@ -9,9 +9,9 @@ Shapes (device_models.py makes the models, in a temporary folder: set TMPDIR to 
 
 Element-wise merges must give the CPU's bytes; of spectral ones the distance of the updates is reported,
 ||d - d_cpu|| / ||d_cpu||, where the CPU is quick enough. `plain` is the same formula in plain PyTorch, one tensor after
-the other: read to the device, merged in float32, written by safetensors. The first merge on a device is not timed: it
-starts the device's libraries. Times begin with inputs in the page cache, as far as memory holds them, and end with the
-output on disk (os.sync() for plain). No merge begins after --seconds.
+the other: read to the device, merged in float32, written by safetensors. Merges of tiny models come first and are not
+timed: they start the device's libraries. Times begin with inputs in the page cache, as far as memory holds them, and
+end with the output on disk. No merge begins after --seconds.
 
 Exit code 1: bytes differ, or a device took more memory than its plan said.
 """
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,6 @@ def settings(name: str, tasks: int) -> dict[str, Any]:
     }[name]
 
 
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def models(root: Path, tasks: int) -> list[Path]:
     return [root / f"m{t}" for t in range(1, tasks + 1)]
 
@@ -144,7 +139,8 @@ def plain(root: Path, shape: Shape, name: str, device: str) -> dict[str, Any]:
         result[key] = PLAIN[name](base.get_tensor(key), [file.get_tensor(key) for file in tuned]).cpu()
     (root / "out").mkdir()
     save_file(result, root / "out" / "model.safetensors")
-    os.sync()
+    with open(root / "out" / "model.safetensors", "rb") as file:
+        os.fsync(file.fileno())
     seconds = time.perf_counter() - begin
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
     return {
@@ -177,7 +173,10 @@ def distance(root: Path, expected: dict[str, Tensor], device: str) -> float:
 
 def merges(root: Path, shape: Shape, device: str, until: float) -> Iterator[dict[str, Any]]:
     """A row for each merge; `distance` is from the CPU's update, or, of plain ones, from pymerge's."""
-    merged(root, shape, shape.merges[0], device)
+    warm = root / "warm"
+    make(warm, SHAPES["tiny"].config, shape.tasks, device)
+    for name in shape.merges:
+        merged(warm, shape, name, device)
     for name in shape.merges:
         if time.monotonic() > until:
             yield {"merge": name, "error": "left out: no time"}
@@ -211,7 +210,7 @@ def fitting(shape: Shape, root: Path) -> Shape:
     fit = int((free - without) / ((needed - without) / layers))
     if fit < 1:
         raise SystemExit(f"{root}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free (TMPDIR chooses)")
-    return Shape(**(vars(shape) | {"config": shape.config | {"num_hidden_layers": fit}}))
+    return replace(shape, config=shape.config | {"num_hidden_layers": fit})
 
 
 def main() -> int:
@@ -228,6 +227,7 @@ def main() -> int:
         shape = fitting(SHAPES[args.shape], root)
         begin = time.perf_counter()
         make(root, shape.config, shape.tasks, args.device)
+        os.sync()  # or a merge would wait for the disk to take the models
         report = {
             "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
             "devices": torch.cuda.device_count(),
