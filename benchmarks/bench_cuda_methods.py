@@ -7,7 +7,8 @@ One weight matrix of each shape, inputs and results on the device; formulas as t
 by cuSOLVER (torch.linalg.svd), for TSV-M also by torch.svd_lowrank and, where installed, CuPy. Milliseconds are between
 CUDA events, the median of up to five runs, one where a run takes over two seconds; a small run of each comes first, for
 the libraries. Memory is the peak of torch's allocator above the inputs (CuPy has its own). `distance` is between the
-results, ||ours - theirs|| / ||theirs||. No row begins after --seconds, and what is measured is written at once.
+results, ||ours - theirs|| / ||theirs||. No row begins after --seconds, and what is measured is written at once. Exit
+code 1: pymerge failed in a row.
 Element-wise methods are timed by bench_cuda.py, X^T X against cuBLAS by bench_cuda_linalg.py.
 """
 
@@ -22,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -228,16 +230,21 @@ def row(case: Case, shape: tuple[int, int], device: str) -> dict[str, Any]:
 
 def benchmarks(device: str, shrink: int, until: float) -> Iterator[dict[str, Any]]:
     for make in Problem(64, 96, device).cases().values():
-        case = make()
-        for run in (case.ours, *case.others.values()):
-            run()
+        with suppress(Exception):  # a row of the same case says what is wrong
+            case = make()
+            for run in (case.ours, *case.others.values()):
+                run()
     for m, n in SHAPES:
         problem = Problem(m // shrink, n // shrink, device)
         for name, make in problem.cases().items():
+            named = {"method": name, "shape": list(problem.shape)}
             if time.monotonic() > until:
-                yield {"method": name, "shape": list(problem.shape), "error": "left out: no time"}
-            else:
+                yield named | {"error": "left out: no time"}
+                continue
+            try:
                 yield row(make(), problem.shape, device)
+            except Exception as error:
+                yield named | {"error": f"{type(error).__name__}: {error}"[:300], "failed": True}
 
 
 def main() -> int:
@@ -261,7 +268,7 @@ def main() -> int:
         rows.append(found)
         print(json.dumps(found), flush=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    return int(any("failed" in found for found in rows))
 
 
 if __name__ == "__main__":

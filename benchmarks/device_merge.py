@@ -13,7 +13,7 @@ the other: read to the device, merged in float32, written by safetensors. Merges
 timed: they start the device's libraries. Times begin with inputs in the page cache, as far as memory holds them, and
 end with the output on disk. No merge begins after --seconds.
 
-Exit code 1: bytes differ, or a device took more memory than its plan said.
+Exit code 1: a merge failed, bytes differ, or a device took more memory than its plan said.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,32 +172,41 @@ def distance(root: Path, expected: dict[str, Tensor], device: str) -> float:
     return (apart / size) ** 0.5
 
 
+def compared(root: Path, shape: Shape, name: str, device: str) -> Iterator[dict[str, Any]]:
+    """The rows of one merge; `distance` is from the CPU's update, or, of plain ones, from pymerge's."""
+    expected, cpu_seconds = None, None
+    if name in shape.reference:
+        cpu_seconds = merged(root, shape, name, "cpu")["seconds"]
+        expected = result_of(root)
+    for where, memory in ((device, None), ("auto", None), (device, TIGHT)):
+        extra = where != device or memory is not None
+        if extra and (not shape.thorough or (memory is not None and (name in SPECTRAL or device == "cpu"))):
+            continue
+        row = merged(root, shape, name, where, memory) | {"cpu_seconds": cpu_seconds}
+        row["distance"] = None if expected is None else distance(root, expected, device)
+        row["right"] = row["kept_to_the_plan"] and (name in SPECTRAL or row["distance"] == 0)
+        yield row
+    if name in PLAIN:
+        ours = expected or result_of(root)
+        row = plain(root, shape, name, device)
+        yield row | {"distance": None if name == "dare_linear" else distance(root, ours, device)}
+
+
 def merges(root: Path, shape: Shape, device: str, until: float) -> Iterator[dict[str, Any]]:
-    """A row for each merge; `distance` is from the CPU's update, or, of plain ones, from pymerge's."""
+    """Rows of all merges; one that fails does not keep the others from being measured."""
     warm = root / "warm"
     make(warm, SHAPES["tiny"].config, shape.tasks, device)
     for name in shape.merges:
-        merged(warm, shape, name, device)
+        with suppress(Exception):  # the merge itself says what is wrong
+            merged(warm, shape, name, device)
     for name in shape.merges:
         if time.monotonic() > until:
             yield {"merge": name, "error": "left out: no time"}
             continue
-        expected, cpu_seconds = None, None
-        if name in shape.reference:
-            cpu_seconds = merged(root, shape, name, "cpu")["seconds"]
-            expected = result_of(root)
-        for where, memory in ((device, None), ("auto", None), (device, TIGHT)):
-            extra = where != device or memory is not None
-            if extra and (not shape.thorough or (memory is not None and (name in SPECTRAL or device == "cpu"))):
-                continue
-            row = merged(root, shape, name, where, memory) | {"cpu_seconds": cpu_seconds}
-            row["distance"] = None if expected is None else distance(root, expected, device)
-            row["right"] = row["kept_to_the_plan"] and (name in SPECTRAL or row["distance"] == 0)
-            yield row
-        if name in PLAIN:
-            ours = expected or result_of(root)
-            row = plain(root, shape, name, device)
-            yield row | {"distance": None if name == "dare_linear" else distance(root, ours, device), "right": True}
+        try:
+            yield from compared(root, shape, name, device)
+        except Exception as error:
+            yield {"merge": name, "error": f"{type(error).__name__}: {error}"[:300], "right": False}
 
 
 def fitting(shape: Shape, root: Path) -> Shape:

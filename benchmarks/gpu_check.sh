@@ -11,7 +11,9 @@
 # DIR (default benchmarks/results) gets, of kernels, cuda.json (elementwise kernels, tests), cuda_linalg.json (dense
 # kernels), device_merge_small.json, cuda_tests.xml; of methods cuda_methods.json; of 1b and 7b device_merge_SHAPE.json;
 # of each part cuda_check_PART.json (what every step ended with) and logs.
-# `python benchmarks/gpu_table.py` makes gpu.md of them. PYTHON is the interpreter (default python3).
+# `python benchmarks/gpu_table.py` makes gpu.md of them. PYTHON is the interpreter (default python3). Merges need
+# pydantic, PyYAML, safetensors and threadpoolctl; what a machine lacks can come with the tree, in PYTHONPATH:
+#   pip install --target build/packages --python-version 3.12 --only-binary :all: pydantic      (elsewhere)
 # Exit code: 0 when build, tests and benchmarks succeeded and the sanitizer, where it can run, found nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

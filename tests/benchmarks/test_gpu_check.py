@@ -65,6 +65,18 @@ def test_merges_that_differ_fail_and_late_ones_are_left_out(monkeypatch, load, t
     assert json.loads(out.read_text())["merges"] == [{"merge": "dare_linear", "error": "left out: no time"}]
 
 
+def test_a_merge_that_fails_leaves_the_others(monkeypatch, load, tmp_path):
+    script, out = load("device_merge"), tmp_path / "out.json"
+    monkeypatch.setitem(
+        script.SHAPES, "tiny", replace(script.SHAPES["tiny"], merges=("ace", "ties"), reference=("ties",))
+    )
+    monkeypatch.setitem(script.SPECTRAL, "ace", {"method": "no_such_method"})
+    assert run(monkeypatch, script, "--device", "cpu", "--shape", "tiny", "--out", out) == 1
+    failed, *others = json.loads(out.read_text())["merges"]
+    assert "no_such_method" in failed["error"] and not failed["right"]
+    assert [row["merge"] for row in others] == 3 * ["ties"]
+
+
 def test_models_shrink_to_the_disk(monkeypatch, load, tmp_path):
     script = load("device_merge")
     shape = script.SHAPES["7b"]
@@ -108,6 +120,21 @@ def test_methods_leave_out_what_is_late(monkeypatch, load, tmp_path):
     monkeypatch.setattr(script, "SHAPES", ((64, 64),))
     assert run(monkeypatch, script, "--device", "cpu", "--seconds", 0, "--out", out) == 0
     assert {row["error"] for row in json.loads(out.read_text())["methods"]} == {"left out: no time"}
+
+
+def test_a_method_that_fails_leaves_the_others(monkeypatch, load, tmp_path):
+    script, out = load("bench_cuda_methods"), tmp_path / "out.json"
+
+    def fail(*_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(script, "SHAPES", ((64, 64),))
+    monkeypatch.setattr(script.TsvM, "combine", fail)
+    monkeypatch.setattr(script.bench_pave, "released_pave", fail)
+    assert run(monkeypatch, script, "--device", "cpu", "--out", out) == 1
+    rows = {row["method"]: row for row in json.loads(out.read_text())["methods"]}
+    assert rows["tsv_m"]["error"] == "RuntimeError: no kernel" and rows["ace"]["ms"] > 0
+    assert rows["pave"]["others"] == {"cuSOLVER SVD, inverse": {"error": "RuntimeError: no kernel"}}
 
 
 @pytest.mark.parametrize(("each", "runs"), [(3000.0, 1), (1.0, 5)])
