@@ -136,7 +136,7 @@ def plain(root: Path, shape: Shape, name: str, device: str) -> dict[str, Any]:
     base, *tuned = (
         safe_open(path / "model.safetensors", "pt", device) for path in (root / "base", *models(root, shape.tasks))
     )
-    for key in base.keys():  # noqa: SIM118 - no dict
+    for key in base.keys():
         result[key] = PLAIN[name](base.get_tensor(key), [file.get_tensor(key) for file in tuned]).cpu()
     (root / "out").mkdir()
     save_file(result, root / "out" / "model.safetensors")
