@@ -13,6 +13,8 @@
 #   make docs         the documentation site in build/docs, by mkdocs in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make instructions instructions of each CPU kernel against a baseline, by callgrind (valgrind comes by apt where root asks)
+#   make kernel-times wall time of operators against saved times: reported, never a failure
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
 #   make lint         ruff, clang-format, pyright
 #   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU (and by NVRTC, where CuPy is there)
@@ -33,15 +35,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/* csrc/*/*)
-FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
+FORMATTED := $(wildcard benchmarks/*/*.cpp $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
 ATHERIS ?= atheris>=2.3
+KERNEL_TIMES := --benchmark-storage=file://benchmarks/results/kernel_times --benchmark-columns=min,median \
+	--benchmark-sort=name $(if $(ACCEPT),--benchmark-save=times,--benchmark-compare)
 RUNS ?= 5000
 REMOTE ?= s3fs>=2024.6 moto[server]>=5
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-ray test-remote test-browser docs fuzz sanitize \
-	fusion-bench-configs lint format cuda-check bench-merge clean
+	instructions kernel-times fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
@@ -123,6 +127,16 @@ fuzz: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) bash csrc/sanitize.sh
+
+# ACCEPT=1: what is counted, or timed, becomes what later runs are held against.
+instructions:
+	command -v valgrind > /dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get \
+		|| { apt-get update -qq && apt-get install -y -qq valgrind; } || echo "apt has no valgrind"
+	$(PYTHON) benchmarks/instructions/count.py $(if $(ACCEPT),--accept)
+
+kernel-times: $(VENV)/.installed
+	$(if $(ACCEPT),rm -rf benchmarks/results/kernel_times)
+	$(BIN)/python -m pytest benchmarks/kernel_times.py -q $(KERNEL_TIMES) $(PYTEST_ARGS)
 
 fusion-bench-configs: $(VENV)/.installed
 	$(BIN)/python tests/integrations/fusion_bench_configs.py

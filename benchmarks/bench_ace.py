@@ -56,17 +56,17 @@ def released(deltas: list[Tensor], eps: float, unequal: bool) -> Tensor:
     ridge = [eps / float(x) if unequal else eps for x in trace]
     if unequal:
         grams = [g / x for g, x in zip(grams, trace, strict=True)]
-    eye = torch.eye(n)
-    total = sum((g + r * eye for g, r in zip(grams, ridge, strict=True)), torch.zeros(n, n))
-    averaged = torch.zeros(m, n)
+    eye = torch.eye(n, device=d.device)
+    total = sum((g + r * eye for g, r in zip(grams, ridge, strict=True)), torch.zeros_like(eye))
+    averaged = torch.zeros_like(d[0])
     for x, g, r in zip(d, grams, ridge, strict=True):
         averaged += (x - x.mean(0)) @ (g + r * eye)
-    row = sum(grams, torch.zeros(n, n)).mean(0, keepdim=True)
+    row = sum(grams, torch.zeros_like(eye)).mean(0, keepdim=True)
     x0 = averaged @ torch.linalg.inv(total + (row / (energy.mean() + 1e-12) if unequal else row))
     if not unequal:
         return x0
     mean = total / tasks
-    f = sum((x @ (g - mean) for x, g in zip(d, grams, strict=True)), torch.zeros(m, n)) + x0
+    f = sum((x @ (g - mean) for x, g in zip(d, grams, strict=True)), torch.zeros_like(x0)) + x0
     u, s, vh = torch.linalg.svd(f, full_matrices=False)
     k = int(0.3 * min(m, n))
     return x0 + s[:k].mean() * (u[:, :k] @ vh[:k])

@@ -81,6 +81,7 @@ def eager_ties(base: Tensor, tuned: list[Tensor]) -> Tensor:
         kept.append(torch.where(size >= theta, d, 0))
     stacked = torch.stack(kept)
     sign = torch.sign(stacked.sum(0))
+    sign = torch.where(sign == 0, torch.sign(sign.sum()), sign)  # as released: no sign, the sign of most
     part = torch.where(torch.sign(stacked) == sign, stacked, 0)
     total = part.sum(0) / (part != 0).sum(0).clamp(min=1)
     return (base.float() + 0.9 * total).to(base.dtype)

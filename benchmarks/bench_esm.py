@@ -46,7 +46,7 @@ def released_parts(base: Tensor, tuned: list[Tensor], samples: list[Tensor], dty
     for w, x in zip(tuned, samples, strict=True):
         d = w.to(dtype) - base.to(dtype)
         _, s, vh = torch.linalg.svd(x.to(dtype) @ d.mT, full_matrices=False)
-        e = torch.cat([vh.mT, torch.eye(m, dtype=dtype)[:, len(s) :]], dim=1)
+        e = torch.cat([vh.mT, torch.eye(m, dtype=dtype, device=d.device)[:, len(s) :]], dim=1)
         parts.append((e, s.square(), e.mT @ d, d.norm()))
     return parts
 

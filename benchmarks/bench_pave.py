@@ -49,7 +49,7 @@ def released_pave(group: TaskGroup, dtype: torch.dtype) -> Tensor:
     assert group.inputs is not None and group.base is not None
     seen, w = group.inputs[0], group.tuned[0].to(dtype)
     c = seen.second_moment(torch.float64).to(dtype) / seen.rows
-    eye = torch.eye(len(c), dtype=dtype)
+    eye = torch.eye(len(c), dtype=dtype, device=c.device)
     c += EPS * eye
     inverse = torch.linalg.inv(c)
     (inverse @ c - eye).norm()  # the loop's criterion

@@ -27,4 +27,6 @@ struct GramKernels {
   void (*add)(const double* packed, int64_t depth, int64_t width, int64_t p, double* gram);
 };
 
+const GramKernels& gram64_kernels();  // of the CPU level in use
+
 }  // namespace pymerge

@@ -1,48 +1,13 @@
 // gram64 on CPU tensors: x^T x in float64 from x as it is stored. Blocks of rows are widened into panels that stay in
 // the caches; only the upper triangle is multiplied.
 #include <torch/csrc/stable/library.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include <cstdlib>
 #include <memory>
 #include <new>
 
 #include "../check.h"
-#include "cpu_level.h"
 #include "gram64.h"
-
-// Every header comes before the pragmas, so that nothing shared is compiled for a level.
-namespace pymerge::baseline {
-constexpr int kLanes = 2, kVectors = 2, kRows = 4;
-}
-#define PYMERGE_LEVEL baseline
-#include "gram64.inl"
-#undef PYMERGE_LEVEL
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")
-namespace pymerge::avx2 {
-constexpr int kLanes = 4, kVectors = 3, kRows = 4;
-}
-#define PYMERGE_LEVEL avx2
-#include "gram64.inl"
-#undef PYMERGE_LEVEL
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
-namespace pymerge::avx512 {
-constexpr int kLanes = 8, kVectors = 3, kRows = 8;
-}
-#define PYMERGE_LEVEL avx512
-#include "gram64.inl"
-#undef PYMERGE_LEVEL
-#pragma GCC pop_options
-#endif
 
 namespace pymerge {
 namespace {
@@ -51,14 +16,6 @@ using torch::stable::parallel_for;
 
 constexpr int64_t kGrainProducts = 1 << 18;  // multiply-adds worth a thread of their own
 constexpr int64_t kMirror = 32;              // block that is transposed at a time
-
-const GramKernels& level_kernels() {
-#if defined(__x86_64__)
-  if (cpu_level() == "avx512" || cpu_level() == "amx") return avx512::gram64;
-  if (cpu_level() == "avx2" && __builtin_cpu_supports("fma")) return avx2::gram64;
-#endif
-  return baseline::gram64;
-}
 
 struct Free {
   void operator()(double* p) const { std::free(p); }
@@ -115,7 +72,7 @@ Tensor gram64(Tensor x) {
   Tensor gram = torch::stable::empty(sizes, ScalarType::Double, std::nullopt, cpu);
   torch::stable::zero_(gram);
   if (x.numel() == 0) return gram;
-  const GramKernels& kernels = level_kernels();
+  const GramKernels& kernels = gram64_kernels();
   auto* out = static_cast<double*>(gram.mutable_data_ptr());
   const auto* data = static_cast<const char*>(x.const_data_ptr());
   const int64_t batch = gram.numel() / (width * width);

@@ -1,5 +1,5 @@
-// The sketch's loops, compiled once per CPU level (sketch_ops.cpp): kLanes rows of A at a time, side by side in the
-// lanes of a vector, so that an entry of Omega is one vector addition.
+// The loops of sketch.h, compiled once per CPU level (sketch_levels_ops.cpp): kLanes rows of A at a time, side by side
+// in the lanes of a vector, so that an entry of Omega is one vector addition.
 
 // Entries of rows [0, count) and columns [0, width) of a block of A as x[column][plain, negated][row]. Row by row where
 // rows are contiguous: 16 rows a power of two apart would throw each other out of the cache.

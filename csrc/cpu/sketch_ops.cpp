@@ -5,82 +5,15 @@
 #include <cmath>
 
 #include "../check.h"
-#include "../common/sketch_math.h"
-#include "cpu_level.h"
+#include "sketch.h"
 
 namespace pymerge {
 namespace {
 
+using namespace sketching;
 using torch::stable::parallel_for;
 
-constexpr int kLanes = 16;        // rows of A that are worked on together
-constexpr int64_t kColumns = 64;  // columns of A that are widened at a time
 constexpr int64_t kRowGrain = 256;
-
-typedef float Floats __attribute__((vector_size(64), may_alias));
-typedef double Doubles __attribute__((vector_size(64), may_alias));
-
-struct Half {
-  uint16_t bits;
-};
-struct Brain {
-  uint16_t bits;
-};
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(Half x) { return f16_to_float(x.bits); }
-inline float widen(Brain x) { return bf16_to_float(x.bits); }
-
-struct Source {
-  int64_t columns, row_stride, column_stride;
-};
-
-// The sparse Omega: for each of its rows and segments column << 1 | negative.
-struct Picks {
-  const uint32_t* at;
-  int segments;
-  int64_t width;
-  double scale;
-};
-
-namespace baseline {
-#include "sketch.inl"
-}
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c,bmi,bmi2,popcnt,lzcnt")
-namespace avx2 {
-#include "sketch.inl"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,f16c,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
-namespace avx512 {
-#include "sketch.inl"
-}
-#pragma GCC pop_options
-#endif
-
-template <typename Stored, typename T>
-void sparse_rows(const Source& source, const Stored* a, int64_t count, const Picks& picks, T* panel, T* block, T* y) {
-#if defined(__x86_64__)
-  static const bool wide = cpu_level() == "avx512" || cpu_level() == "amx", middle = cpu_level() == "avx2";
-  if (wide) return avx512::sparse_rows(source, a, count, picks, panel, block, y);
-  if (middle) return avx2::sparse_rows(source, a, count, picks, panel, block, y);
-#endif
-  baseline::sparse_rows(source, a, count, picks, panel, block, y);
-}
-
-void gaussian_rows(uint64_t seed, int64_t begin, int64_t end, int64_t width, float* omega) {
-#if defined(__x86_64__)
-  static const bool wide = cpu_level() == "avx512" || cpu_level() == "amx", middle = cpu_level() == "avx2";
-  if (wide) return avx512::gaussian_rows(seed, begin, end, width, omega);
-  if (middle) return avx2::gaussian_rows(seed, begin, end, width, omega);
-#endif
-  baseline::gaussian_rows(seed, begin, end, width, omega);
-}
 
 Tensor new_tensor(std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::empty(sizes, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
