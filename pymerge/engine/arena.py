@@ -22,12 +22,28 @@ def address_of(buffer: mmap.mmap | memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-def trim() -> None:
-    """Hands memory that is freed, but kept by the C library, back to the system: what one matrix left behind must not
-    add to what the next one takes."""
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if give_back is not None:
-        give_back(0)
+class Freed:
+    """Memory that work items have freed and the C library keeps. It is handed back to the system whenever so much may
+    have gathered, by one large matrix or many small ones: what some left behind must not add to what the next take."""
+
+    limit = 64 << 20  # bytes; handing back takes milliseconds, what frees so much takes seconds
+
+    def __init__(self) -> None:
+        self.lock, self.bytes = threading.Lock(), 0
+
+    def add(self, workspace: int) -> None:
+        """An item has ended that worked in so many bytes."""
+        with self.lock:
+            self.bytes += workspace
+            if self.bytes < self.limit:
+                return
+            self.bytes = 0
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if give_back is not None:
+            give_back(0)
+
+
+FREED = Freed()  # the C library's memory is one for all merges of a process
 
 
 class Closed(MergeError):

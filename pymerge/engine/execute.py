@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pymerge import _C
 from pymerge.checkpoint import ITEMSIZE, safe_name
-from pymerge.engine.arena import Arena, Block, Closed, address_of, trim
+from pymerge.engine.arena import FREED, Arena, Block, Closed, address_of
 from pymerge.engine.asking import rule_part, survey_key
 from pymerge.engine.check import FLOATS
 from pymerge.engine.devices import HOST
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from pymerge.engine.lanes import Job, Lanes, Place
 
 PAGE = 4096
-TRIMMED = 64 << 20  # bytes of workspace from which freed memory is handed back at once: milliseconds, among seconds
 
 
 class Progress(Protocol):
@@ -252,8 +251,7 @@ class Executor:
         if facts and item.part is not None:
             facts = {item.part.key: facts}
         self.feed.release(piece.item for piece in pieces)
-        if item.host_workspace >= TRIMMED:
-            trim()
+        FREED.add(item.host_workspace)
         return facts
 
     def stage(self, pieces: Sequence[Piece]) -> Job:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from pymerge.checkpoint import ITEMSIZE, AnyTensor, open_checkpoint, safe_name
 from pymerge.checkpoint.side_tensors import SideTensors
-from pymerge.engine.arena import trim
-from pymerge.engine.execute import TRIMMED
+from pymerge.engine.arena import FREED
 from pymerge.engine.inputs import shortened
 from pymerge.engine.plan import Item, Plan
 from pymerge.errors import NumericError, Overflow, RecipeError
@@ -151,8 +150,7 @@ def write_one(file: SideTensors, one: Routed, merged: AnyTensor, device: str) ->
         if one.holds_prototypes:
             mean = seen.mean.double()
             put(file, one.prototypes, task, mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny), "F32")
-        if one.item.workspace >= TRIMMED:
-            trim()
+        FREED.add(one.item.workspace)
 
 
 def put(file: SideTensors, name: str, task: int, values: Tensor, dtype: str) -> None:

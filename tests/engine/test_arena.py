@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from pymerge.engine.arena import PAGE, Arena, Closed
+from pymerge.engine.arena import PAGE, Arena, Closed, Freed
 from pymerge.errors import MergeError
 
 
@@ -70,3 +70,11 @@ def test_close_wakes_who_waits():
 def test_more_than_the_arena_is_an_error_not_a_wait():
     with pytest.raises(MergeError, match="arena"):
         Arena(PAGE).take(PAGE + 1)
+
+
+def test_many_small_items_count_as_one_large():
+    freed = Freed()
+    freed.add(Freed.limit - 1)
+    assert freed.bytes == Freed.limit - 1
+    freed.add(1)
+    assert freed.bytes == 0
