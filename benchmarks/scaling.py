@@ -4,7 +4,7 @@
 
 Each point (scaling_points.py) is a run of the command line, disk to disk, in a process of its own, with --memory 1GB:
 wall and CPU seconds, peak RSS (VmHWM), and what other programs took of the processors meanwhile. Runs of one thread are
-pinned to one processor, models lie in the page cache. Points shorter than 10 s are run --reps times (medians). Every
+pinned to one processor, models lie in the page cache. Points shorter than 3 s are run --reps times (medians). Every
 point is kept in the report as it comes: an interrupted run continues, points that are there are not measured again
 (--fresh: they are). At most 13 GB lie under --work at a time, deleted as soon as their points are measured.
 
@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 RESULTS = HERE / "results" / "scaling.json"
 BUDGET = "1GB"
-SHORT = 10.0  # CPU seconds
+SHORT = 3.0  # CPU seconds
 ASSIGN = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[2])
@@ -91,9 +91,9 @@ def command(point: Point, root: Path, out: Path) -> list[str]:
 
 def measured(point: Point, root: Path, core: int) -> dict[str, float]:
     """One run."""
-    cores = str(core) if point.threads == 1 else f"0-{point.threads - 1}"
+    cores = str(core) if point.threads == 1 else f"0-{min(point.threads, os.cpu_count() or 1) - 1}"
     pin = ["taskset", "-c", cores]
-    out = root / "out"
+    out = root / ("out.safetensors" if point.method == "align" else "out")
     found: dict[str, float] = {"load": os.getloadavg()[0]}
     with watched(found):
         if point.method == "assign":
@@ -122,10 +122,9 @@ def run_group(shape: tuple[int, int], points: list[Point], report: dict[str, Any
     root.mkdir(parents=True, exist_ok=True)
     if shape[1]:
         make_models(root, *shape, points)
+        tools.warm([path for path in root.iterdir() if path.is_dir()])
     for point in points:
         runs: list[dict[str, float]] = []
-        if shape[1]:
-            tools.warm([root / name for name in ("base", *(f"t{t}" for t in range(1, point.tasks + 1)))])
         while len(runs) < args.reps and (not runs or runs[0]["cpu"] < SHORT):
             runs.append(measured(point, root, args.core))
         cost_of = {key: statistics.median(run[key] for run in runs) for key in runs[0]}

@@ -1,11 +1,11 @@
 """What scaling.py merges: Llama-shaped checkpoints of any depth, statistics of their layers' inputs, LoRA adapters.
 
-    python benchmarks/scaling_models.py DIR --hidden 256 --layers 62 --tasks 2 [--rows 1024] [--ranks 8,16]
+    python benchmarks/scaling_models.py DIR --hidden 256 --layers 62 --tasks 2 [--rows 1024] [--adapters 8x2]
 
 DIR/base, DIR/t1 ... in bfloat16 (structured.py). One layer is drawn and written as often as asked: no method looks
 for layers that are equal, and 9 GB take seconds. With --rows also DIR/t1.stats.safetensors ... as `pymerge observe`
-writes them, with --ranks DIR/r8t1 ..., adapters of all matrices of the layers. A process of its own: the one that
-starts it stays small.
+writes them, with --adapters DIR/r8t1 and DIR/r8t2 of rank 8, of all matrices of the layers. A process of its own: the
+one that starts it stays small.
 """
 
 from __future__ import annotations
@@ -157,15 +157,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--rows", type=int, default=0, help="of the samples behind the statistics; 0: none are written")
-    parser.add_argument("--ranks", default="", help="of adapters")
+    parser.add_argument("--adapters", default="", help="RANKxTASKS, ...")
     args = parser.parse_args()
     shutil.rmtree(args.root, ignore_errors=True)
     args.root.mkdir(parents=True)
     write_models_of(args.root, args.hidden, args.layers, args.tasks)
     if args.rows:
         write_statistics(args.root, args.hidden, args.layers, args.tasks, args.rows)
-    for rank in filter(None, args.ranks.split(",")):
-        write_adapters(args.root, args.hidden, args.layers, args.tasks, int(rank))
+    for asked in filter(None, args.adapters.split(",")):
+        rank, tasks = map(int, asked.split("x"))
+        write_adapters(args.root, args.hidden, args.layers, tasks, rank)
 
 
 if __name__ == "__main__":

@@ -55,22 +55,32 @@ class Series:
 class Extent:
     """Values of the variables: hidden sizes, GB, layers. At the centre two models are merged on one thread."""
 
-    element_hidden: int = 1024
+    element_hidden: int = 1024  # also of adapters
     element_gb: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     element_centre: float = 0.3
     matrix_hidden: int = 256
-    matrix_gb: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    matrix_gb: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     matrix_centre: float = 0.03
-    largest_gb: Mapping[str, float] = field(default_factory=dict)  # of slow methods
+    limits_gb: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # fast methods only take large ones
     tasks: tuple[int, ...] = (2, 4, 8, 16)
-    widths: tuple[int, ...] = (256, 512, 768, 1024)
-    wide_layers: int = 2
-    ranks: tuple[int, ...] = (8, 16, 32, 64, 128)
+    widths: tuple[int, ...] = (512, 768, 1024)
+    wide_layers: int = 1
+    ranks: tuple[int, ...] = (16, 32, 64, 128, 256)
+    extracted: tuple[int, int] = (512, 4)  # hidden size and layers of what adapters are extracted from
     units: tuple[int, ...] = (512, 1024, 2048, 4096)
     threads: tuple[int, ...] = (1, 2)
 
 
-FULL = Extent(largest_gb={"svc": 0.3, "tsv_m": 0.3, "pave + ties": 0.3, "esm": 0.1})
+FULL = Extent(
+    limits_gb={
+        "iso_c": (0.03, 1.0),
+        "ace": (0.03, 1.0),
+        "svc": (0.03, 0.3),
+        "tsv_m": (0.03, 0.3),
+        "pave + ties": (0.03, 0.3),
+        "esm": (0.01, 0.1),
+    }
+)
 QUICK = Extent(
     element_hidden=256,
     element_gb=(0.01, 0.03),
@@ -80,8 +90,8 @@ QUICK = Extent(
     matrix_centre=0.002,
     tasks=(2, 4),
     widths=(64, 128),
-    wide_layers=1,
     ranks=(4, 8),
+    extracted=(128, 1),
     units=(256, 512),
 )
 
@@ -101,24 +111,24 @@ def matrix_series(e: Extent) -> list[Series]:
     found = []
     for method in MATRICES:
         centre = Point(method, e.matrix_hidden, layers_of(e.matrix_centre, e.matrix_hidden))
-        depths = [layers_of(gb, e.matrix_hidden) for gb in e.matrix_gb if gb <= e.largest_gb.get(method, gb)]
+        least, most = e.limits_gb.get(method, (min(e.matrix_gb), max(e.matrix_gb)))
+        depths = [layers_of(gb, e.matrix_hidden) for gb in e.matrix_gb if least <= gb <= most]
         found.append(Series(method, "size", tuple(replace(centre, layers=depth) for depth in depths)))
         found.append(Series(method, "tasks", tuple(replace(centre, tasks=t) for t in e.tasks)))
         found.append(Series(method, "width", tuple(replace(centre, hidden=h, layers=e.wide_layers) for h in e.widths)))
         found.append(Series(method, "threads", tuple(replace(centre, threads=t) for t in e.threads)))
     esm = Point("esm", e.matrix_hidden, layers_of(e.matrix_centre, e.matrix_hidden))
-    return [*found, Series("esm", "rank", tuple(replace(esm, rank=r) for r in e.ranks))]
+    return [*found, Series("esm", "rank", tuple(replace(esm, rank=r) for r in e.ranks if 2 * r <= e.matrix_hidden))]
 
 
 def other_series(e: Extent) -> list[Series]:
     """Factors of adapters, truncated decompositions, assignments."""
-    wide = max(e.widths)
     found = []
     for method in ADAPTERS:
-        centre = Point(method, wide, e.wide_layers, rank=e.ranks[1])
+        centre = Point(method, e.element_hidden, layers_of(e.element_centre, e.element_hidden), rank=e.ranks[1])
         found.append(Series(method, "rank", tuple(replace(centre, rank=r) for r in e.ranks)))
         found.append(Series(method, "tasks", tuple(replace(centre, tasks=t) for t in e.tasks)))
-    lora = Point("extract_lora", sorted(e.widths)[1], e.wide_layers, tasks=1)
+    lora = Point("extract_lora", *e.extracted, tasks=1)
     found.append(Series("extract_lora", "rank", tuple(replace(lora, rank=r) for r in e.ranks)))
     found.append(Series("align", "width", tuple(Point("align", h, e.wide_layers, tasks=1) for h in e.widths)))
     return [*found, Series("assign", "units", tuple(Point("assign", n, 0) for n in e.units))]
@@ -130,7 +140,8 @@ def all_series(e: Extent) -> list[Series]:
 
 def start_up(point: Point) -> Point:
     """The same program on next to nothing: one layer of 64."""
-    return replace(point, hidden=64, layers=min(1, point.layers), tasks=min(2, point.tasks), rank=min(4, point.rank))
+    rank = 4 if point.method in (*ADAPTERS, "extract_lora") else 0
+    return replace(point, hidden=64, layers=1, tasks=min(2, point.tasks), rank=rank, threads=1)
 
 
 def esm(m: int, n: int, p: Point) -> float:
@@ -217,9 +228,12 @@ def parameters(point: Point, root: str) -> dict[str, Any]:
 
 def needs(points: Sequence[Point]) -> dict[str, Any]:
     """What the models of one shape must have for these points."""
-    ranks = {p.rank for p in points if p.method in ADAPTERS}
+    adapters: dict[int, int] = {}
+    for p in points:
+        if p.method in ADAPTERS:
+            adapters[p.rank] = max(p.tasks, adapters.get(p.rank, 0))
     return {
-        "tasks": max(p.tasks for p in points),
+        "tasks": max((p.tasks for p in points if p.method not in ADAPTERS), default=0),
         "rows": ROWS if any(p.method in OBSERVED for p in points) else 0,
-        "ranks": ",".join(str(rank) for rank in sorted(ranks)),
+        "adapters": ",".join(f"{rank}x{tasks}" for rank, tasks in sorted(adapters.items())),
     }
