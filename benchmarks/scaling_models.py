@@ -1,6 +1,6 @@
 """What scaling.py merges: Llama-shaped checkpoints of any depth, statistics of their layers' inputs, LoRA adapters.
 
-    python benchmarks/scaling_models.py DIR --hidden 256 --layers 62 --tasks 2 [--rows 1024] [--adapters 8x2]
+    python benchmarks/scaling_models.py DIR --hidden 256 --layers 62 --tasks 2 [--rows 2048] [--adapters 8x2]
 
 DIR/base, DIR/t1 ... in bfloat16 (structured.py). One layer is drawn and written as often as asked: no method looks
 for layers that are equal, and 9 GB take seconds. With --rows also DIR/t1.stats.safetensors ... as `pymerge observe`

@@ -19,7 +19,7 @@ ELEMENT_WISE, ADAPTERS = ("linear", "ties"), ("knots", "core_space")
 OBSERVED = ("esm", "pave + ties")  # need statistics
 MATRICES = ("iso_c", "ace", "svc", "tsv_m", *OBSERVED)
 METHODS = (*ELEMENT_WISE, *MATRICES, *ADAPTERS, "extract_lora", "assign", "align")
-ROWS = 1024  # of the samples behind the statistics
+ROWS = 2048  # of the samples behind the statistics: second moments at all widths
 UNITS = {"size": "GB", "tasks": "T", "width": "hidden size", "rank": "rank", "threads": "threads", "units": "n"}
 
 
