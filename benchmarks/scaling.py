@@ -138,15 +138,19 @@ def run_group(shape: tuple[int, int], points: list[Point], report: dict[str, Any
 
 def main() -> int:
     args = arguments()
-    series = [one for one in all_series(QUICK if args.quick else FULL) if one.method in args.methods]
-    report: dict[str, Any] = (
-        {"points": {}} if args.fresh or not args.json.exists() else json.loads(args.json.read_text())
-    )
-    report |= tools.provenance(REPOSITORY) | {"memory": BUDGET}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    points = dict.fromkeys(point for one in series for point in one.points)
+    series = all_series(QUICK if args.quick else FULL)
+    points = dict.fromkeys(point for one in series for point in one.points if one.method in args.methods)
     points |= dict.fromkeys([start_up(point) for point in points if point.method != "assign"])
-    for shape, some in groups([point for point in points if point.key not in report["points"]]):
+    report: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {"points": {}}
+    report |= tools.provenance(REPOSITORY) | {"memory": BUDGET}
+    asked = groups([point for point in points if args.fresh or point.key not in report["points"]])
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    needed = max((model_bytes(*shape) * (needs(some)["tasks"] + 2.5) for shape, some in asked if shape[1]), default=0)
+    if (free := shutil.disk_usage(args.work).free) < needed:
+        print(f"{args.work}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", file=sys.stderr)
+        return 1
+    for shape, some in asked:
         run_group(shape, some, report, args)
     write_report(report, series, args.json)
     print(args.json.with_suffix(".md").read_text())

@@ -139,7 +139,8 @@ def table(points: dict[str, Any]) -> list[str]:
 
 def page(series: Sequence[Series], report: dict[str, Any], pictures: Sequence[Path]) -> str:
     busy = [p["others"] for p in report["points"].values()]
-    peak = max(p["rss"] for key, p in report["points"].items() if not key.startswith(("assign", "align")))
+    merges = [p for key, p in report["points"].items() if not key.startswith(("assign", "align"))]
+    peak = max((p["rss"] for p in merges), default=0)
     lines = [
         "# How time and memory grow",
         "",
