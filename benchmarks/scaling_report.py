@@ -196,8 +196,8 @@ def bounded(series: Sequence[Series], report: dict[str, Any]) -> bool:
 
 
 def curve(series: Series, quantity: str, points: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """What there is to draw: x, and work in CPU seconds or peak memory in MB."""
-    known = [p for p in series.points if p.key in points and (quantity == "rss" or work_seconds(p, points) > 0)]
+    """What there is to draw: x, and work in CPU seconds (of points that count) or peak memory in MB."""
+    known = [p for p in series.points if p.key in points and (quantity == "rss" or counts(p, points))]
     y = [points[p.key]["rss"] / 1e6 if quantity == "rss" else work_seconds(p, points) for p in known]
     return [p.at(series.variable) for p in known], y
 
@@ -205,6 +205,7 @@ def curve(series: Series, quantity: str, points: dict[str, Any]) -> tuple[list[f
 def draw(panels: Sequence[tuple[str, str]], series: Sequence[Series], points: dict[str, Any], path: Path) -> bool:
     """Panels of a variable and a quantity (cpu, rss) side by side; False: there is nothing to draw."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     drawn = []
     for variable, quantity in panels:
@@ -227,7 +228,7 @@ def draw(panels: Sequence[tuple[str, str]], series: Sequence[Series], points: di
         else:
             axes.set_ylim(bottom=0)
             axes.set_ylabel("peak RSS, MB")
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=90)
