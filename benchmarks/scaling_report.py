@@ -18,12 +18,15 @@ PLOTS = {
     "shape": (("tasks", "cpu"), ("width", "cpu")),
     "rank": (("rank", "cpu"), ("units", "cpu")),
 }
-READING = "an input costs more than a byte of the output does: it is read, converted and added (ties: also counted)"
-GROWING = "the rate of products and eigensolvers is not the same at all widths"
+READING = "probably: a byte of an input costs more than one of the output: converted and added (ties: counted too)"
+GROWING = "probably: products and eigensolvers do not have the same rate at all widths"
 WHY = {
     ("linear", "tasks"): READING,
     ("ties", "tasks"): READING,
-    ("assign", "units"): "n^3 is the bound; units with a clear partner need few searches, each row a pass: n^2",
+    (
+        "assign",
+        "units",
+    ): "n^3 is the bound; probably: units with a clear partner need few searches, each row a pass: n^2",
     ("iso_c", "width"): GROWING,
     ("tsv_m", "width"): GROWING,
 }
@@ -146,14 +149,19 @@ def table(points: dict[str, Any]) -> list[str]:
 
 def page(series: Sequence[Series], report: dict[str, Any], pictures: Sequence[Path]) -> str:
     busy = [p["others"] for p in report["points"].values()]
+    planned = {key for one in series for p in one.points for key in (p.key, start_up(p).key) if p.method != "assign"}
+    planned |= {p.key for one in series for p in one.points}
+    known = planned & set(report["points"])
     merges = [p for key, p in report["points"].items() if not key.startswith(("assign", "align"))]
     peak = max((p["rss"] for p in merges), default=0)
+    growing = report["growing"]
     lines = [
         "# How time and memory grow",
         "",
         f"{report['processor']}, {report['date']}. Llama-shaped bfloat16 checkpoints, merged disk to disk by the "
         f"command line with `--memory {report['memory']}`, inputs in the page cache, one thread pinned to one "
-        f"processor unless said otherwise; medians of the runs. Other programs took up to {max(busy):.0%} of the "
+        f"processor unless said otherwise; medians where there are several runs. {len(known)} of {len(planned)} points "
+        f"are measured. Other programs took up to {max(busy):.0%} of the "
         f"processors, in half of the runs {sorted(busy)[len(busy) // 2]:.0%} or more: where that is much, look at CPU "
         "seconds; they vary by a few tens of per cent with what runs beside.",
         "",
@@ -168,7 +176,7 @@ def page(series: Sequence[Series], report: dict[str, Any], pictures: Sequence[Pa
         "## Memory",
         "",
         f"The largest peak of a merge is {peak / 1e6:.0f} MB, of a budget of {report['memory']}. "
-        + ("No peak grows with the model:" if report["bounded"] else "**A peak is larger, or grows with the model:**"),
+        + ("No peak grows with the model:" if not growing else f"**Larger, or growing: {', '.join(growing)}**:"),
         "",
         *memory(series, report),
         "",
@@ -186,18 +194,19 @@ def page(series: Sequence[Series], report: dict[str, Any], pictures: Sequence[Pa
     return "\n".join(lines) + "\n"
 
 
-def bounded(series: Sequence[Series], report: dict[str, Any]) -> bool:
-    """Every merge within the budget, and from the second smallest model on less than 5 % of what the model grows by."""
+def unbounded(series: Sequence[Series], report: dict[str, Any]) -> list[str]:
+    """Methods that exceed the budget, or grow by more than 5 % of what the model does from the second smallest on."""
+    found: dict[str, None] = {}
     points, budget = report["points"], float(report["memory"].removesuffix("GB")) * 1e9
     for one in series:
         known = [p for p in one.points if p.key in points] if one.method not in ("assign", "align") else []
         if any(points[p.key]["rss"] > budget for p in known):
-            return False
+            found[one.method] = None
         if one.variable == "size" and len(known) > 2:
             more = points[known[-1].key]["rss"] - points[known[1].key]["rss"]
             if more > 0.05e9 * (known[-1].at("size") - known[1].at("size")) and more > 20e6:
-                return False
-    return True
+                found[one.method] = None
+    return list(found)
 
 
 def curve(series: Series, quantity: str, points: dict[str, Any]) -> tuple[list[float], list[float]]:
@@ -244,7 +253,7 @@ def write_report(report: dict[str, Any], series: Sequence[Series], path: Path) -
     """path, the same with .md, and at most three plots."""
     points = report["points"]
     report["fits"] = [found for one in series if one.variable != "threads" and (found := fitted(one, points))]
-    report["bounded"] = bounded(series, report)
+    report["growing"] = unbounded(series, report)
     pictures = {path.with_name(f"{path.stem}_{name}.png"): panels for name, panels in PLOTS.items()}
     drawn = [picture for picture, panels in pictures.items() if draw(panels, series, points, picture)]
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -74,11 +74,11 @@ def test_growth_in_time_and_memory_is_told(modules, tmp_path):
     base = {"processor": "p", "date": "d", "memory": "1GB"}
     good = base | {"points": measured_points(sizes, report, lambda p: 10 * p.at("size"), lambda p: 3e8)}
     report.write_report(good, series, tmp_path / "good.json")
-    assert good["fits"][0]["exponent"] == pytest.approx(1, abs=1e-9) and good["bounded"]
+    assert good["fits"][0]["exponent"] == pytest.approx(1, abs=1e-9) and not good["growing"]
     assert "as predicted" in (tmp_path / "good.md").read_text()
     bad = base | {"points": measured_points(sizes, report, lambda p: 10 * p.at("size") ** 2, lambda p: 1e7 * p.layers)}
     report.write_report(bad, series, tmp_path / "bad.json")
-    assert bad["fits"][0]["exponent"] == pytest.approx(2, abs=1e-9) and not bad["bounded"]
+    assert bad["fits"][0]["exponent"] == pytest.approx(2, abs=1e-9) and bad["growing"] == ["ties"]
     assert "**differs**" in (tmp_path / "bad.md").read_text()
     assert {path.name for path in tmp_path.glob("*.png")} == {"good_size.png", "bad_size.png"}
 
