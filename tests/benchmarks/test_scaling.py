@@ -76,7 +76,7 @@ def test_growth_in_time_and_memory_is_told(modules, tmp_path):
     report.write_report(good, series, tmp_path / "good.json")
     assert good["fits"][0]["exponent"] == pytest.approx(1, abs=1e-9) and not good["growing"]
     assert "as predicted" in (tmp_path / "good.md").read_text()
-    bad = base | {"points": measured_points(sizes, report, lambda p: 10 * p.at("size") ** 2, lambda p: 1e7 * p.layers)}
+    bad = base | {"points": measured_points(sizes, report, lambda p: 100 * p.at("size") ** 2, lambda p: 1e7 * p.layers)}
     report.write_report(bad, series, tmp_path / "bad.json")
     assert bad["fits"][0]["exponent"] == pytest.approx(2, abs=1e-9) and bad["growing"] == ["ties"]
     assert "**differs**" in (tmp_path / "bad.md").read_text()
