@@ -231,16 +231,16 @@ def draw(panels: Sequence[tuple[str, str]], series: Sequence[Series], points: di
     for variable, quantity in panels:
         curves = [(one.method, *curve(one, quantity, points)) for one in series if one.variable == variable]
         if any(len(x) > 1 for _, x, _ in curves):
-            drawn.append((variable, quantity, curves))
+            drawn.append((variable, quantity, [drawable for drawable in curves if drawable[1]]))
     if not drawn:
         return False
     figure = Figure(figsize=(5.5 * len(drawn), 4.2), layout="constrained")
     for axes, (variable, quantity, curves) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for method, x, y in curves:
             axes.plot(x, y, "o-", label=method, markersize=4)
-        ticks = sorted({v for _, x, _ in curves for v in x})
+        labels = {f"{v:.1g}" if variable == "size" else f"{v:g}": v for _, x, _ in curves for v in x}
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{tick:.1g}" if variable == "size" else f"{tick:g}" for tick in ticks])
+        axes.set_xticks(list(labels.values()), list(labels))
         axes.set_xlabel("GB of one model" if variable == "size" else UNITS[variable])
         if quantity == "cpu":
             axes.set_yscale("log")
