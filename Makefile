@@ -16,6 +16,7 @@
 #   make instructions instructions of each CPU kernel against a baseline, by callgrind (valgrind comes by apt where root asks)
 #   make kernel-times wall time of operators against saved times: reported, never a failure
 #   make fusion-bench-configs  writes the packaged FusionBench configs from what the methods say of themselves
+#   make scaling      time and memory against size, number of models, width, rank, threads (results/scaling.md; half an hour)
 #   make lint         ruff, clang-format, pyright
 #   make cuda-check   compiles every CUDA file for all architectures; needs nvcc, no GPU (and by NVRTC, where CuPy is there)
 #
@@ -42,10 +43,11 @@ KERNEL_TIMES := --benchmark-storage=file://benchmarks/results/kernel_times --ben
 RUNS ?= 5000
 REMOTE ?= s3fs>=2024.6 moto[server]>=5
 PYTEST_ARGS ?=
+SCALING_ARGS ?=
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-ray test-remote test-browser docs fuzz sanitize \
-	instructions kernel-times fusion-bench-configs lint format cuda-check bench-merge clean
+	instructions kernel-times fusion-bench-configs lint format cuda-check bench-merge scaling clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
@@ -157,6 +159,9 @@ cuda-check: $(VENV)/.installed
 
 bench-merge: $(VENV)/.installed
 	$(BIN)/python benchmarks/side_by_side/merge.py
+
+scaling: $(VENV)/.installed
+	$(BIN)/python benchmarks/scaling.py $(SCALING_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist demo-output *.egg-info pymerge/*.so
