@@ -65,7 +65,7 @@ def cuts(method: str, count: int) -> Iterator[int]:
     kept = int(density * count)
     if method == "ties":
         yield count - max(1, kept)
-    elif method == "breadcrumbs":
+    elif method in ("breadcrumbs", "breadcrumbs_ties"):
         lowest = max(0, count - kept - int(tools.METHODS[method]["gamma"] * count))
         yield lowest
         yield lowest + kept

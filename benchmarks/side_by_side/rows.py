@@ -1,6 +1,7 @@
 """The rows of the speed suite: what each comparison script writes and run.py puts together. Imports nothing large.
 
-A script writes `save(path, rows)`; run.py reads every script's file, adds machine, commit and date, and makes the tables.
+A script saves its rows to the file that --json names; run.py reads them all, adds machine, commit and date, and makes
+the tables.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIE = 0.97  # a ratio down to this is no loss: what medians of a few runs on a shared machine vary by
@@ -92,6 +93,11 @@ def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def pin(threads: int) -> None:
+    """This process and its children to as many processors: the last ones, as the first serve most interrupts."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+
+
 def save(path: Path, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -101,6 +107,8 @@ def load(path: Path) -> list[Row]:
     return [from_json(entry) for entry in json.loads(path.read_text())]
 
 
-def from_json(entry: dict) -> Row:
-    groups = {key: {name: Runs(**runs) for name, runs in entry[key].items()} for key in ("opponents", "floors")}
-    return Row(**entry | groups | {"pymerge": Runs(**entry["pymerge"])})
+def from_json(entry: dict[str, Any]) -> Row:
+    values = dict(entry, pymerge=Runs(**entry["pymerge"]))
+    for key in ("opponents", "floors"):
+        values[key] = {name: Runs(**runs) for name, runs in entry[key].items()}
+    return Row(**values)
