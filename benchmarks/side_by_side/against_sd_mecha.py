@@ -2,7 +2,7 @@
 
     python benchmarks/side_by_side/against_sd_mecha.py --gb 0.3 --reps 3 --threads 2
 
-sd-mecha 1.1.8 (`make .venv-peers/.installed`) on the Llama-shaped checkpoints of the comparison with mergekit, each
+sd-mecha 1.1.8, in an environment of its own, on the Llama-shaped checkpoints of the comparison with mergekit, each
 method that both have with the same formula; whole programs, start-up included, inputs in the page cache. Results are
 compared at float32 on small models without equal magnitudes, whose fine-tuned tensors have the length of the base's:
 sd-mecha's SLERP gives its result the interpolated length, pymerge's the ends' own, and there both are one formula. What
@@ -115,7 +115,7 @@ def agreement(method: str, root: Path, threads: int) -> dict[str, Any]:
 
 def main() -> int:
     args = arguments()
-    peer_tools.need(peer_tools.PEERS / "bin" / "python")
+    peer_tools.make_peers()
     rows.pin(args.threads)
     root, out = checkpoints(args.work, args.gb), args.work / "sd_mecha_out"
     measured: dict[str, dict[str, Runs]] = {}

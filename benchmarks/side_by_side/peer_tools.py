@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,14 +17,21 @@ import rows
 import tools
 from rows import REPOSITORY, Row, Runs
 
-PEERS = REPOSITORY / ".venv-peers"  # made by `make .venv-peers/.installed`
+PEERS = REPOSITORY / ".venv-peers"
+SD_MECHA = "sd-mecha==1.1.8"
+LAPS = {"lap": "lap==0.5.13", "lapx": "lapx==0.11.1"}
 WARM = 1.0  # CPU seconds from which a first run is a run like any other
+SHORT = 0.02  # CPU seconds that a turn takes at least
 
 
-def need(path: Path) -> None:
-    """Ends with a message where a part of the peers' environment is missing."""
-    if not path.exists():
-        raise SystemExit(f"{path} is missing: make .venv-peers/.installed")
+def make_peers() -> None:
+    """sd-mecha in an environment of its own; lap and lapx, which install the same module, each in a folder of it."""
+    if not any(PEERS.glob("lib/*/site-packages/sd_mecha")):
+        tools.make_environment(PEERS, SD_MECHA)
+    for name, requirement in LAPS.items():
+        if not (PEERS / name).exists():
+            pip = [str(PEERS / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+            subprocess.run([*pip, "--no-deps", "--target", str(PEERS / name), requirement], check=True)
 
 
 def show(found: list[Row]) -> None:
@@ -91,20 +100,27 @@ def measured(call: Callable[[], Any]) -> tuple[Any, float, float, int, int]:
 
 
 def take_turns(candidates: Mapping[str, Callable[[], Any]], reps: int) -> tuple[dict[str, Runs], dict[str, Any]]:
-    """Every candidate `reps` times in this process, taking turns; memory and result are those of the first round. What
-    takes less than WARM seconds runs once more, and its first time does not count: it pays for first uses."""
+    """Every candidate `reps` times in this process, taking turns; memory and result are those of the first round.
+
+    A turn of what takes less than SHORT seconds is as many calls in a row as fill them: it then finds its inputs and
+    its code in the caches, whoever ran before. The first run of what takes less than WARM does not count: it pays for
+    first uses."""
     first = {name: measured(call) for name, call in candidates.items()}
-    times = {name: [(wall, cpu)] if cpu >= WARM else [] for name, (_, wall, cpu, _, _) in first.items()}
+    calls, times = {}, {}
+    for name, (_, wall, cpu, _, _) in first.items():
+        calls[name] = 1 if cpu >= SHORT else math.ceil(SHORT / max(cpu, SHORT / 1000))
+        times[name] = [(wall, cpu)] if cpu >= WARM else []
     while any(len(taken) < reps for taken in times.values()):
         for name, call in candidates.items():
             if len(times[name]) < reps:
                 wall, cpu = time.perf_counter(), time.process_time()
-                call()
+                for _ in range(calls[name]):
+                    call()
                 cpu = time.process_time() - cpu
-                times[name].append((time.perf_counter() - wall, cpu))
+                times[name].append(((time.perf_counter() - wall) / calls[name], cpu / calls[name]))
     runs = {
-        name: Runs(wall=[wall for wall, _ in taken], cpu=[cpu for _, cpu in taken], rss=first[name][3], growth=first[name][4])
-        for name, taken in times.items()
+        name: Runs(wall=[wall for wall, _ in taken], cpu=[cpu for _, cpu in taken], rss=peak, growth=growth)
+        for (name, taken), (_, _, _, peak, growth) in zip(times.items(), first.values(), strict=True)
     }
     return runs, {name: found[0] for name, found in first.items()}
 
