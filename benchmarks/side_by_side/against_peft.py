@@ -174,7 +174,7 @@ def main() -> int:
             Row(
                 peer="peft",
                 method=f"{kind} as an adapter",
-                setting=f"{args.tasks} adapters of rank {args.rank}, one block of width {args.hidden}, float32, 1 thread",
+                setting=f"{args.tasks} adapters of rank {args.rank}, a block of width {args.hidden}, float32, 1 thread",
                 measure="cpu",
                 pymerge=runs["pymerge"],
                 opponents={name: runs[name]},

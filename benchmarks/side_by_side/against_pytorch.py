@@ -51,6 +51,7 @@ from pymerge.methods.tsv_m import TsvM  # noqa: E402
 from pymerge.ops.cov_accumulate import cov_accumulate  # noqa: E402
 from pymerge.ops.project_delta import project_delta  # noqa: E402
 from pymerge.ops.projection_stats import projection_stats  # noqa: E402
+from pymerge.statistics.moments import Accumulator  # noqa: E402
 
 Floor = Callable[[peer_tools.Peaks], dict[str, Runs]]
 Distance = Callable[[Any, Any], float]
@@ -96,38 +97,48 @@ def by_work(method: Method, info: TensorInfo) -> Floor:
     return floor
 
 
+def esm_problem(m: int, n: int, tasks: int, count: int) -> tuple[Tensor, list[Tensor], list[Tensor], TaskGroup, str]:
+    """base, fine-tuned weights, inputs, and the group with these as pymerge collects them; what that is."""
+    base, tuned = bench_svc.weights(m, n, tasks)
+    samples = bench_esm.inputs(n, tasks, count)
+    seen = []
+    for x in samples:
+        accumulator = Accumulator("w", torch.float32)
+        accumulator.add(x)
+        seen.append(accumulator.finish())
+    info = TensorInfo(name="w", shape=(m, n), tasks=tasks)
+    kind = f"{count} rows, {'second moments' if seen[0].samples is None else 'the rows themselves'}"
+    return base, tuned, samples, TaskGroup(info=info, base=base, tuned=tuple(tuned), inputs=tuple(seen)), kind
+
+
 def esm(sizes: Sizes) -> Iterator[Case]:
-    """T = 4 for the tall shape, whose released SVDs take minutes with 8."""
+    """As many rows as 32 images of ViT-B/32 have; T = 4 for the tall shape, whose released SVDs take minutes with 8."""
     for m, n in sizes.shapes:
         tasks = sizes.tasks if m <= n else max(2, sizes.tasks // 2)
-        base, tuned = bench_svc.weights(m, n, tasks)
-        samples = bench_esm.inputs(n, tasks, sizes.rows)
-        groups = bench_esm.groups_of(base, tuned, samples)
-        for kind, group in groups.items():
-            yield Case(
-                method="esm",
-                setting=f"{m} x {n}, T = {tasks}, from {kind} of {sizes.rows} rows",
-                candidates={
-                    "pymerge": lambda g=group: merged_update(g, bench_esm.SETTINGS),
-                    "as released": lambda b=base, w=tuned, x=samples: bench_esm.released_update(b, w, x, torch.float32),
-                },
-                bound=1e-3,
-                floor=by_work(Esm(preset="vit"), group.info),
-            )
+        base, tuned, samples, group, kind = esm_problem(m, n, tasks, sizes.rows)
+        yield Case(
+            method="esm",
+            setting=f"{m} x {n}, T = {tasks}, {kind}",
+            candidates={
+                "pymerge": lambda g=group: merged_update(g, bench_esm.SETTINGS),
+                "as released": lambda b=base, w=tuned, x=samples: bench_esm.released_update(b, w, x, torch.float32),
+            },
+            bound=1e-3,
+            floor=by_work(Esm(preset="vit"), group.info),
+        )
 
 
 def esm_directions(sizes: Sizes) -> Iterator[Case]:
+    """The second with four times the rows, as 32 images of ViT-B/16 have them."""
     (m, n), tasks = sizes.shapes[1], sizes.tasks
-    base, tuned = bench_svc.weights(m, n, tasks)
     for count in (sizes.rows, 4 * sizes.rows):
-        samples = bench_esm.inputs(n, tasks, count)
-        group = bench_esm.groups_of(base, tuned, samples)["covariance"]
+        base, tuned, samples, group, kind = esm_problem(m, n, tasks, count)
         yield Case(
             method="esm: directions alone",
-            setting=f"{m} x {n}, T = {tasks}, from covariance of {count} rows",
+            setting=f"{m} x {n}, T = {tasks}, {kind}",
             candidates={
                 "pymerge": lambda g=group: bench_esm.our_parts(g),
-                "as released": lambda x=samples: bench_esm.released_parts(base, tuned, x, torch.float32),
+                "as released": lambda b=base, w=tuned, x=samples: bench_esm.released_parts(b, w, x, torch.float32),
             },
             bound=1e-3,
             distance=lambda ours, theirs: max(subspaces_apart(a.left, b[0]) for a, b in zip(ours, theirs, strict=True)),
@@ -136,7 +147,7 @@ def esm_directions(sizes: Sizes) -> Iterator[Case]:
 
 
 def subspaces_apart(basis: Tensor, other: Tensor) -> float:
-    """Share of the first basis' energy outside the span of as many columns of the other, both with orthogonal columns."""
+    """Share of the first basis' energy outside the span of as many columns of the other; both have orthogonal ones."""
     q = basis.double() / basis.double().norm(dim=0)
     return 1.0 - float((other[:, : q.shape[1]].double().mT @ q).square().sum()) / q.shape[1]
 
@@ -173,8 +184,8 @@ def regmean(sizes: Sizes) -> Iterator[Case]:
 
 
 def ace(sizes: Sizes) -> Iterator[Case]:
-    settings = [(sizes.shapes[0], sizes.tasks, True), (sizes.shapes[0], sizes.tasks, False), (sizes.shapes[1], 4, False)]
-    for (m, n), tasks, unequal in settings:
+    square, wide, _ = sizes.shapes
+    for (m, n), tasks, unequal in ((square, sizes.tasks, True), (square, sizes.tasks, False), (wide, 4, False)):
         deltas = bench_ace.updates(m, n, tasks, unequal)
         method = Ace(eps=1e-5, gate="heterogeneous" if unequal else "homogeneous")
         info = TensorInfo(name="w", shape=(m, n), tasks=tasks)

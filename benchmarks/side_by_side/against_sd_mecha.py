@@ -61,7 +61,14 @@ def inputs(method: str, root: Path) -> list[Path]:
 
 def write_recipe(method: str, root: Path, dtype: str) -> Path:
     models, values = METHODS[method]
-    lines = [f"merge_method: {method}", f"dtype: {dtype}", "style: authors", "seed: 0", f"parameters: {values}", "models:"]
+    lines = [
+        f"merge_method: {method}",
+        f"dtype: {dtype}",
+        "style: authors",
+        "seed: 0",
+        f"parameters: {values}",
+        "models:",
+    ]
     lines += [f"  - model: {root / name}" for name in models]
     if method != "linear":
         lines.append(f"base_model: {root / 'base'}")

@@ -40,7 +40,9 @@ def show(found: list[Row]) -> None:
         ours = row.seconds(row.pymerge)
         others = [f"{name} {row.seconds(runs) / ours:.2f}x" for name, runs in (row.opponents | row.floors).items()]
         apart = "" if row.difference is None else f"difference {row.difference:.1e}, "
-        print(f"{row.method} {row.setting}: {ours:.4f} s {row.measure}; {', '.join(others)}; {apart}agrees: {row.agrees}")
+        print(
+            f"{row.method} {row.setting}: {ours:.4f} s {row.measure}; {', '.join(others)}; {apart}agrees: {row.agrees}"
+        )
 
 
 def one_core() -> None:

@@ -1,8 +1,8 @@
 """One merge by sd-mecha, in its own environment: python sd_mecha_worker.py METHOD ROOT OUT DTYPE THREADS
 
 ROOT holds base, m1, m2, m3 with one safetensors file each. sd-mecha knows no Llama; without a configuration it takes a
-model's keys as they are (its "structural" one). The step that adds a difference is taken from its module: the wrapper of
-the same name in 1.1.8 fails on differences that are themselves results (AttributeError: identifier).
+model's keys as they are (its "structural" one). The step that adds a difference is taken from its module: the wrapper
+of the same name in 1.1.8 fails on differences that are themselves results (AttributeError: identifier).
 """
 
 import sys
