@@ -132,7 +132,7 @@ def main() -> int:
     args = arguments()
     tools.make_mergekit(args.mergekit_venv)
     rows.pin(args.threads)
-    measured: list[tuple[str, str, dict[str, Runs]]] = []
+    measured: list[tuple[str, str, dict[str, Runs]]] = []  # method, setting, costs
     sizes = [(args.gb, args.methods, args.mergekit_reps), (args.large_gb, args.large_methods, 1)]
     for gb, methods, mergekit_reps in sizes:
         root = checkpoints(args.work, gb) if methods else Path()
@@ -146,7 +146,7 @@ def main() -> int:
 
     small = checkpoints(args.work, args.agree_gb)
     agreement = compare_methods(small, args.methods, args.mergekit_venv, args.threads)
-    rows.save(args.json, [row(method, *rest, agreement[method], args.agree_gb) for method, *rest in measured])
+    rows.save(args.json, [row(*each, agreement[each[0]], args.agree_gb) for each in measured])
     return 0 if all(result["agrees"] for result in agreement.values()) else 1
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import rows
-import tables
+import speed_tables as tables
 import tools
 from rows import REPOSITORY, Row
 

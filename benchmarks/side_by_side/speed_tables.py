@@ -132,9 +132,9 @@ def markdown(report: Report) -> str:
         "# pymerge and its peers, side by side",
         "",
         "Made by `make speed`. Programs took turns; times are medians (least to most). `pymerge is`: an opponent's",
-        "time over pymerge's, in wall seconds where whole programs run, in CPU seconds in memory; beside floors pymerge's",
-        "time over the floor's. Peak memory is that of the whole process. Bytes are those from and to storage, in a run",
-        "that starts with inputs out of the page cache.",
+        "time over pymerge's, in wall seconds where whole programs run, in CPU seconds in memory; beside floors",
+        "pymerge's time over the floor's. Peak memory is that of the whole process. Bytes are those from and to",
+        "storage, in a run that starts with inputs out of the page cache.",
         "",
     ]
     for part in report.values():
