@@ -173,7 +173,11 @@ def regmean(sizes: Sizes) -> Iterator[Case]:
 
 
 def ace(sizes: Sizes) -> Iterator[Case]:
-    settings = [(sizes.shapes[0], sizes.tasks, True), (sizes.shapes[0], sizes.tasks, False), (sizes.shapes[1], 4, False)]
+    settings = [
+        (sizes.shapes[0], sizes.tasks, True),
+        (sizes.shapes[0], sizes.tasks, False),
+        (sizes.shapes[1], 4, False),
+    ]
     for (m, n), tasks, unequal in settings:
         deltas = bench_ace.updates(m, n, tasks, unequal)
         method = Ace(eps=1e-5, gate="heterogeneous" if unequal else "homogeneous")

@@ -12,12 +12,12 @@ results are compared (agreement.py).
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import peer_tools
 import rows
 import tools
 from rows import REPOSITORY, Row, Runs
@@ -72,37 +72,13 @@ def command(program: str, args: Namespace, recipe: Path, root: Path, out: Path) 
 
 
 def measure(method: str, args: Namespace, root: Path, mergekit_reps: int) -> dict[str, Runs]:
-    """Costs of each program; they take turns, so that a slow minute of the machine meets them all."""
+    """Costs of each program."""
     out = root / "out"
     recipe = tools.write_recipe(root, method, "bfloat16")
+    commands = {name: command(name, args, recipe, root, out) for name in (OURS, THEIRS, *FLOORS)}
     folders = [root / name for name in tools.recipe_models(method)]
-    programs = (OURS, THEIRS, *FLOORS)
-
-    def run(program: str) -> tools.Cost:
-        cost = tools.run(command(program, args, recipe, root, out), out, args.threads)
-        shutil.rmtree(out)
-        return cost
-
-    cold = {}
-    for program in programs:
-        tools.evict(folders)
-        cold[program] = run(program)
-    costs: dict[str, list[tools.Cost]] = {program: [] for program in programs}
-    for rep in range(args.reps):
-        for program in programs:
-            if program != THEIRS or rep < mergekit_reps:
-                tools.warm(folders)
-                costs[program].append(run(program))
-    return {
-        program: Runs(
-            wall=[cost.wall for cost in found],
-            cpu=[cost.cpu for cost in found],
-            rss=max(cost.rss for cost in found),
-            read=cold[program].read,
-            written=cold[program].written,
-        )
-        for program, found in costs.items()
-    }
+    reps = dict.fromkeys(commands, args.reps) | {THEIRS: mergekit_reps}
+    return peer_tools.programs_in_turns(commands, folders, out, reps, args.threads)
 
 
 def row(method: str, setting: str, runs: dict[str, Runs], agreement: dict, agree_gb: float) -> Row:

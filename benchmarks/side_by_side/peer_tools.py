@@ -40,7 +40,9 @@ def show(found: list[Row]) -> None:
         ours = row.seconds(row.pymerge)
         others = [f"{name} {row.seconds(runs) / ours:.2f}x" for name, runs in (row.opponents | row.floors).items()]
         apart = "" if row.difference is None else f"difference {row.difference:.1e}, "
-        print(f"{row.method} {row.setting}: {ours:.4f} s {row.measure}; {', '.join(others)}; {apart}agrees: {row.agrees}")
+        print(
+            f"{row.method} {row.setting}: {ours:.4f} s {row.measure}; {', '.join(others)}; {apart}agrees: {row.agrees}"
+        )
 
 
 def one_core() -> None:
@@ -52,10 +54,10 @@ def one_core() -> None:
 
 
 def programs_in_turns(
-    commands: Mapping[str, list[str]], inputs: list[Path], out: Path, reps: int, threads: int
+    commands: Mapping[str, list[str]], inputs: list[Path], out: Path, reps: Mapping[str, int], threads: int
 ) -> dict[str, Runs]:
     """Whole programs that read `inputs` and write the folder `out`: first each once with the inputs out of the page
-    cache, for its bytes; then `reps` times with the inputs in it, taking turns."""
+    cache, for its bytes; then `reps` times with the inputs in it, taking turns, those of most repetitions to the end."""
 
     def run(command: list[str]) -> tools.Cost:
         cost = tools.run(command, out, threads)
@@ -67,10 +69,11 @@ def programs_in_turns(
         tools.evict(inputs)
         cold[name] = run(command)
     costs: dict[str, list[tools.Cost]] = {name: [] for name in commands}
-    for _ in range(reps):
+    for rep in range(max(reps.values())):
         for name, command in commands.items():
-            tools.warm(inputs)
-            costs[name].append(run(command))
+            if rep < reps[name]:
+                tools.warm(inputs)
+                costs[name].append(run(command))
     return {
         name: Runs(
             wall=[cost.wall for cost in found],
