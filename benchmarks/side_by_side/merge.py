@@ -24,6 +24,7 @@ from rows import REPOSITORY, Row, Runs
 
 HERE = Path(__file__).resolve().parent
 WORK = REPOSITORY / "build" / "side_by_side"
+QUICK = ("slerp", "ties", "dare_linear")
 OURS, THEIRS = "pymerge", "mergekit 0.1.5"
 FLOORS = ("reading and writing alone", "copy of the output to disk")
 COMPARED = "merged update in float32"
@@ -47,6 +48,7 @@ def arguments() -> Namespace:
         parser.error(f"unknown: {', '.join(unknown)}; methods: {', '.join(tools.METHODS)}")
     if args.quick:
         args.gb, args.large_gb, args.agree_gb, args.reps, args.mergekit_reps = 0.02, 0.0, 0.02, 1, 1
+        args.methods = [name for name in args.methods if name in QUICK]
     args.large_methods = [name for name in args.large_methods if name in args.methods and args.large_gb]
     return args
 

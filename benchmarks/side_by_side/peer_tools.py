@@ -57,7 +57,7 @@ def programs_in_turns(
     commands: Mapping[str, list[str]], inputs: list[Path], out: Path, reps: Mapping[str, int], threads: int
 ) -> dict[str, Runs]:
     """Whole programs that read `inputs` and write the folder `out`: first each once with the inputs out of the page
-    cache, for its bytes; then `reps` times with the inputs in it, taking turns, those of most repetitions to the end."""
+    cache, for its bytes; then `reps` times with the inputs in it, taking turns."""
 
     def run(command: list[str]) -> tools.Cost:
         cost = tools.run(command, out, threads)

@@ -107,7 +107,7 @@ def test_readme_table_has_the_strongest_opponent_and_the_remarks():
 def test_many_settings_of_a_method_share_a_line():
     many = [row(ours=1.0 + n, theirs=4.0, setting=f"{n} GB a model", difference=n * 1e-6) for n in range(3)]
     text = "\n".join(tables.short(part(*many, row("slerp"))))
-    assert "| ties (3 settings) | 1 s to 3 s | 4 s | 1.3 x to 4 x | 500 MB | 500 MB | 2e-06 |  |" in text
+    assert "| ties (3 settings) | 1 s to 3 s | 4 s | 1.3 x to 4 x | 500 MB | 500 MB | 2e-06 |" in text
     assert "| slerp (1 GB a model, float32) |" in text
 
 
