@@ -96,12 +96,12 @@ def short(part: dict[str, Any]) -> list[str]:
     body = []
     for method in dict.fromkeys(row.method for row in rows):
         group = [row for row in rows if row.method == method]
-        body += [joined(group, one)] if len(group) >= MANY else [line(row, one, setting) for row in group]
+        body += [joined(group, one)] if len(group) >= MANY else [single(row, one, setting) for row in group]
     measure = "CPU seconds" if rows[0].measure == "cpu" else "wall time"
     return [f"{TITLES[rows[0].peer]} ({setting}; {measure}):", "", *table(head, body), "", f"{provenance(part)}", ""]
 
 
-def line(row: Row, one: str, setting: str) -> list[str]:
+def single(row: Row, one: str, setting: str) -> list[str]:
     """Of one row; what its setting has beyond `setting` stands beside the method."""
     name, runs = row.strongest()
     other = ", ".join(text for text in row.setting.split(", ") if text not in setting.split(", "))
@@ -172,7 +172,7 @@ def markdown(report: Report) -> str:
         "",
     ]
     for part in report.values():
-        lines += full(part) if part["rows"] else []
+        lines += full(part)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -180,5 +180,5 @@ def write_readme(path: Path, report: Report) -> None:
     """What is between the markers becomes the tables; ValueError where there are none."""
     before, rest = path.read_text().split(BEGIN)
     _, after = rest.split(END)
-    block = "\n".join(line for part in report.values() if part["rows"] for line in short(part)).rstrip()
+    block = "\n".join(line for part in report.values() for line in short(part)).rstrip()
     path.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")

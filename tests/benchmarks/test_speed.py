@@ -77,7 +77,7 @@ def test_rows_come_back_from_their_file(tmp_path):
 def test_slower_rows_get_their_cause_and_are_reported_without_one(monkeypatch, tmp_path):
     (tmp_path / "causes.json").write_text(json.dumps({"mergekit: slerp": "sums in float64"}))
     monkeypatch.setattr(suite, "HERE", tmp_path)
-    given = [row("slerp", ours=9.0), row("ties", ours=9.0), row("linear", ours=9.0, cause="own"), row("karcher")]
+    given = [row("slerp", ours=9.0, cause="old"), row("ties", ours=9.0), row("linear", ours=9.0, cause="own"), row()]
     found = suite.explained(given)
     assert [one.cause for one in found] == ["sums in float64", "", "own", ""]
     wrong = row("ram", agrees=False)
@@ -129,7 +129,7 @@ def test_readme_is_written_between_its_markers_alone(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
     for _ in range(2):
-        tables.write_readme(path, {"mergekit": part(row()), "fusion_bench": part()})
+        tables.write_readme(path, {"mergekit": part(row())})
     text = path.read_text()
     assert text.startswith(f"before\n{tables.BEGIN}\nAgainst mergekit") and text.endswith(f"\n{tables.END}\nafter\n")
     assert "old" not in text and text.count("| ties |") == 1
@@ -173,10 +173,15 @@ def test_suite_runs_scripts_and_keeps_the_rows_of_the_others(monkeypatch, tmp_pa
     assert run("--peers", "mergekit") == 0
     assert run("--peers", "fusion_bench", "--quick") == 1
     report = suite.load(out)
-    assert list(report) == ["mergekit", "fusion_bench"] and report["mergekit"]["rows"] == [row("linear")]
-    assert report["fusion_bench"]["rows"] == [] and report["fusion_bench"]["quick"]
+    assert list(report) == ["mergekit"] and report["mergekit"]["rows"] == [row("linear")]
+    assert not report["mergekit"]["quick"]
     assert len(report["mergekit"]["load"]) == 2 and 0 <= report["mergekit"]["others"] <= 1
     assert "| linear |" in out.with_suffix(".md").read_text()
+    assert run("--peers", "mergekit", "--quick") == 0 and suite.load(out)["mergekit"]["quick"]
+    rows.save(tmp_path / "good.json", [row("linear", ours=9.0)])
+    assert run("--peers", "mergekit") == 1
+    (tmp_path / "causes.json").write_text(json.dumps({"mergekit: linear": "waits for the disk"}))
+    assert run("--tables") == 0 and "waits for the disk" in out.with_suffix(".md").read_text()
 
 
 def test_every_method_of_the_parity_run_is_timed():
