@@ -121,8 +121,7 @@ def run(side: str, folder: Path, models: list[State], request: dict[str, Any], t
     count = request.get("tasks")
     models = models if count is None else models[: 1 + count]
     inputs = layer_inputs.load(folder, len(models) - 1) if request.get("inputs") else []
-    corners = [[corner(state) for state in states] for states in (models, inputs)]
-    SIDES[side](*corners, request, threads)()
+    SIDES[side]([corner(state) for state in models], [corner(grams) for grams in inputs], request, threads)()
     merged, cost = measured(SIDES[side](models, inputs, request, threads))
     if request.get("save"):
         save_file({name: t.detach().contiguous() for name, t in merged.items()}, request["save"])

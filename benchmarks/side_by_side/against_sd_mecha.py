@@ -129,7 +129,8 @@ def main() -> int:
     for method in args.methods:
         programs = commands(method, root, out, "bfloat16", args.threads)
         programs |= {FLOOR: tools.synced_copy_command(root / "base", out)}
-        measured[method] = peer_tools.programs_in_turns(programs, inputs(method, root), out, args.reps, args.threads)
+        reps = dict.fromkeys(programs, args.reps)
+        measured[method] = peer_tools.programs_in_turns(programs, inputs(method, root), out, reps, args.threads)
         seconds = ", ".join(f"{name} {min(found.wall):.2f} s" for name, found in measured[method].items())
         print(f"{method:16s} {seconds}", flush=True)
     small = args.work / "sd_mecha_small"

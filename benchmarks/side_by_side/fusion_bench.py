@@ -128,7 +128,7 @@ def arguments() -> Namespace:
 
 def requests(case: Case, side: str) -> list[dict[str, Any]]:
     """What a worker is asked each round: one merge, or one for each count of steps."""
-    request = (case.ours if side == "pymerge" else case.theirs) | {"inputs": case.inputs}
+    request: dict[str, Any] = {"inputs": case.inputs, **(case.ours if side == "pymerge" else case.theirs)}
     if not case.steps:
         return [request]
     name = case.steps[side]

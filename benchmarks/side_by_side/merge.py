@@ -12,18 +12,19 @@ results are compared (agreement.py).
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import peer_tools
 import rows
 import tools
 from rows import REPOSITORY, Row, Runs
 
 HERE = Path(__file__).resolve().parent
 WORK = REPOSITORY / "build" / "side_by_side"
+QUICK = ("slerp", "ties", "dare_linear")
 OURS, THEIRS = "pymerge", "mergekit 0.1.5"
 FLOORS = ("reading and writing alone", "copy of the output to disk")
 COMPARED = "merged update in float32"
@@ -47,6 +48,7 @@ def arguments() -> Namespace:
         parser.error(f"unknown: {', '.join(unknown)}; methods: {', '.join(tools.METHODS)}")
     if args.quick:
         args.gb, args.large_gb, args.agree_gb, args.reps, args.mergekit_reps = 0.02, 0.0, 0.02, 1, 1
+        args.methods = [name for name in args.methods if name in QUICK]
     args.large_methods = [name for name in args.large_methods if name in args.methods and args.large_gb]
     return args
 
@@ -72,37 +74,13 @@ def command(program: str, args: Namespace, recipe: Path, root: Path, out: Path) 
 
 
 def measure(method: str, args: Namespace, root: Path, mergekit_reps: int) -> dict[str, Runs]:
-    """Costs of each program; they take turns, so that a slow minute of the machine meets them all."""
+    """Costs of each program."""
     out = root / "out"
     recipe = tools.write_recipe(root, method, "bfloat16")
+    commands = {name: command(name, args, recipe, root, out) for name in (OURS, THEIRS, *FLOORS)}
     folders = [root / name for name in tools.recipe_models(method)]
-    programs = (OURS, THEIRS, *FLOORS)
-
-    def run(program: str) -> tools.Cost:
-        cost = tools.run(command(program, args, recipe, root, out), out, args.threads)
-        shutil.rmtree(out)
-        return cost
-
-    cold = {}
-    for program in programs:
-        tools.evict(folders)
-        cold[program] = run(program)
-    costs: dict[str, list[tools.Cost]] = {program: [] for program in programs}
-    for rep in range(args.reps):
-        for program in programs:
-            if program != THEIRS or rep < mergekit_reps:
-                tools.warm(folders)
-                costs[program].append(run(program))
-    return {
-        program: Runs(
-            wall=[cost.wall for cost in found],
-            cpu=[cost.cpu for cost in found],
-            rss=max(cost.rss for cost in found),
-            read=cold[program].read,
-            written=cold[program].written,
-        )
-        for program, found in costs.items()
-    }
+    reps = dict.fromkeys(commands, args.reps) | {THEIRS: mergekit_reps}
+    return peer_tools.programs_in_turns(commands, folders, out, reps, args.threads)
 
 
 def row(method: str, setting: str, runs: dict[str, Runs], agreement: dict, agree_gb: float) -> Row:
@@ -132,7 +110,7 @@ def main() -> int:
     args = arguments()
     tools.make_mergekit(args.mergekit_venv)
     rows.pin(args.threads)
-    measured: list[tuple[str, str, dict[str, Runs]]] = []
+    measured: list[tuple[str, str, dict[str, Runs]]] = []  # method, setting, costs
     sizes = [(args.gb, args.methods, args.mergekit_reps), (args.large_gb, args.large_methods, 1)]
     for gb, methods, mergekit_reps in sizes:
         root = checkpoints(args.work, gb) if methods else Path()
@@ -146,7 +124,7 @@ def main() -> int:
 
     small = checkpoints(args.work, args.agree_gb)
     agreement = compare_methods(small, args.methods, args.mergekit_venv, args.threads)
-    rows.save(args.json, [row(method, *rest, agreement[method], args.agree_gb) for method, *rest in measured])
+    rows.save(args.json, [row(*each, agreement[each[0]], args.agree_gb) for each in measured])
     return 0 if all(result["agrees"] for result in agreement.values()) else 1
 
 

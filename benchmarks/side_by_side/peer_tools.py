@@ -54,7 +54,7 @@ def one_core() -> None:
 
 
 def programs_in_turns(
-    commands: Mapping[str, list[str]], inputs: list[Path], out: Path, reps: int, threads: int
+    commands: Mapping[str, list[str]], inputs: list[Path], out: Path, reps: Mapping[str, int], threads: int
 ) -> dict[str, Runs]:
     """Whole programs that read `inputs` and write the folder `out`: first each once with the inputs out of the page
     cache, for its bytes; then `reps` times with the inputs in it, taking turns."""
@@ -69,10 +69,11 @@ def programs_in_turns(
         tools.evict(inputs)
         cold[name] = run(command)
     costs: dict[str, list[tools.Cost]] = {name: [] for name in commands}
-    for _ in range(reps):
+    for rep in range(max(reps.values())):
         for name, command in commands.items():
-            tools.warm(inputs)
-            costs[name].append(run(command))
+            if rep < reps[name]:
+                tools.warm(inputs)
+                costs[name].append(run(command))
     return {
         name: Runs(
             wall=[cost.wall for cost in found],

@@ -100,7 +100,16 @@ def pin(threads: int) -> None:
 
 def save(path: Path, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    path.write_text(json.dumps([as_json(row) for row in rows], indent=1) + "\n")
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """Seconds with five digits: a short turn has hundreds of repetitions."""
+    entry = asdict(row)
+    for runs in (entry["pymerge"], *entry["opponents"].values(), *entry["floors"].values()):
+        for key in ("wall", "cpu"):
+            runs[key] = [float(f"{value:.5g}") for value in runs[key]]
+    return entry
 
 
 def load(path: Path) -> list[Row]:

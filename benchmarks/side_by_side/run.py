@@ -1,9 +1,9 @@
 """The speed suite: pymerge against every peer, one after the other; results in benchmarks/results/speed.json and .md.
 
-    python benchmarks/side_by_side/run.py [--peers mergekit,fusion_bench] [--quick] [--readme]
+    python benchmarks/side_by_side/run.py [--peers mergekit,fusion_bench] [--quick] [--readme] [--tables]
 
 Each peer's script (COMPARISONS) makes the peer's environment where there is none, runs alone, and writes its rows to
-build/speed/. Rows of peers that are not run this time are kept from the last results. --readme writes README.md's
+build/speed/. Rows of peers that are not run this time, or fail, are kept from the last results. --readme writes README.md's
 tables. Exit status 1 where a script fails, results differ, or pymerge is slower and causes.json does not say why.
 """
 
@@ -17,12 +17,12 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import rows
-import tables
+import speed_tables as tables
 import tools
 from rows import REPOSITORY, Row
 
@@ -44,8 +44,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one repetition: shows that all of it works")
     parser.add_argument("--json", type=Path, help=f"default: {RESULTS}; with --quick: build/speed/quick.json")
     parser.add_argument("--readme", action="store_true", help="write the tables of README.md")
+    parser.add_argument(
+        "--tables", action="store_true", help="run nothing: the last results, with what causes.json says"
+    )
     args = parser.parse_args()
-    args.peers = args.peers.split(",")
+    args.peers = [] if args.tables else args.peers.split(",")
     if unknown := [name for name in args.peers if name not in COMPARISONS]:
         parser.error(f"unknown: {', '.join(unknown)}; peers: {', '.join(COMPARISONS)}")
     if args.quick and args.readme:
@@ -82,15 +85,14 @@ def compare(peer: str, quick: bool) -> tuple[dict[str, Any], bool]:
         "load": [load, os.getloadavg()[0]],
         "others": round(max(0.0, others) / wall / (os.cpu_count() or 1), 3),  # share of the processors' time
     }
-    return found | {"rows": explained(rows.load(path)) if path.is_file() else []}, done
+    return found | {"rows": rows.load(path) if path.is_file() else []}, done
 
 
 def explained(found: list[Row]) -> list[Row]:
-    """Rows in which pymerge is slower get their cause, where they bring none: causes.json has it by peer and method."""
+    """Rows in which pymerge is slower get their cause: causes.json has it by peer and method."""
     causes = json.loads((HERE / "causes.json").read_text())
     return [
-        replace(row, cause=causes.get(f"{row.peer}: {row.method}", "")) if row.slower() and not row.cause else row
-        for row in found
+        replace(row, cause=causes.get(f"{row.peer}: {row.method}", row.cause)) if row.slower() else row for row in found
     ]
 
 
@@ -102,7 +104,7 @@ def load(path: Path) -> tables.Report:
 
 def save(path: Path, report: tables.Report) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {peer: part | {"rows": [asdict(row) for row in part["rows"]]} for peer, part in report.items()}
+    plain = {peer: part | {"rows": [rows.as_json(row) for row in part["rows"]]} for peer, part in report.items()}
     path.write_text(json.dumps(plain, indent=1) + "\n")
     path.with_suffix(".md").write_text(tables.markdown(report))
 
@@ -124,9 +126,11 @@ def main() -> int:
     report, failed = load(args.json), []
     for peer in args.peers:
         print(f"== {peer}", flush=True)
-        report[peer], done = compare(peer, args.quick)
+        part, done = compare(peer, args.quick)
         failed += [] if done else [f"{COMPARISONS[peer]} failed"]
-    report = {peer: report[peer] for peer in COMPARISONS if peer in report}
+        if part["rows"]:
+            report[peer] = part
+    report = {peer: report[peer] | {"rows": explained(report[peer]["rows"])} for peer in COMPARISONS if peer in report}
     save(args.json, report)
     if args.readme:
         tables.write_readme(REPOSITORY / "README.md", report)
