@@ -61,7 +61,8 @@ def modules(grams: Grams) -> dict[str, str]:
 
 def statistics(grams: Grams) -> Any:
     """As `pymerge.observe` gives them."""
-    from pymerge.statistics.moments import Moments, pack
+    from pymerge.linalg.packed import pack
+    from pymerge.statistics.moments import Moments
     from pymerge.statistics.store import Header, Statistics
 
     held = {

@@ -3,8 +3,8 @@
     python benchmarks/side_by_side/run.py [--peers mergekit,fusion_bench] [--quick] [--readme] [--tables]
 
 Each peer's script (COMPARISONS) makes the peer's environment where there is none, runs alone, and writes its rows to
-build/speed/. Rows of peers that are not run this time, or fail, are kept from the last results. --readme writes README.md's
-tables. Exit status 1 where a script fails, results differ, or pymerge is slower and causes.json does not say why.
+build/speed/. Rows of peers that are not run this time, or fail, are kept from the last results. --readme writes the
+tables of README.md. Exit status 1 where a script fails, results differ, or pymerge is slower and causes.json does not say why.
 """
 
 from __future__ import annotations
