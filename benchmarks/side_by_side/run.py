@@ -4,7 +4,8 @@
 
 Each peer's script (COMPARISONS) makes the peer's environment where there is none, runs alone, and writes its rows to
 build/speed/. Rows of peers that are not run this time, or fail, are kept from the last results. --readme writes the
-tables of README.md. Exit status 1 where a script fails, results differ, or pymerge is slower and causes.json does not say why.
+tables of README.md. Exit status 1 where a script fails, results differ, or pymerge is slower and causes.json does not
+say why.
 """
 
 from __future__ import annotations
