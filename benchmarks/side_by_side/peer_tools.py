@@ -142,9 +142,9 @@ class Peaks:
     half: float  # bfloat16
     copy: float
 
-    def floor(self, *, single: float = 0.0, double: float = 0.0) -> Runs:
+    def floor(self, *, single: float = 0.0, double: float = 0.0, half: float = 0.0) -> Runs:
         """A bound from operations (a multiplication and an addition are two) of products at this speed."""
-        seconds = single / self.single / 1e9 + double / self.double / 1e9
+        seconds = single / self.single / 1e9 + double / self.double / 1e9 + half / self.half / 1e9
         return Runs(wall=[seconds], cpu=[seconds], rss=0)
 
     def copied(self, nbytes: float) -> Runs:

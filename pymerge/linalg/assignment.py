@@ -65,7 +65,8 @@ def assign(
         _verify(batch, maximize, columns, row_prices, col_prices, value)
     if single:
         columns, value, row_prices, col_prices = columns[0], value[0], row_prices[0], col_prices[0]
-    return Assignment(columns, *value.unbind(-1), row_prices, col_prices)
+    primal, dual, gap = value.unbind(-1)
+    return Assignment(columns, primal, dual, gap, row_prices, col_prices)
 
 
 def _verify(
