@@ -10,6 +10,7 @@
 #   make test-browser the report pages in headless Chromium (installed by apt where it is missing and root asks)
 #   make test-remote  models on S3, read from moto's server on this machine, in an environment of its own
 #   make test-ray     merges on a Ray cluster of three nodes on this machine, in an environment of its own
+#   make speed        pymerge and its peers side by side, each in an environment of its own; README's tables (an hour)
 #   make docs         the documentation site in build/docs, by mkdocs in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -44,10 +45,11 @@ RUNS ?= 5000
 REMOTE ?= s3fs>=2024.6 moto[server]>=5
 PYTEST_ARGS ?=
 SCALING_ARGS ?=
+SPEED_ARGS ?= --readme
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-ray test-remote test-browser docs fuzz sanitize \
-	instructions kernel-times fusion-bench-configs lint format cuda-check bench-merge scaling clean
+	instructions kernel-times fusion-bench-configs lint format cuda-check scaling speed clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
@@ -157,8 +159,9 @@ format: $(VENV)/.installed
 cuda-check: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) bash csrc/cuda/compile_check.sh
 
-bench-merge: $(VENV)/.installed
-	$(BIN)/python benchmarks/side_by_side/merge.py
+# The scripts make the environments of their peers: $(VENV)-mergekit, $(VENV)-fusion-bench.
+speed: $(VENV)/.installed
+	$(BIN)/python benchmarks/side_by_side/run.py $(SPEED_ARGS)
 
 scaling: $(VENV)/.installed
 	$(BIN)/python benchmarks/scaling.py $(SCALING_ARGS)

@@ -98,26 +98,30 @@ def problem(
     return [one, other], seen
 
 
-def search(kind: str, rounds: int) -> dict[str, Any]:
-    """Activation start and one sweep over the groups of a 2-layer ViT-S."""
-    spec, shapes = vit(*WIDTHS["ViT-S"], layers=2)
+def searches(kind: str, layers: int = 2) -> dict[str, Callable[[], list[Tensor]]]:
+    """Activation start and one sweep over the groups of a ViT-S: the permutations, in the groups' order."""
+    spec, shapes = vit(*WIDTHS["ViT-S"], layers=layers)
     states, seen = problem(kind, spec, shapes)
-    found: dict[str, Any] = {}
 
-    def ours() -> None:
+    def ours() -> list[Tensor]:
         activations = {g.name: {"units": seen[g.name][:n, n:]} for g in spec.groups for n in g.views().values()}
         weights = WeightSimilarity(spec, [open_checkpoint(s) for s in states], cosine=False, memory=2_000_000_000)
         solver = Solver(spec, weights, [activations], Options(alpha=0.5, max_sweeps=1))
         placed = solver.run(from_activations=True).state[0]
-        found["ours"] = [placed[group.name].index["units"] for group in spec.groups]
+        return [placed[group.name].index["units"] for group in spec.groups]
 
-    def dense() -> None:
+    def dense() -> list[Tensor]:
         solver = DenseSolver(spec, states, seen, 0.5)
         placed = solver.run(solver.from_activations(), max_sweeps=1)
-        found["dense"] = [placed[group.name][1].argmax(1) for group in spec.groups]
+        return [placed[group.name][1].argmax(1) for group in spec.groups]
 
-    seconds = best_seconds({"pymerge": ours, "dense": dense}, rounds)
-    equal = all(torch.equal(a, b) for a, b in zip(found["ours"], found["dense"], strict=True))
+    return {"pymerge": ours, "dense": dense}
+
+
+def search(kind: str, rounds: int) -> dict[str, Any]:
+    candidates = searches(kind)
+    seconds = best_seconds(candidates, rounds)
+    equal = all(torch.equal(a, b) for a, b in zip(*(run() for run in candidates.values()), strict=True))
     ratio = seconds["dense"] / seconds["pymerge"]
     print(
         f"search {kind:9s} {seconds['pymerge']:6.2f} s, dense {seconds['dense']:6.2f} s, {ratio:.1f}x, equal: {equal}"

@@ -24,10 +24,11 @@ from bench_svc import weights  # noqa: E402
 from timing import best_seconds  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from pymerge.linalg.packed import pack  # noqa: E402
 from pymerge.methods._esm import merged_update, task_part  # noqa: E402
 from pymerge.methods.base import TaskGroup, TensorInfo  # noqa: E402
 from pymerge.methods.esm import Esm  # noqa: E402
-from pymerge.statistics.moments import Moments, pack  # noqa: E402
+from pymerge.statistics.moments import Moments  # noqa: E402
 
 SETTINGS = Esm(preset="vit").settings("w")
 

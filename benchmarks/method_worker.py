@@ -3,8 +3,9 @@
     python benchmarks/method_worker.py pymerge|fusion_bench FOLDER --threads 1
 
 FOLDER holds base, t1, t2, ... as structured.py writes them; all are loaded first. Each line on standard input is a
-request {"method", "parameters", "tasks", "save"} or {"peaks": true}, each line of standard output the answer. The
-program's own output is dropped. Runs in pymerge's environment or in FusionBench's; imports neither at the top.
+request {"method", "parameters", "tasks", "save", "inputs"} or {"peaks": true}, each line of standard output the
+answer; "inputs": what the models' layers see is loaded and used too (layer_inputs.py). The program's own output is
+dropped. Runs in pymerge's environment or in FusionBench's; imports neither at the top.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import layer_inputs
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -70,20 +72,31 @@ def measured(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     wall, cpu = time.perf_counter(), time.process_time()
     result = call()
     cost = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-    return result, cost | {"growth": memory("VmHWM") - before}
+    peak = memory("VmHWM")
+    return result, cost | {"growth": peak - before, "rss": peak}
 
 
-def pymerge_call(models: list[State], request: dict[str, Any], threads: int) -> Callable[[], State]:
+def pymerge_call(
+    models: list[State], inputs: list[State], request: dict[str, Any], threads: int
+) -> Callable[[], State]:
     import pymerge
 
     options = pymerge.Options(threads=threads, progress=False)
     base = models[0] if request.get("base", True) else None
-    return lambda: pymerge.merge(base, models[1:], method=request["method"], options=options, **request["parameters"])
+    values = request["parameters"]
+    if inputs:
+        values = values | {"statistics": [layer_inputs.statistics(grams) for grams in inputs]}
+    return lambda: pymerge.merge(base, models[1:], method=request["method"], options=options, **values)
 
 
-def fusion_bench_call(models: list[State], request: dict[str, Any], threads: int) -> Callable[[], State]:
+def fusion_bench_call(
+    models: list[State], inputs: list[State], request: dict[str, Any], threads: int
+) -> Callable[[], State]:
     """`method` is the name of an algorithm class; it may write into the base, so that one is copied first."""
-    algorithm = fusion_bench_class(request["method"])(**request["parameters"])
+    if inputs:
+        algorithm = layer_inputs.fusion_bench_regmean(inputs, request["parameters"])
+    else:
+        algorithm = fusion_bench_class(request["method"])(**request["parameters"])
     if hasattr(algorithm, "fabric"):
         algorithm.fabric  # noqa: B018  made on first use, not by the merge
     pool = {"_pretrained_": as_module({k: v.clone() for k, v in models[0].items()})}
@@ -103,12 +116,13 @@ def fusion_bench_class(name: str) -> Any:
 SIDES = {"pymerge": pymerge_call, "fusion_bench": fusion_bench_call}
 
 
-def run(side: str, models: list[State], request: dict[str, Any], threads: int) -> dict[str, float]:
+def run(side: str, folder: Path, models: list[State], request: dict[str, Any], threads: int) -> dict[str, float]:
     """A merge of the corners first, for what is loaded or made on first use."""
     count = request.get("tasks")
     models = models if count is None else models[: 1 + count]
-    SIDES[side]([corner(state) for state in models], request, threads)()
-    merged, cost = measured(SIDES[side](models, request, threads))
+    inputs = layer_inputs.load(folder, len(models) - 1) if request.get("inputs") else []
+    SIDES[side]([corner(state) for state in models], [corner(grams) for grams in inputs], request, threads)()
+    merged, cost = measured(SIDES[side](models, inputs, request, threads))
     if request.get("save"):
         save_file({name: t.detach().contiguous() for name, t in merged.items()}, request["save"])
     return cost
@@ -147,7 +161,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = peaks() if "peaks" in request else run(args.side, models, request, args.threads)
+            answer = peaks() if "peaks" in request else run(args.side, args.folder, models, request, args.threads)
         except Exception as error:  # the caller decides whether that is the end
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers)

@@ -23,16 +23,16 @@ BASE_STD, STD = 0.02, 1e-3
 BLOCK = 1 << 23  # entries
 
 
-def vit_blocks(blocks: int) -> list[Entry]:
-    """Transformer blocks of CLIP's ViT-B/32 with separate q, k and v: 7.09 M entries each."""
+def vit_blocks(blocks: int, width: int = 768) -> list[Entry]:
+    """Transformer blocks of CLIP's ViT-B/32 with separate q, k and v: 7.09 M entries each, or of another width."""
     out: list[Entry] = []
     for i in range(blocks):
         layer = f"vision_model.encoder.layers.{i}."
-        linear = {f"self_attn.{name}_proj": (768, 768) for name in ("q", "k", "v", "out")}
-        for name, shape in (linear | {"mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}).items():
+        linear = {f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
+        for name, shape in (linear | {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}).items():
             out += [(f"{layer}{name}.weight", shape), (f"{layer}{name}.bias", shape[:1])]
         for name in ("layer_norm1", "layer_norm2"):
-            out += [(f"{layer}{name}.weight", (768,)), (f"{layer}{name}.bias", (768,))]
+            out += [(f"{layer}{name}.weight", (width,)), (f"{layer}{name}.bias", (width,))]
     return out
 
 

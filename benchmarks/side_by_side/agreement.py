@@ -65,7 +65,7 @@ def cuts(method: str, count: int) -> Iterator[int]:
     kept = int(density * count)
     if method == "ties":
         yield count - max(1, kept)
-    elif method == "breadcrumbs":
+    elif method in ("breadcrumbs", "breadcrumbs_ties"):
         lowest = max(0, count - kept - int(tools.METHODS[method]["gamma"] * count))
         yield lowest
         yield lowest + kept
@@ -91,7 +91,7 @@ def at_threshold(method: str, base: np.ndarray, models: list[np.ndarray]) -> np.
         magnitude = np.abs(model - base)
         for cut in cuts(method, base.size):
             if 0 < cut < base.size:
-                below, at = np.partition(magnitude, (cut - 1, cut))[cut - 1 : cut + 1]
+                below, at = np.partition(magnitude, (cut - 1, cut), axis=None)[cut - 1 : cut + 1]
                 if below == at > 0:  # an entry that is no different from the base gives the same either way
                     excepted |= magnitude == at
     return excepted

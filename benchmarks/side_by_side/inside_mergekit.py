@@ -44,8 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     tools.make_mergekit(args.mergekit_venv)
     os.environ["PYTHONPATH"] = str(merge.REPOSITORY)
-    root = args.work.resolve() / f"{args.gb:g}"
-    merge.checkpoints(root, args.gb, 5.0)
+    root = merge.checkpoints(args.work, args.gb)
     outs = {name: root / f"inside-{name}" for name in ("stock", "accelerated")}
     for method in args.methods.split(","):
         recipe = tools.write_recipe(root, method, "bfloat16")

@@ -12,14 +12,14 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
 MERGEKIT = "mergekit==0.1.5"
 FUSION_BENCH = "fusion_bench==0.2.33"
 # Every input folder is beside the recipes; three fine-tuned models and a base (PAIRS: the base and one of them;
-# nuslerp: the base and two; linear and karcher: no base).
+# nuslerp: the base and two; linear and karcher: no base; passthrough: one model).
 PAIRS = ("slerp", "nearswap", "arcee_fusion")
 TASKS = ("m1", "m2", "m3")
 METHODS: dict[str, dict] = {
@@ -30,6 +30,7 @@ METHODS: dict[str, dict] = {
     "dare_linear": {"weight": 0.4, "density": 0.5},
     "dare_ties": {"weight": 0.4, "density": 0.5},
     "breadcrumbs": {"weight": 0.4, "density": 0.9, "gamma": 0.01},
+    "breadcrumbs_ties": {"weight": 0.4, "density": 0.9, "gamma": 0.01},
     "nuslerp": {"weight": 0.5},
     "multislerp": {"weight": 0.5},
     "karcher": {},
@@ -41,6 +42,7 @@ METHODS: dict[str, dict] = {
     "arcee_fusion": {},
     "ram": {"epsilon": 1e-5},
     "ramplus_tl": {"epsilon": 1e-5},
+    "passthrough": {},
 }
 RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
 
@@ -52,12 +54,14 @@ class Cost:
     wall: float  # seconds
     cpu: float  # user + system seconds, children included
     rss: int  # bytes, peak
+    read: int  # bytes from storage: what the page cache holds is not counted
+    written: int  # bytes to storage
 
 
 def recipe_models(method: str) -> tuple[str, ...]:
     """The folders that a recipe reads."""
     few = dict.fromkeys(PAIRS, ("base", "m1")) | {"linear": TASKS, "karcher": TASKS, "nuslerp": ("base", "m1", "m2")}
-    return few.get(method, ("base", *TASKS))
+    return (few | {"passthrough": TASKS[:1]}).get(method, ("base", *TASKS))
 
 
 def write_recipe(root: Path, method: str, dtype: str) -> Path:
@@ -112,17 +116,19 @@ def make_mergekit(venv: Path) -> None:
         make_environment(venv, MERGEKIT)
 
 
-def make_environment(venv: Path, package: str) -> None:
-    """A package in an environment of its own; torch first, at pymerge's version, so that both run on the same one."""
-    try:
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        constraint = venv / "constraints.txt"
-        constraint.write_text(TORCH + "\n")
-        for requirement in (TORCH, package):
-            subprocess.run([str(venv / "bin" / "pip"), "install", "-q", "-c", str(constraint), requirement], check=True)
-    except BaseException:
-        shutil.rmtree(venv, ignore_errors=True)  # half an environment would be taken for a whole one
-        raise
+def make_fusion_bench(venv: Path) -> None:
+    if not (venv / "bin" / "fusion_bench").exists():
+        make_environment(venv, FUSION_BENCH)
+
+
+def make_environment(venv: Path, *packages: str) -> None:
+    """Packages in an environment of their own; torch first, at pymerge's version, so that both run on the same one."""
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    constraint = venv / "constraints.txt"
+    constraint.write_text(TORCH + "\n")
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    for requirements in ([TORCH], packages):
+        subprocess.run([*pip, "-c", str(constraint), *requirements], check=True)
 
 
 def warm(folders: list[Path]) -> None:
@@ -134,6 +140,15 @@ def warm(folders: list[Path]) -> None:
             with open(path, "rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
+
+
+def evict(folders: list[Path]) -> None:
+    """Takes every file out of the page cache, so that reading it is reading from storage."""
+    os.sync()
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def run(command: list[str], out: Path, threads: int) -> Cost:
@@ -149,15 +164,17 @@ def run(command: list[str], out: Path, threads: int) -> Cost:
     if process.returncode != 0:
         tail = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}\n{tail}")
-    return Cost(wall=wall, cpu=usage.ru_utime + usage.ru_stime, rss=usage.ru_maxrss * 1024)
+    return Cost(
+        wall=wall,
+        cpu=usage.ru_utime + usage.ru_stime,
+        rss=usage.ru_maxrss * 1024,
+        read=usage.ru_inblock * 512,
+        written=usage.ru_oublock * 512,
+    )
 
 
 def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def as_json(costs: list[Cost]) -> list[dict]:
-    return [asdict(cost) for cost in costs]
 
 
 def processor() -> str:

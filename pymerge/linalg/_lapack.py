@@ -66,6 +66,12 @@ def congruence(d: Tensor, s: Tensor) -> Tensor:
     y = d.clone()  # d U; row-major is the transpose to Fortran, whose lower triangle s is
     _call("dtrmm", b"L", b"L", b"N", b"N", n, m, 1.0, s, max(1, n), y, max(1, n))
     y.addcmul_(d, s.diagonal(), value=-0.5)
+    return symmetric_product(d, y)
+
+
+def symmetric_product(d: Tensor, y: Tensor) -> Tensor:
+    """d y^T + y d^T [m, m], lower triangle, column-major; both [m, n], float64 and row-major."""
+    m, n = d.shape
     total = torch.zeros(m, m, dtype=torch.float64).mT
     _call("dsyr2k", b"L", b"T", m, n, 1.0, d, max(1, n), y, max(1, n), 0.0, total, m)
     return total

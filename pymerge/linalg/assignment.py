@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +57,16 @@ def assign(
     if start is not None and not bool(torch.isfinite(start).all()):
         raise NonFinite("assign: prices hold NaN or infinite values; leave them out to start from none")
     columns, row_prices, col_prices, value = assign_op.assign(batch, maximize, start, None if exact else tolerance)
-    bad = torch.isnan(value[:, 0]).nonzero().flatten().tolist()
+    # Few tensor operations from here on: on small problems they take longer than the solver.
+    bad = [b for b, (primal, *_) in enumerate(value.tolist()) if math.isnan(primal)]
     if bad:
         raise NonFinite(f"assign: scores of problem {bad[0]} of {len(batch)} hold NaN or infinite values")
     if check:
         _verify(batch, maximize, columns, row_prices, col_prices, value)
-    parts = (columns, value[:, 0], value[:, 1], value[:, 2], row_prices, col_prices)
-    return Assignment(*(x[0] for x in parts)) if single else Assignment(*parts)
+    if single:
+        columns, value, row_prices, col_prices = columns[0], value[0], row_prices[0], col_prices[0]
+    primal, dual, gap = value.unbind(-1)
+    return Assignment(columns, primal, dual, gap, row_prices, col_prices)
 
 
 def _verify(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pymerge.linalg import Polar, covariance_subspace, mean_singular_value, polar, truncated_svd
+from pymerge.linalg.packed import packed_covariance_subspace
 from pymerge.methods import _spectral as sp
 from pymerge.methods.base import LayerInput, TaskGroup
 
@@ -101,6 +102,9 @@ def leading_directions(
         count = min(count, samples.shape[0])
     if top == 0.0 or count == 0:
         return Directions(delta[:, :0], delta.new_empty(0, dtype=torch.float64))
+    triangle = seen.triangle
+    if triangle is not None and delta.device.type == "cpu":
+        return Directions(*packed_covariance_subspace(delta, triangle, count, mode=mode))
     if samples is None:
         gram = seen.second_moment(torch.float64).to(delta.device)
         return Directions(*covariance_subspace(delta, gram, count, mode=mode))

@@ -57,7 +57,7 @@ def activated(
         return weight, 0.0
     rows = max(1, divisor or seen.rows)
     x = seen.samples if metric == "cov" else None
-    if x is not None and 2 * x.shape[0] < x.shape[1]:
+    if x is not None and x.shape[0] < x.shape[1]:  # 4 m n N operations; C itself takes N n^2, and 2 m n^2 with it
         return _activated_by_rows(weight, x.to(weight), rows, ridge)
     c = seen.second_moment(torch.float64).to(weight.device).div_(rows)
     eps = ridge.of(c, float(c.diagonal().mean()))

@@ -99,7 +99,12 @@ class LayerInput(Protocol):
 
     @property
     def samples(self) -> Tensor | None:
-        """X [N, n] where the rows themselves are kept (N < n / 2)."""
+        """X [N, n] where the rows themselves are kept (N <= 9 n / 16)."""
+        ...
+
+    @property
+    def triangle(self) -> Tensor | None:
+        """The upper triangle of X^T X, row by row [n (n + 1) / 2], on the CPU, where they are not."""
         ...
 
     def second_moment(self, dtype: dtype) -> Tensor:

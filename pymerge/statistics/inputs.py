@@ -31,5 +31,9 @@ class InputOf:
     def samples(self) -> Tensor | None:
         return self.statistics.part(self.module, "samples")
 
+    @property
+    def triangle(self) -> Tensor | None:
+        return self.statistics.part(self.module, "triangle")
+
     def second_moment(self, dtype: torch.dtype = torch.float64) -> Tensor:
         return self.statistics[self.module].second_moment(dtype)

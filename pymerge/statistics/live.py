@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pymerge.checkpoint import Checkpoint
 from pymerge.errors import InputError, MergeError
-from pymerge.statistics.moments import Moments
+from pymerge.statistics.moments import Moments, rows_are_kept
 from pymerge.statistics.observing import Streamable, call, mask_of
 from pymerge.statistics.store import Statistics
 from pymerge.statistics.stream import Finished, StreamingCollector, reader, weights_on_demand
@@ -185,7 +185,7 @@ class LiveStatistics(Statistics):
     def moment_bytes(self) -> int:
         """Of the widest input, kept; what is summed in takes twice that."""
         n = max(self.widths.values())
-        return 4 * (self.positions * n if 2 * self.positions < n else n * (n + 1) // 2)
+        return 4 * (self.positions * n if rows_are_kept(self.positions, n) else n * (n + 1) // 2)
 
     @property
     def flops(self) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pymerge.statistics.moments import Moments, pack, unpack
+from pymerge.linalg.packed import pack, unpack
+from pymerge.statistics.moments import Moments
 from pymerge.statistics.store import KINDS, Statistics
 
 
