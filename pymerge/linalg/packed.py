@@ -58,6 +58,7 @@ def slabs(packed: Tensor, n: int) -> Iterator[tuple[int, Tensor]]:
 def congruence(d: Tensor, packed: Tensor) -> Tensor:
     """d S d^T [m, m], lower triangle, column-major, float64 on the CPU; d [m, n]. With S = H + H^T (H: S's blocks right
     of the diagonal and half of those on it), (d H) d^T + d (d H)^T: n^2 m / 2 + n m^2 multiply-adds."""
+    d = d.contiguous()
     y = torch.zeros_like(d)
     for first, slab in slabs(packed, d.shape[1]):
         slab[:, : slab.shape[0]].mul_(0.5)
