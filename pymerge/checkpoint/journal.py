@@ -118,11 +118,37 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
+        if _is_checkpoint(old) and _is_checkpoint(new):
+            if old["path"] != new["path"]:
+                return [f"{at}: was {_short(old['path'])}, is now {_short(new['path'])}"]
+            files = _changed_files(old, new)
+            rest, now = ({k: v for k, v in given.items() if k != "files"} for given in (old, new))
+            return [*files, *differences(rest, now, at)]
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{at}[{i}]")]
     return [f"{at}: was {_short(old)}, is now {_short(new)}"]
+
+
+def _is_checkpoint(found: dict[str, Any]) -> bool:
+    """Whether this is a `Checkpoint.fingerprint`. Journals may hold anything."""
+    files = found.get("files")
+    lists = isinstance(files, list) and all(isinstance(file, list) and len(file) == 4 for file in files)
+    return "path" in found and lists and all(isinstance(file[0], str) for file in files or ())
+
+
+def _changed_files(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line a file of a checkpoint that is another one now."""
+    before, now = ({name: facts for name, *facts in given["files"]} for given in (old, new))
+    lines = []
+    for name in [*before, *(n for n in now if n not in before)]:
+        if name not in now or name not in before:
+            lines.append(f"{old['path']}: {name} {'is new' if name in now else 'is gone'}")
+        elif before[name] != now[name]:
+            named = zip(("size", "time of change", "header"), before[name], now[name], strict=True)
+            lines.append(f"{old['path']}: {name} has changed ({', '.join(what for what, a, b in named if a != b)})")
+    return lines
 
 
 def _line(record: dict[str, Any]) -> bytes:
