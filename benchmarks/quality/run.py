@@ -133,7 +133,10 @@ class Suite:
             name, seed, recipe = jobs[future]
             row = future.result()
             left = (time.perf_counter() - start) / done * (len(jobs) - done)
-            what = row.get("failed") or f"{mean(row['default']):.4f}, at scale {row['scale']:.2f}: {mean(row['searched']):.4f}"
+            what = (
+                row.get("failed")
+                or f"{mean(row['default']):.4f}, at scale {row['scale']:.2f}: {mean(row['searched']):.4f}"
+            )
             say(f"[{done}/{len(jobs)}, {left / 60:.0f} min left] {name}, seed {seed}, {recipe}: {what}")
             yield name, seed, recipe, row
 

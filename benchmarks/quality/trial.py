@@ -1,4 +1,4 @@
-"""One recipe on one family and seed: merged from disk to disk, and scored at its own scale and at the best of a grid."""
+"""One recipe on one family and seed: merged from disk to disk, scored at its own scale and at the best of a grid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -43,7 +43,7 @@ def prepare(family: Family, folder: Path, seed: int, say: Callable[[str], None])
     shutil.rmtree(folder / "statistics", ignore_errors=True)
     (folder / "statistics").mkdir()
     found = {"models": digest.hexdigest(), "individual": {}, "base": {}}
-    base, splits = family.load(folder / "base"), ("validation", "test")
+    base, splits = family.load(folder / "base"), get_args(Split)
     found["base"] = {split: {t: family.score(base, t, folder, split) for t in family.tasks} for split in splits}
     found["individual"] = {split: {} for split in splits}
     for task in family.tasks:
