@@ -25,6 +25,7 @@ from pymerge.demo.train import quiet_and_alone
 
 MARK = "trained.json"
 TEXT = "text.safetensors"
+SCORED = 64  # windows of a held-out part that a score is the mean of
 OBSERVED = 32  # windows of a task's training text that its own model is run on for statistics
 
 
@@ -44,7 +45,6 @@ class Settings:
     base_rate: float = 4e-3
     task_steps: int = 100
     task_rate: float = 2e-3
-    scored: int = 64  # windows of a held-out part that a score is the mean of
 
 
 class Language:
@@ -94,14 +94,15 @@ class Language:
 
     def score(self, network: nn.Module, task: str, folder: Path, split: Split) -> float:
         """Bits per byte on windows spread evenly over the held-out documents: of all bytes but each window's first."""
-        windows = spread(read_text(folder, task, split), self.settings.scored, self.settings.window + 1)
+        windows = spread(read_text(folder, task, split), SCORED, self.settings.window + 1)
         with torch.no_grad():
             losses = [loss(network, batch).item() * len(batch) for batch in windows.split(32)]
         return sum(losses) / len(windows) / math.log(2)
 
     def pretrained(self, folder: Path, found: Texts, say: Callable[[str], None]) -> Path:
         """The base's checkpoint, trained if it is not there from the same settings and text."""
-        made_of = {"settings": asdict(self.settings), "text": fingerprint(found)}
+        settings = {key: value for key, value in asdict(self.settings).items() if not key.startswith("task_")}
+        made_of = {"settings": settings, "text": fingerprint(found)}
         if not is_marked(folder, made_of):
             start_over(folder)
             network = self.new_network()

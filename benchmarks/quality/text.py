@@ -109,8 +109,12 @@ def texts() -> Texts:
 
     Raises  MergeError: a package is missing, or this installation lacks its texts"""
     out = {kind: divide(documents()) for kind, documents in KINDS.items()}
-    short = [f"{kind}: {len(text)} bytes of {part}" for kind, parts in out.items() for part, text in parts.items()
-             if len(text) < LEAST]
+    short = [
+        f"{kind}: {len(text)} bytes of {part}"
+        for kind, parts in out.items()
+        for part, text in parts.items()
+        if len(text) < LEAST
+    ]
     if short:
         raise MergeError(f"language family: too little text, at least {LEAST} bytes expected: {'; '.join(short)}")
     return out
