@@ -150,6 +150,13 @@ def test_methods_are_shown_with_their_brackets(monkeypatch, capsys):
     assert "U = [E_1 w_1 | ..], V = [w_1 E_1^T D_1; ..]." in capsys.readouterr().out
 
 
+def test_tables_in_files_are_not_cut_and_show_the_defaults_of_a_yaml():
+    lines = run("methods", "ties").stdout.splitlines()
+    row = next(line.split() for line in lines if line.startswith("style"))
+    assert row[:5] == ["style", "authors", "mergekit", "one", "of"]
+    assert row[-4:] == ["whose", "formula", "and", "defaults"]
+
+
 @pytest.mark.parametrize("arguments", [("plan", "recipe.yaml"), ("methods", "--json")])
 def test_a_full_disk_behind_standard_output_is_one_line(recipe, tmp_path, arguments):
     recipe()

@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from pymerge.checkpoint import safe_name
+from pymerge.engine.console import standard_output
 from pymerge.engine.devices import HOST
 from pymerge.engine.observing import observing_bytes
 from pymerge.engine.plan import Options, Plan
@@ -87,7 +87,7 @@ def describe_observing(plan: Plan) -> dict[str, int]:
 
 
 def show_plan(plan: Plan, options: Options, *, made_up: bool = False) -> None:
-    facts, console = describe_plan(plan, options, made_up=made_up), Console(highlight=False, soft_wrap=True)
+    facts, console = describe_plan(plan, options, made_up=made_up), standard_output(soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     counts, seconds = facts["tensors"], facts["seconds"]
     rates = "measured here" if facts["rates"] == "measured" else "built in, `pymerge plan --calibrate` measures yours"
@@ -151,7 +151,7 @@ def align_in_words(facts: dict[str, Any]) -> str:
 def show_alignment(units: Any) -> None:
     """What a search found, group by group: units moved in each model but the first, similarity before and after, bound
     on what an assignment may lack. Of a zip only the similarity that it reached."""
-    report, console = units.report, Console(highlight=False, soft_wrap=True)
+    report, console = units.report, standard_output(soft_wrap=True)
     table = Table(
         Column("group", overflow="fold"), "units", "moved", "before", "after", "gap", box=None, padding=(0, 2, 0, 0)
     )
@@ -175,7 +175,7 @@ def show_methods(methods: list[MethodInfo]) -> None:
     for method in methods:
         data, source = ", ".join(method.needs) or "none", method.paper or method.package
         table.add_row(method.step, method.name, method.summary, data, source)
-    Console(highlight=False, markup=False).print(table)
+    standard_output(markup=False).print(table)
 
 
 def plain_method(method: MethodInfo) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def plain_method(method: MethodInfo) -> dict[str, Any]:
 
 
 def show_method(method: MethodInfo) -> None:
-    console = Console(highlight=False, markup=False)
+    console = standard_output(markup=False)
     console.print(f"{method.name} ({method.step}): {method.summary}")
     console.print(f"paper: {method.paper or 'none'}; data: {', '.join(method.needs) or 'none'}; base: {method.base}")
     if method.package:
@@ -203,7 +203,7 @@ def show_info(fast: bool) -> None:
     """Versions, processor, and where each operator is native."""
     from pymerge import _C
 
-    console = Console(highlight=False, markup=False)
+    console = standard_output(markup=False)
     console.print(f"pymerge {__version__}, Python {platform.python_version()}, {platform.platform()}")
     console.print(f"processor path {_C.cpu_level()} (PYMERGE_CPU overrides), {len(os.sched_getaffinity(0))} processors")
     console.print("transformers " + ("found" if importlib.util.find_spec("transformers") else "not installed"))

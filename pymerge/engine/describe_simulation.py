@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from pymerge.engine.console import standard_output
 from pymerge.engine.rates import Rates, processor
 from pymerge.engine.simulate import GAIN, MOST_NODES, WORDS
 
@@ -54,7 +54,7 @@ def rate_rows(rates: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def show_rates(rates: Rates, file: str) -> None:
     """After `pymerge plan --calibrate`."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = standard_output(soft_wrap=True, markup=False)
     console.print(f"measured on {processor()}, kept in {file}")
     console.print(
         rate_rows(
@@ -69,7 +69,7 @@ def show_rates(rates: Rates, file: str) -> None:
 
 def show_simulation(facts: Mapping[str, Any]) -> None:
     """The curve, what bounds it, and on what it is built."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = standard_output(soft_wrap=True, markup=False)
     cluster = facts["cluster"]
     table = Table("nodes", *COLUMNS.values(), "bound by", "efficiency", box=None, padding=(0, 2, 0, 0))
     for point in facts["curve"]:

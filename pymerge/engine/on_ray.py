@@ -171,7 +171,7 @@ class Run:
             cleaned = step.decide(self.joined("purify", number, items, step)) if executor.needed(items) else None
             self.know(purify=(*self.answers.purify, cleaned))
         for number, (steps, items) in enumerate(plan.surveys if executor.left(plan.items) else ()):
-            survey = SharedSurvey(self, number, items)
+            survey = SurveyOnNodes(self, number, items)
             self.know(rules=(*self.answers.rules, model_rule(plan, steps, items, survey)))
         for number, (steps, items) in enumerate(plan.questions):
             ask = partial(self.joined, "combine", number, items)
@@ -208,7 +208,7 @@ class Run:
         return [found[n] for n in sorted(found) if found[n] is not None]
 
 
-class SharedSurvey(SweptSurvey):
+class SurveyOnNodes(SweptSurvey):
     """A survey of the whole model, each question put to shares of the items. (A model has no rows to rank by.)"""
 
     def __init__(self, run: Run, number: int, items: Sequence[Item]) -> None:

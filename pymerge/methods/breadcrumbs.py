@@ -63,7 +63,7 @@ class Breadcrumbs(ElementWiseCombine):
     mergekit  over the whole tensor; int(density n) = 0 keeps nothing
     """
 
-    style: Style = param("authors", "whose formula and defaults", choices=STYLES)
+    style: Style = param("authors", "whose formula and defaults", mergekit="mergekit", choices=STYLES)
     weight: PerModel = param(1.0, "w_t", per_model=True, mergekit=REQUIRED)
     density: PerModel = param(0.2, "share to keep (beta)", low=0, high=1, per_model=True, mergekit=1.0)
     gamma: PerModel = param(0.1, "share of largest to drop", low=0, high=1, per_model=True, mergekit=0.01)

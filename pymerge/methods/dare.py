@@ -20,7 +20,7 @@ class Dare(ElementWisePurify):
               in the same recipe
     """
 
-    style: Style = param("authors", "whose formula and defaults", choices=STYLES)
+    style: Style = param("authors", "whose formula and defaults", mergekit="mergekit", choices=STYLES)
     density: PerModel = param(0.5, "probability of keeping an entry", low=0, high=1, per_model=True)
     rescale: bool = param(True, "make up for the dropped entries")
 

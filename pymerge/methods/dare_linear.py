@@ -28,7 +28,7 @@ class DareLinear(ElementWiseCombine):
     mergekit  r_t restores the L1 norm of each tensor's task vector (1 where a norm is below 1e-7)
     """
 
-    style: Style = param("authors", "whose formula and defaults", choices=STYLES)
+    style: Style = param("authors", "whose formula and defaults", mergekit="mergekit", choices=STYLES)
     weight: PerModel = param(1.0, "w_t", per_model=True, mergekit=REQUIRED)
     density: PerModel = param(0.5, "probability of keeping an entry", low=0, high=1, per_model=True, mergekit=1.0)
     rescale: bool = param(True, "make up for the dropped entries")

@@ -32,7 +32,7 @@ class DareTies(ElementWiseCombine):
     mergekit  L1 rescale; no trim; normalize divides by the weights of the entries that agree.
     """
 
-    style: Style = param("authors", "whose formula and defaults", choices=STYLES)
+    style: Style = param("authors", "whose formula and defaults", mergekit="mergekit", choices=STYLES)
     weight: PerModel = param(1.0, "w_t", per_model=True, mergekit=REQUIRED)
     density: PerModel = param(0.5, "probability of keeping an entry", low=0, high=1, per_model=True, mergekit=1.0)
     rescale: bool = param(True, "make up for the dropped entries")

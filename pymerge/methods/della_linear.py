@@ -42,7 +42,7 @@ class DellaLinear(Combine):
     mergekit  r_t restores the L1 norm of each tensor's task vector (1 where a norm is below 1e-7)
     """
 
-    style: Style = param("authors", "whose formula and defaults", choices=STYLES)
+    style: Style = param("authors", "whose formula and defaults", mergekit="mergekit", choices=STYLES)
     weight: PerModel = param(1.0, "w_t", per_model=True, mergekit=REQUIRED)
     density: PerModel = param(0.5, "mean probability of keeping", low=0, high=1, per_model=True, mergekit=1.0)
     epsilon: PerModel = param(0.15, "half the range of the probabilities", low=0, high=1, per_model=True)

@@ -47,7 +47,7 @@ class ModelStock(GramCombine):
     mergekit  the product of the norms counts as 1e-6 where it is smaller, which shrinks small updates
     """
 
-    style: Style = param("authors", "whose formula and defaults", choices=STYLES)
+    style: Style = param("authors", "whose formula and defaults", mergekit="mergekit", choices=STYLES)
     filter_wise: bool = param(False, "one q for each row (along the last dimension), not one for the tensor")
     clamp: bool = param(False, "keep q within [0, 1]")
 

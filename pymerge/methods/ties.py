@@ -39,7 +39,7 @@ class Ties(ElementWiseCombine):
     styles.
     """
 
-    style: Style = param("authors", "whose formula and defaults", choices=STYLES)
+    style: Style = param("authors", "whose formula and defaults", mergekit="mergekit", choices=STYLES)
     weight: PerModel = param(1.0, "w_t, multiplies the trimmed task vector", per_model=True, mergekit=REQUIRED)
     density: PerModel = param(0.2, "share of entries to keep", low=0, high=1, per_model=True, mergekit=1.0)
     merge_func: MergeFunc = param(

@@ -19,10 +19,11 @@ PAIRS_SHOWN = 10  # more are a table of their own on the page
 
 def show(found: Inspection) -> None:
     """Prints it to standard output."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False)
+    from pymerge.engine.console import standard_output
+
+    console = standard_output()
     labels = [escape(safe_name(name, 40)) for name in short_names(found.models)]
     entries = found.whole.moments.entries
     console.print(

@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from pymerge.checkpoint.place import holds_model, staging_of
 from pymerge.engine.local import read_summary
 from pymerge.engine.many import Pass, Setting, merge_many, planned_many, why_apart
 from pymerge.engine.plan import Options
-from pymerge.errors import Interrupted, OutputError, RecipeError
+from pymerge.errors import OutputError, RecipeError
 from pymerge.recipe import Recipe
 from pymerge.tuning.evaluate import Evaluation
+from pymerge.tuning.interruption import interruptible
 from pymerge.tuning.over import Axis, Over, axes_of, combinations, recipe_at, without
 from pymerge.tuning.record import locked
 from pymerge.tuning.run import check_on_disk, fingerprints
@@ -98,11 +98,8 @@ def sweep(
             missing = run.missing()
             for setting in missing:
                 check_output_path(setting.out, inputs.all, overwrite=options.overwrite)
-            try:
+            with interruptible(lambda: "what is finished is kept"):
                 return run.run(missing, run.at_once(len(missing), plans[0].layout))
-            except KeyboardInterrupt:
-                text = "stopped; what is finished is kept: the same command continues"
-                raise Interrupted(text, signal.SIGINT) from None
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +15,12 @@ from pymerge.engine.local import Extras, Inputs, merge_to_disk, opened_plan
 from pymerge.engine.plan import Options, Plan
 from pymerge.engine.scaled import merge_scaled, merge_update, why_merged_anew
 from pymerge.engine.summary import packages_of
-from pymerge.errors import EvaluationError, Interrupted, NumericError, OutputError, RecipeError
+from pymerge.errors import EvaluationError, NumericError, OutputError, RecipeError
 from pymerge.recipe import Recipe
 from pymerge.tuning.evaluate import Evaluation
 from pymerge.tuning.figure import draw
 from pymerge.tuning.golden import golden_section, tries
+from pymerge.tuning.interruption import interruptible
 from pymerge.tuning.over import Axis, Over, axes_of, combinations, recipe_at, without
 from pymerge.tuning.record import How, Record, Try, opened, own_name
 from pymerge.tuning.show import Display, make_display, values_text
@@ -99,11 +99,8 @@ def search(
     }
     with opened(folder, identity, restart=restart) as record:
         run = _Run(described, axes, evaluation, record, replace(options, overwrite=True), minimize, make_display(show))
-        try:
+        with interruptible(lambda: f"{len(record.tries)} tries are kept"):
             return run.search(tolerance, target, options)
-        except KeyboardInterrupt:
-            known = f"{len(record.tries)} tries are kept"
-            raise Interrupted(f"stopped; {known}: the same command continues", signal.SIGINT) from None
 
 
 @dataclass

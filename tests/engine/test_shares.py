@@ -25,7 +25,7 @@ from pymerge.checkpoint.shared import SharedOutput
 from pymerge.engine.devices import BACKENDS
 from pymerge.engine.execute import Executor, Stop
 from pymerge.engine.local import merge_to_disk, opened_plan
-from pymerge.engine.on_ray import Run, SharedSurvey, job_of, merge_on_ray, run_on
+from pymerge.engine.on_ray import Run, SurveyOnNodes, job_of, merge_on_ray, run_on
 from pymerge.engine.plan import SLACK, Options
 from pymerge.engine.progress import NoProgress
 from pymerge.engine.ray_cluster import Cluster, knock, unpacked
@@ -422,7 +422,7 @@ def test_a_survey_in_shares_finds_what_a_sweep_finds(tmp_path: Path, ranks: tupl
         here = Share(plan, staged, answers=Answers(), question=lambda e: answers(e.survey(items)), **how)
         here.run()
         found["here"] = here.found
-        shared = SharedSurvey(Run(InTurn(), job_of(plan, inputs, staged, options), here, 2), 0, items)
+        shared = SurveyOnNodes(Run(InTurn(), job_of(plan, inputs, staged, options), here, 2), 0, items)
         assert len(shared.shares) > 3
         found["shared"] = answers(shared)
         raise KeyboardInterrupt

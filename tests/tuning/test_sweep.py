@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,23 @@ def test_an_interrupted_evaluation_is_continued(problem: Problem, tmp_path: Path
     found = pymerge.sweep(recipe, GRID, out=tmp_path / "out", evaluate=counted(problem), discard=True)
     assert not found.passes and [row.score for row in found.rows] == problem.calls
     assert len(set(problem.calls)) == 4 and folders(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_while_evaluating(number: signal.Signals, problem: Problem, tmp_path: Path) -> None:
+    before = signal.getsignal(number)
+
+    def stop(folder: str) -> float:
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal came too late")
+
+    for run in (
+        lambda: pymerge.sweep(problem.recipe(**TIES), GRID, out=tmp_path / "out", evaluate=stop),
+        lambda: pymerge.search(problem.recipe(), stop, {"scale": [0.5, 0.7]}),
+    ):
+        with pytest.raises(Interrupted, match="kept: the same command continues") as caught:
+            run()
+        assert caught.value.exit_code == 128 + number and signal.getsignal(number) == before
 
 
 def test_a_failed_evaluation_leaves_the_models(problem: Problem, tmp_path: Path) -> None:
