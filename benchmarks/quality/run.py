@@ -77,7 +77,7 @@ def measure(name: str, folder: Path, seed: int, recipe: str, models: str) -> dic
 def pairs(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     from benchmarks.quality.pairs import run
 
-    return run(folder / PAIRS, list(seeds), say)
+    return run(folder, list(seeds), say)
 
 
 class Suite:

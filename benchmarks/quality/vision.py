@@ -33,14 +33,14 @@ class Schedule:
     """Network, epochs and top learning rates; kept beside the checkpoints, so that another schedule trains again."""
 
     version: int = 1
-    width: int = 96
+    width: int = 64
     layers: int = 4
     base_epochs: int = 80
     base_rate: float = 3e-3
     head_epochs: int = 10
     head_rate: float = 5e-3
     task_epochs: int = 20
-    task_rate: float = 5e-4
+    task_rate: float = 7e-4
 
 
 def occluded(images: Tensor) -> Tensor:
@@ -62,15 +62,8 @@ def task(name: str, title: str, view: Callable[[Tensor], Tensor], classes: tuple
     return Task(name=name, title=title, view=view, classes=names, class_of_digit=classes)
 
 
-def varied(images: Tensor) -> Tensor:
-    """A batch in one of eight orientations, one in four exchanged black for white: what the base is trained on."""
-    turns, mirrored, exchanged = (int(torch.randint(n, ())) for n in (4, 2, 4))
-    turned = images.rot90(turns, (-2, -1)).flip(-1) if mirrored else images.rot90(turns, (-2, -1))
-    return -turned if exchanged == 0 else turned
-
-
 ALL = tuple(range(10))
-BASE = task("base", "digits in eight orientations", varied, ALL)
+BASE = task("base", "digits", lambda x: x, ALL)
 TASKS = (
     task("rotated", "digits turned by 90 degrees", lambda x: x.rot90(1, (-2, -1)), ALL),
     task("inverted", "digits, black and white exchanged, mirrored", lambda x: -x.flip(-1), ALL),
@@ -89,6 +82,14 @@ def splits(seed: int) -> dict[str, Tensor]:
     order = torch.randperm(len(digits().images), generator=torch.Generator().manual_seed(1000 + seed))
     parts = order.split([TRAINING, VALIDATION, len(order) - TRAINING - VALIDATION])
     return dict(zip(("train", "validation", "test"), parts, strict=True))
+
+
+def varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """In one of eight orientations, and one time in four with black and white exchanged."""
+    turns, mirrored, exchanged = (int(torch.randint(n, (), generator=generator)) for n in (4, 2, 4))
+    turned = images.rot90(turns, (-2, -1))
+    turned = turned.flip(-1) if mirrored else turned
+    return -turned if exchanged == 0 else turned
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -125,7 +126,9 @@ def fit(
     cycle: tuple[int, float],
     seed: int,
 ) -> None:
-    """AdamW with one cycle of the learning rate on the images with these indices; cycle: epochs, top rate."""
+    """AdamW with one cycle of the learning rate on the images with these indices; cycle: epochs, top rate.
+
+    The base sees each batch in another orientation: it knows a little of most views, as a large model would."""
     epochs, rate = cycle
     parameters, target = list(parameters), labels(of)
     generator = torch.Generator().manual_seed(seed)
@@ -137,6 +140,7 @@ def fit(
         order = images[torch.randperm(len(images), generator=generator)]
         for batch in order[: steps * BATCH].split(BATCH):
             shown = of.view(augmented(batch, generator))
+            shown = varied(shown, generator) if of is BASE else shown
             loss = functional.cross_entropy(model(shown).logits, target[batch], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -179,7 +183,6 @@ class Vision:
         schedule, parts = self.schedule, splits(seed)
         first = 100 * seed
         base = new_model(BASE, schedule, first)
-        torch.manual_seed(first)
         fit(base, BASE, base.parameters(), parts["train"], (schedule.base_epochs, schedule.base_rate), first)
         base.save_pretrained(folder / "base")
         say(f"{self.name}, seed {seed}: base {accuracy(base, BASE, parts['test']):.1%} on {BASE.title}")
