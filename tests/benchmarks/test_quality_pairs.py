@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from transformers import ViTForImageClassification  # noqa: E402
 
-from benchmarks.quality import pairs  # noqa: E402
+from benchmarks.quality import pairs, pairs_report  # noqa: E402
 from pymerge.demo.align import halves  # noqa: E402
 from pymerge.demo.train import quiet_and_alone  # noqa: E402
 
@@ -67,7 +67,7 @@ def test_figures_are_those_of_the_models(results):
     folder, found = results
     of = next(cell for cell in found["cells"] if (cell["kind"], cell["tasks"]) == ("conv net", "halves"))["pairs"][0]
     with quiet_and_alone():
-        models, known = pairs.pair("conv", "halves", of["number"], folder / "pairs")
+        models, known = pairs.pair("conv", "halves", of["number"], folder)
         head = [model.state_dict()["12.weight"] for model in models]
         test = halves.splits()[2]
         mean = halves.conv_net(16)
@@ -84,7 +84,7 @@ def test_figures_are_those_of_the_models(results):
 def test_a_pair_s_models_differ_in_seed_and_pairs_do_in_tasks(results):
     folder, found = results
     with quiet_and_alone():
-        of = [pairs.pair("conv", "same task", number, folder / "pairs")[0] for number in (6, 7)]
+        of = [pairs.pair("conv", "same task", number, folder)[0] for number in (6, 7)]
     first = [model.state_dict()["0.weight"] for two in of for model in two]
     assert not any(torch.equal(first[i], first[j]) for i in range(4) for j in range(i))
     halved = next(cell for cell in found["cells"] if cell["tasks"] == "halves")
@@ -111,7 +111,7 @@ def made(weights: list[float], activations: list[float], mudsc: list[float]) -> 
 )
 def test_verdict_is_a_paired_test_against_the_better_space(mudsc, says):
     activations = [70.0, 71.0, 72.0, 73.0]
-    found = pairs.verdict(made([75.0, 65.0, 66.0, 67.0], activations, mudsc))
+    found = pairs_report.verdict(made([75.0, 65.0, 66.0, 67.0], activations, mudsc))
     expected = stats.ttest_rel(mudsc, activations)
     for row in (found["rows"][0], found["overall"][0]):
         assert row["way"] == "MuDSC" and row["verdict"] == says
@@ -125,11 +125,11 @@ def test_verdict_is_a_paired_test_against_the_better_space(mudsc, says):
 
 def test_verdict_needs_two_pairs():
     with pytest.raises(ValueError, match="1 pairs have no standard error"):
-        pairs.verdict(made([50.0], [60.0], [70.0]))
+        pairs_report.verdict(made([50.0], [60.0], [70.0]))
 
 
 def test_table_has_means_and_errors():
-    text = pairs.table(made([50.0, 52.0], [60.0, 60.0], [62.0, 66.0]))
+    text = pairs_report.table(made([50.0, 52.0], [60.0, 60.0], [62.0, 66.0]))
     rows = {cells[1].strip(): cells[2].strip() for cells in (line.split("|") for line in text.splitlines())}
     assert rows["(each model on what it knows)"] == "85.0 ± 2.9"  # of 90, 80, 90, 80
     assert (rows["weights"], rows["MuDSC"]) == ("51.0 ± 1.0", "64.0 ± 2.0")
@@ -138,5 +138,5 @@ def test_table_has_means_and_errors():
 
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    out = pairs.draw(made([50.0, 52.0], [60.0, 60.0], [62.0, 66.0]), tmp_path / "pairs.png")
+    out = pairs_report.draw(made([50.0, 52.0], [60.0, 60.0], [62.0, 66.0]), tmp_path / "pairs.png")
     assert out.read_bytes().startswith(b"\x89PNG")
