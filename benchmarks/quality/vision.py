@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
@@ -157,6 +158,14 @@ def accuracy(model: nn.Module, of: Task, images: Tensor) -> float:
     return (found == labels(of)[images]).double().mean().item()
 
 
+def head(checkpoint: Path) -> nn.Linear:
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        weight, bias = file.get_tensor("classifier.weight"), file.get_tensor("classifier.bias")
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer
+
+
 class Vision:
     """See the top of this file; a Family."""
 
@@ -206,7 +215,7 @@ class Vision:
 
     def score(self, network: nn.Module, task: str, folder: Path, split: Split) -> float:
         images = splits(self.seed(folder))[split]
-        network.classifier = self.load(folder / "tasks" / task).classifier
+        network.classifier = head(folder / "tasks" / task)
         return accuracy(network, BY_NAME[task], images)
 
     def seed(self, folder: Path) -> int:
