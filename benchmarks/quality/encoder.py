@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -113,8 +114,9 @@ class Encoder:
     def score(self, network: nn.Module, task: str, folder: Path, split: Split) -> float:
         """Accuracy of the network's encoder with the head of the task's own model."""
         inputs, labels = read_texts(folder, task, split)
-        head = load_file(folder / "tasks" / task / "model.safetensors")
-        logits = functional.linear(outputs(network, inputs), head["classifier.weight"], head["classifier.bias"])
+        with safe_open(folder / "tasks" / task / "model.safetensors", "pt") as own:
+            head = own.get_tensor("classifier.weight"), own.get_tensor("classifier.bias")
+        logits = functional.linear(outputs(network, inputs), *head)
         return (logits.argmax(-1) == labels).double().mean().item()
 
     def data(self, source: Path) -> dict[str, Tensor]:
@@ -132,7 +134,7 @@ class Encoder:
 
     def probe(self, features: Tensor, labels: Tensor, classes: int, generator: torch.Generator) -> nn.Linear:
         """The linear layer on features [N, d] that fits labels [N] best."""
-        head = nn.Linear(features.shape[1], classes)
+        head = nn.utils.skip_init(nn.Linear, features.shape[1], classes)
         nn.init.normal_(head.weight, std=0.02, generator=generator)
         nn.init.zeros_(head.bias)
         optimizer = torch.optim.Adam(head.parameters(), lr=self.settings.head_rate)

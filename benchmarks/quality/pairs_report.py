@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -44,10 +43,11 @@ def differences(cell: dict[str, Any], prefix: str, way: str) -> list[float]:
 
 
 def judged(sample: Sequence[float]) -> dict[str, Any]:
-    """Mean difference in points, standard error, t, two-sided p of a paired t-test, and what that says."""
+    """Mean difference in points, standard error, t (None: all differences are equal), two-sided p of a paired t-test,
+    and what that says."""
     mean, error = spread(sample)
-    t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
-    p = 2 * float(stats.t.sf(abs(t), len(sample) - 1))
+    t = mean / error if error else None
+    p = 2 * float(stats.t.sf(abs(t), len(sample) - 1)) if t is not None else float(mean == 0)
     says = "within the noise" if p >= LEVEL else "holds" if mean > 0 else "does not hold here"
     return {"points": mean, "error": error, "t": t, "p": p, "pairs": len(sample), "verdict": says}
 

@@ -38,7 +38,6 @@ TYPES = {
     "array": re.compile(r"(nd)?array|\{array"),
     "bool": re.compile("bool"),
     "number": re.compile(r"(int|float)(?!.*array)"),
-    "str": re.compile(r"str|\{['\"]"),
 }
 
 
@@ -80,8 +79,8 @@ def code(label: str, text: str) -> Pieces:
     """Code without docstrings, comments, imports and blank lines, in pieces of some lines."""
     text = re.sub(r"/\*.*?\*/", "", DOCSTRING.sub("", text), flags=re.DOTALL)
     lines = [line for line in text.splitlines() if not NO_CODE.match(line)]
-    for start in range(0, len(lines), 12):
-        yield label, "\n".join(lines[start : start + 12])
+    for start in range(0, len(lines), 8):
+        yield label, "\n".join(lines[start : start + 8])
 
 
 def sections(text: str) -> Pieces:
@@ -117,17 +116,16 @@ LANGUAGES = (
     ("C", "include", ".h"),
     ("C", "numpy", ".h"),
     ("C++", "torch", ".h"),
-    ("CUDA", "torch", ".cuh"),
     ("Cython", "scipy", ".pyx"),
     ("Cython", "sklearn", ".pyx"),
     ("CMake", "torch", ".cmake"),
     ("Python", "torch", ".py"),
 )
 TASKS = (
-    Task(name="language", classes=("C", "C++", "CUDA", "Cython", "CMake", "Python"), sources=LANGUAGES, pieces=code),
+    Task(name="language", classes=("C", "C++", "Cython", "CMake", "Python"), sources=LANGUAGES, pieces=code),
     Task(
         name="section",
-        classes=("Examples", "Notes", "Parameters", "References", "Returns", "See also"),
+        classes=("Examples", "Notes", "Parameters", "References", "See also"),
         sources=NUMPYDOC,
         pieces=named_sections,
     ),
@@ -139,8 +137,8 @@ TASKS = (
 def texts(
     task: Task, split: str, count: int, tokenizer: Tokenizer, seen: set[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [count, LENGTH] and their classes [count], equally many of each, from the files of a split, which are read
-    in turn from each source. Texts in `seen` are passed over, the new ones are put there."""
+    """Tokens [N, LENGTH] and their classes [N], equally many of each, at most `count`, from the files of a split, which
+    are read in turn from each source. Texts in `seen` are passed over, the new ones are put there."""
     per_class = count // len(task.classes)
     found: dict[str, list[tuple[int, ...]]] = {name: [] for name in task.classes}
     sources = [[(label, file) for file in files(package, suffix)[split]] for label, package, suffix in task.sources]

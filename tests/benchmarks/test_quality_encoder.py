@@ -56,7 +56,7 @@ def test_trains_once_and_the_same_from_the_same_seed(trained, source, tmp_path):
 
 
 def test_a_file_is_in_one_split_only_and_classes_are_balanced(trained):
-    for package, suffix in (("sklearn", ".py"), ("torch", ".cuh")):
+    for package, suffix in (("sklearn", ".py"), ("torch", ".cmake")):
         splits = snippets.files(package, suffix)
         every = [file for files in splits.values() for file in files]
         assert len(every) == len(set(every)) > 8 and len(splits["train"]) > len(splits["test"])
@@ -98,6 +98,19 @@ def test_texts_of_a_known_docstring():
     ]
     assert list(snippets.code("Python", text)) == [("Python", "def f():\n    return True")]
     assert list(snippets.prose("", '"""a b c""" """d e f"""')) == [("as written", "a b c"), ("swapped", "e d f")]
+
+
+def test_learns_what_can_be_learnt(source):
+    family, generator = Encoder(TOY, source), torch.Generator().manual_seed(0)
+    labels = torch.arange(2).repeat(16)
+    inputs = torch.randint(3, 90, (32, 8), generator=generator)
+    inputs[:, 3] = 90 + labels  # one token says it
+    network = encoder.pretrained(source)
+    network.classifier = family.probe(encoder.outputs(network, inputs), labels, 2, generator)
+    head = network.classifier.weight.clone()
+    family.fit(network, inputs, labels, generator)
+    assert (network(inputs).logits.mean(1).argmax(-1) == labels).all()
+    assert torch.equal(network.classifier.weight, head)
 
 
 def test_scores_with_the_head_of_the_task(trained):
