@@ -43,7 +43,7 @@ def test_images_are_divided_and_seen_by_one_part_only():
     first, second = splits(0), splits(1)
     assert sorted(int(n) for part in first.values() for n in part) == list(range(1797))
     assert first["test"].tolist() != second["test"].tolist()
-    assert (occluded(digits().images[:2])[..., 5:, :] == -1).all()
+    assert (occluded(digits().images[:2])[..., 6:, :] == -1).all()
 
 
 def test_scores_are_those_of_the_merged_networks(found, suite, tmp_path):
