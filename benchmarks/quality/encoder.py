@@ -134,7 +134,7 @@ class Encoder:
 
     def probe(self, features: Tensor, labels: Tensor, classes: int, generator: torch.Generator) -> nn.Linear:
         """The linear layer on features [N, d] that fits labels [N] best."""
-        head = nn.utils.skip_init(nn.Linear, features.shape[1], classes)
+        head = nn.Linear(features.shape[1], classes)
         nn.init.normal_(head.weight, std=0.02, generator=generator)
         nn.init.zeros_(head.bias)
         optimizer = torch.optim.Adam(head.parameters(), lr=self.settings.head_rate)
@@ -185,8 +185,9 @@ def pretrained(source: Path) -> BertForTokenClassification:
 
 def outputs(network: nn.Module, inputs: Tensor) -> Tensor:
     """Mean output of the encoder for each text: tokens [N, L] -> [N, d]."""
+    encoder = network.get_submodule("bert")
     with torch.no_grad():
-        return torch.cat([network.bert(rows).last_hidden_state.mean(1) for rows in inputs.split(BATCH)])
+        return torch.cat([encoder(rows).last_hidden_state.mean(1) for rows in inputs.split(BATCH)])
 
 
 def fingerprint(data: dict[str, Tensor]) -> str:

@@ -30,7 +30,6 @@ MODES: dict[Literal["permute", "zip"], str] = {
 SINGLE = {"weights": {"alpha": 1.0}, "activations": {"alpha": 0.0}}
 MUDSC = ("MuDSC", "MuDSC, alpha chosen")
 PLAIN = "plain average"
-SEEN = 500  # images whose activations are compared
 HEADS = {"conv": "12", "vit": "classifier"}
 
 
@@ -54,7 +53,7 @@ def run(folder: Path, seeds: Sequence[int], say: Callable[[str], None]) -> dict[
                     found = ", ".join(f"{way} {of['joint']:.1%}" for way, of in pairs[-1]["ways"].items())
                     say(f"{title}, {tasks}, pair {number}: {found}")
                 cells.append({"kind": title, "tasks": tasks, "pairs": pairs})
-    settings = {"seeds": list(seeds), "pairs": PAIRS, "seen": SEEN, "alphas": ALPHAS, "schedules": schedules}
+    settings = {"seeds": list(seeds), "pairs": PAIRS, "alphas": ALPHAS, "schedules": schedules}
     return json.loads(json.dumps({"settings": settings, "cells": cells}))
 
 
@@ -94,8 +93,9 @@ def compare(kind: str, models: list[nn.Module], known: list[list[int]]) -> dict[
 def merged(
     kind: str, models: list[nn.Module], images: torch.Tensor, *, mode: Literal["permute", "zip"], alpha: float
 ) -> nn.Module:
-    """The mean of both models with their units aligned by what they see in the images; by weights alone without."""
-    batches = halves.digits().images[images[:SEEN]].split(100) if alpha < 1 else None
+    """The mean of both models with their units aligned, by what they do on all of the images as in the authors' code;
+    by the weights alone where alpha is 1."""
+    batches = halves.digits().images[images].split(200) if alpha < 1 else None
     groups = halves.spec(kind, models[0], tie_heads=mode == "permute")
     units = pymerge.find_permutations(models, batches, spec=groups, mode=mode, alpha=alpha)
     return pymerge.merge(None, models, method="linear", align=units)

@@ -37,7 +37,6 @@ def results(tmp_path_factory):
             patch.setitem(halves.SCHEDULES, kind, halves.Schedule(epochs=1, rate=schedule.rate, decay=0.1))
         patch.setattr(pairs, "PAIRS", 2)
         patch.setattr(pairs, "ALPHAS", (0.5, 0.25))
-        patch.setattr(pairs, "SEEN", 100)
         yield folder, pairs.run(folder, [3], lambda line: None)
 
 
