@@ -8,12 +8,13 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import pymerge
 from benchmarks.quality.family import Family, Split
@@ -132,7 +133,8 @@ class Merged:
         self.family, self.folder = family, folder
         self.network = family.load(merged)
         start = dict(family.load(folder / "base").named_parameters())
-        self.parameters = [(p, start[name].detach()) for name, p in self.network.named_parameters()]
+        self.merged = [name for name in start if not any(fnmatchcase(name, head) for head in family.heads)]
+        self.parameters = [(p, start[name].detach()) for name, p in self.of(self.network)]
         self.ends: dict[str, list[Tensor]] = {}  # of each task, or, by "", of all
         self.experts: list[tuple[Tensor, Tensor]] = []
         if recipe.per_task == "masks":
@@ -152,7 +154,12 @@ class Merged:
         shutil.copy(merged / "config.json", own)
         weights = emr.load(merged, self.folder / "base", str(self.folder / "tasks" / task))
         save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
-        return [p.detach() for p in self.family.load(own).parameters()]
+        return [p.detach() for _, p in self.of(self.family.load(own))]
+
+    def of(self, network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """What was merged: all but the heads, which have as many classes as one task or another."""
+        parameters = dict(network.named_parameters())
+        return [(name, parameters[name]) for name in self.merged]
 
     def scores(self, scale: float, split: Split) -> Scores:
         """ESM++'s experts take part: s times what the merged model and the experts add to the base."""
