@@ -40,7 +40,7 @@ def run(folder: Path, seeds: Sequence[int], say: Callable[[str], None]) -> dict[
     Returns  settings, and `cells`: of each kind and tasks the pairs; each with `own` (accuracy of the models on what
              they know), `alpha` chosen for each mode, and of each way `joint`, accuracy over all ten digits, and
              `each`, the mean over both tasks of the accuracy among the task's digits. What it says: pairs_report
-    Cost     for each seed 3 minutes of one processor for training, 2 for the rest"""
+    Cost     for each seed 3 minutes of one processor for training, 3 for the rest"""
     folder.mkdir(parents=True, exist_ok=True)
     schedules = {kind: asdict(schedule) for kind, schedule in halves.SCHEDULES.items()}
     cells = []
