@@ -16,6 +16,7 @@ from benchmarks.side_by_side.tools import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+TOLD = "EMR keeps a mask for each task and is told which it is; ESM++ keeps low-rank experts and finds out by itself."
 PERCENT = {"accuracy": 100.0, "bits per byte": 1.0}  # what scores are multiplied by in tables
 
 
@@ -51,7 +52,8 @@ def page(report: dict[str, Any]) -> str:
         "Mean ± standard error over seeds. *Relative* is the mean over tasks of the score divided by the individual "
         "model's (the other way round for bits per byte), in percent; *worst* is the least of the tasks. "
         "*Searched*: base + s (merged - base), s the best on validation data of a walk over "
-        f"{GRID[0]:g}, ..., {GRID[-1]:g} in steps of the square root of 2, alike for all; the scores are of test data.",
+        f"{GRID[0]:g}, ..., {GRID[-1]:g} in steps of the square root of 2, alike for all; the scores are of test data. "
+        f"{TOLD}",
     ]
     parts += ["## The papers' claims", claims_table(report)]
     for name, family in families.items():
@@ -100,7 +102,7 @@ def failures(family: dict[str, Any]) -> str:
 
 
 def claims_table(report: dict[str, Any]) -> str:
-    """Both settings of a claim in one row; the whole: with what was expected."""
+    """A row for each claim and setting, with what was expected."""
     names = [*report["families"], "all"]
     lines = [line("claim", "scale", *names, "expected"), line("---", "---", *["---"] * len(names), "---")]
     for row in report["claims"]:
@@ -159,7 +161,7 @@ def summary(report: dict[str, Any]) -> str:
     counts = ", ".join(f"{name} {len(family['seeds'])}" for name, family in families.items())
     lines += [
         "",
-        f"Mean ± standard error over seeds ({counts}); differences in points. {report['processor']}, "
+        f"Mean ± standard error over seeds ({counts}); differences in points. {TOLD} {report['processor']}, "
         f"{report['date']}, commit {report['commit']}. All figures, worst tasks, each family's verdicts and what was "
         "expected: [quality.md](benchmarks/results/quality.md).",
     ]

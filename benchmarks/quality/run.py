@@ -9,17 +9,19 @@ continues. Writes benchmarks/results/quality.{json,md} and figures.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 import pymerge
-from benchmarks.quality import report, trial
+from benchmarks.quality import kept, report, trial
 from benchmarks.quality.family import Family
 from benchmarks.quality.recipes import BY_NAME, RECIPES
 
@@ -45,7 +47,6 @@ def encoder() -> Family:
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {"vision": vision, "language": language, "encoder": encoder}
-PAIRS = "pairs"
 
 
 def single() -> None:
@@ -63,34 +64,34 @@ def say(line: str) -> None:
 def prepare(name: str, folder: Path, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
     """Seeds of a family one after the other: they may share a base."""
     family = FAMILIES[name]()
-    return {seed: trial.prepare(family, place(folder, name, seed), seed, say) for seed in seeds}
-
-
-def place(folder: Path, name: str, seed: int) -> Path:
-    return folder / name / f"seed-{seed}"
+    return {seed: trial.prepare(family, kept.place(folder, name, seed), seed, say) for seed in seeds}
 
 
 def measure(name: str, folder: Path, seed: int, recipe: str, models: str) -> dict[str, Any]:
     try:
-        return trial.measured(FAMILIES[name](), place(folder, name, seed), BY_NAME[recipe], models)
+        return trial.measured(FAMILIES[name](), kept.place(folder, name, seed), BY_NAME[recipe], models)
     except pymerge.MergeError as error:
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def pairs(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+def pairs(folder: Path, seed: int) -> None:
     from benchmarks.quality.pairs import run
 
-    return run(folder, list(seeds), say)
+    file, key = kept.paired(folder, seed)
+    if not file.is_file() or json.loads(file.read_text())["key"] != key:
+        file.write_text(json.dumps({"key": key} | run(file.parent, [seed], say)))
 
 
 class Suite:
     """families, seeds, recipes: names and numbers to run; folder: models and what was measured; workers: processes,
-    0: this one."""
+    0: this
+    one."""
 
     def __init__(
         self, families: Sequence[str], seeds: Sequence[int], recipes: Sequence[str], folder: Path, workers: int
     ) -> None:
         self.families, self.seeds, self.recipes, self.folder = list(families), list(seeds), list(recipes), folder
+        self.merged = [name for name in families if name != kept.PAIRS]
         self.pool = None
         if workers:
             context = multiprocessing.get_context("spawn")
@@ -104,70 +105,59 @@ class Suite:
         return done
 
     def run(self) -> dict[str, Any]:
-        """What quality.json holds of the runs: {"families": {name: ...}, "pairs": ...}."""
+        """Measures what is not there yet. Returns what quality.json holds of it, as `found`."""
         try:
-            merging = [name for name in self.families if name != PAIRS]
-            ready = {name: self.submit(prepare, name, self.folder, self.seeds) for name in merging}
-            paired = self.submit(pairs, self.folder, self.seeds) if PAIRS in self.families else None
-            found = {name: described(name, future.result()) for name, future in ready.items()}
-            for name, seed, recipe, row in self.rows(found):
-                found[name]["rows"].setdefault(recipe, {})[str(seed)] = row
-            for family in found.values():  # in the order of the recipes, whichever was ready first
-                family["rows"] = {recipe: family["rows"][recipe] for recipe in self.recipes}
-            return {"families": found, PAIRS: paired.result() if paired else None}
+            ready = {name: self.submit(prepare, name, self.folder, self.seeds) for name in self.merged}
+            paired = [self.submit(pairs, self.folder, seed) for seed in self.seeds if kept.PAIRS in self.families]
+            rows = list(self.rows({name: future.result() for name, future in ready.items()}))
+            for future in paired:
+                future.result()
         finally:
             if self.pool is not None:
                 self.pool.shutdown(cancel_futures=True)
+        found = self.found()
+        for name, seed, recipe, row in rows:
+            if "failed" in row:
+                found["families"][name]["rows"].setdefault(recipe, {})[str(seed)] = row
+        return found
 
-    def rows(self, found: dict[str, Any]) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
+    def found(self) -> dict[str, Any]:
+        """What is there: {"families": {name: see kept.family}, "pairs": see kept.pairs}."""
+        of = {name: kept.family(FAMILIES[name](), self.folder, self.seeds, self.recipes) for name in self.merged}
+        return {"families": of, "pairs": kept.pairs(self.folder, self.seeds) if kept.PAIRS in self.families else None}
+
+    def rows(self, ready: dict[str, dict[int, dict[str, Any]]]) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
         """Every recipe on every family for one seed, then for the next; a line each, with the time left."""
         jobs = {
-            self.submit(measure, name, self.folder, seed, recipe, found[name]["seeds"][str(seed)]["models"]): (
-                name,
-                seed,
-                recipe,
-            )
+            self.submit(measure, name, self.folder, seed, recipe, seeds[seed]["models"]): (name, seed, recipe)
             for seed in self.seeds
-            for name in found
+            for name, seeds in ready.items()
             for recipe in self.recipes
         }
         start = time.perf_counter()
         for done, future in enumerate(as_completed(jobs), start=1):
             name, seed, recipe = jobs[future]
             row = future.result()
-            left = (time.perf_counter() - start) / done * (len(jobs) - done)
-            what = (
-                row.get("failed")
-                or f"{mean(row['default']):.4f}, at scale {row['scale']:.2f}: {mean(row['searched']):.4f}"
-            )
-            say(f"[{done}/{len(jobs)}, {left / 60:.0f} min left] {name}, seed {seed}, {recipe}: {what}")
+            left = (time.perf_counter() - start) / done * (len(jobs) - done) / 60
+            say(f"[{done}/{len(jobs)}, {left:.0f} min left] {name}, seed {seed}, {recipe}: {said(row)}")
             yield name, seed, recipe, row
 
 
-def mean(scores: dict[str, float]) -> float:
-    return sum(scores.values()) / len(scores)
-
-
-def described(name: str, seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    family = FAMILIES[name]()
-    return {
-        "metric": family.metric,
-        "higher_is_better": family.higher_is_better,
-        "tasks": list(family.tasks),
-        "seeds": {str(seed): scores for seed, scores in seeds.items()},
-        "rows": {},
-    }
+def said(row: dict[str, Any]) -> str:
+    default, searched = (fmean(row.get(how, {"": 0.0}).values()) for how in ("default", "searched"))
+    return row.get("failed") or f"{default:.4f}, at scale {row['scale']:.2f}: {searched:.4f}"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every, names = [*FAMILIES, PAIRS], [recipe.name for recipe in RECIPES]
+    every, names = [*FAMILIES, kept.PAIRS], [recipe.name for recipe in RECIPES]
     parser.add_argument("--families", default=",".join(every), help="default: %(default)s")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--recipes", default=",".join(names), help="default: all of them")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "build" / "quality", help="models and rows")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: only this one")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: report what is in --folder")
     parser.add_argument("--readme", action="store_true", help="also rewrite the table in README.md")
     given = parser.parse_args()
     given.families, given.recipes = given.families.split(","), given.recipes.split(",")
@@ -182,7 +172,10 @@ def main() -> int:
     given = arguments()
     single()
     start = time.perf_counter()
-    found = Suite(given.families, given.seeds, given.recipes, given.folder.resolve(), given.workers).run()
+    suite = Suite(
+        given.families, given.seeds, given.recipes, given.folder.resolve(), 0 if given.kept else given.workers
+    )
+    found = suite.found() if given.kept else suite.run()
     report.write(found, given.results, REPOSITORY / "README.md" if given.readme else None)
     say(f"{(time.perf_counter() - start) / 60:.1f} minutes; {given.results / 'quality.md'}")
     failed = [row for family in found["families"].values() for rows in family["rows"].values() for row in rows.values()]

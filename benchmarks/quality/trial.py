@@ -25,6 +25,8 @@ from pymerge.runtime.routing import Experts
 VERSION = 1  # raise it when what is kept would come out otherwise
 GRID = tuple(2 ** (n / 2) for n in range(-6, 9))  # 1/8 to 16, in steps of sqrt(2)
 
+INDIVIDUAL = "individual.json"
+
 Scores = dict[str, float]  # task -> the family's metric
 
 
@@ -38,8 +40,8 @@ def prepare(family: Family, folder: Path, seed: int, say: Callable[[str], None])
     digest = hashlib.blake2b(str(VERSION).encode(), digest_size=16)
     for file in sorted(weights for checkpoint in files for weights in checkpoint.glob("*.safetensors")):
         digest.update(file.read_bytes())
-    kept = folder / "individual.json"
-    if kept.is_file() and (found := json.loads(kept.read_text()))["models"] == digest.hexdigest():
+    file = folder / INDIVIDUAL
+    if file.is_file() and (found := json.loads(file.read_text()))["models"] == digest.hexdigest():
         return found
     shutil.rmtree(folder / "statistics", ignore_errors=True)
     (folder / "statistics").mkdir()
@@ -52,7 +54,7 @@ def prepare(family: Family, folder: Path, seed: int, say: Callable[[str], None])
         own = family.load(folder / "tasks" / task)
         for split in splits:
             found["individual"][split][task] = family.score(own, task, folder, split)
-    kept.write_text(json.dumps(found))
+    file.write_text(json.dumps(found))
     return found
 
 
@@ -65,11 +67,7 @@ def measured(family: Family, folder: Path, recipe: Recipe, models: str) -> dict[
 
     Returns  seconds of the merge; "default" and "searched": scores on the test split, at scale 1 and at "scale", the
              best of those that were "tried" on the validation split"""
-    key = hashlib.blake2b(
-        json.dumps([VERSION, pymerge.__version__, models, asdict(recipe), GRID]).encode(), digest_size=16
-    ).hexdigest()
-    kept = folder / "results" / f"{slug(recipe)}.json"
-    if kept.is_file() and (row := json.loads(kept.read_text()))["key"] == key:
+    if (row := kept(folder, recipe, models)) is not None:
         return row
     merged = folder / "merged" / slug(recipe)
     shutil.rmtree(merged, ignore_errors=True)
@@ -80,11 +78,24 @@ def measured(family: Family, folder: Path, recipe: Recipe, models: str) -> dict[
     scale, tried = best_scale(lambda s: network.mean(s, "validation"), family.higher_is_better)
     default = network.scores(1.0, "test")
     searched = default if scale == 1.0 else network.scores(scale, "test")
-    row = {"key": key, "seconds": seconds, "default": default, "scale": scale, "tried": tried, "searched": searched}
+    row = {"key": key_of(recipe, models), "seconds": seconds, "default": default}
+    row |= {"scale": scale, "tried": tried, "searched": searched}
     shutil.rmtree(merged)
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_text(json.dumps(row))
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / "results" / f"{slug(recipe)}.json").write_text(json.dumps(row))
     return row
+
+
+def kept(folder: Path, recipe: Recipe, models: str) -> dict[str, Any] | None:
+    """The row of a recipe, if it was measured on these models (a digest) before."""
+    file = folder / "results" / f"{slug(recipe)}.json"
+    row = json.loads(file.read_text()) if file.is_file() else {}
+    return row if row.get("key") == key_of(recipe, models) else None
+
+
+def key_of(recipe: Recipe, models: str) -> str:
+    made_of = [VERSION, pymerge.__version__, models, asdict(recipe), GRID]
+    return hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
 
 
 def slug(recipe: Recipe) -> str:

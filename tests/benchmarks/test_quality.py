@@ -91,8 +91,9 @@ def test_the_experts_of_esmpp_are_scaled_with_the_model(found, suite, tmp_path):
 
 def test_what_was_measured_is_not_measured_again(found, suite, monkeypatch):
     monkeypatch.setattr(trial, "merge", lambda *arguments: pytest.fail("merged again"))
-    again = run.Suite(["tiny"], [0], CHOSEN, suite, 0).run()
-    assert again == found
+    again = run.Suite(["tiny"], [0], CHOSEN, suite, 0)
+    assert again.run() == found == again.found()
+    assert not run.Suite(["tiny"], [1], CHOSEN, suite, 0).found()["families"]["tiny"]["seeds"]
     recipe = BY_NAME["TA"]
     changed = type(recipe)(name=recipe.name, method=recipe.method, parameters={"scale": 0.2})
     with pytest.raises(pytest.fail.Exception, match="merged again"):
@@ -113,7 +114,7 @@ def test_the_report_names_every_recipe_and_fills_the_readme(found, tmp_path):
     assert kept["families"] == json.loads(json.dumps(found["families"]))
     assert all(f"\n| {name} |" in text for name in CHOSEN)
     lines = readme.read_text()
-    assert lines.startswith("before\n") and lines.endswith("\nafter\n") and "old" not in lines
+    assert lines.startswith("before\n") and lines.endswith("\nafter\n") and "\nold\n" not in lines
     assert "| SVC improves TA |" in lines and "not run" in lines  # TIES is not among the chosen
     pytest.importorskip("matplotlib")
     assert (tmp_path / "quality.png").stat().st_size > 10_000
