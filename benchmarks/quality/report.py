@@ -171,8 +171,9 @@ def summary(report: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], out: Path) -> None:
     from benchmarks.quality import picture
 
-    picture.recipes(report["families"], out / "quality.png")
-    picture.claims(report["claims"], out / "quality_claims.png")
+    if report["families"]:
+        picture.recipes(report["families"], out / "quality.png")
+        picture.claims(report["claims"], out / "quality_claims.png")
     if report["pairs"]:
         from benchmarks.quality import pairs_report
 

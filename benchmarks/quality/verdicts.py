@@ -119,12 +119,14 @@ def opponent(families: Sequence[dict[str, Any]], setting: str) -> str:
 
 def step(families: Sequence[dict[str, Any]], better: str, worse: str, setting: str) -> dict[str, Any] | None:
     """Whether `better` is better than `worse` in these families together; None where either was not run."""
+    if not families:
+        return None
     worse = opponent(families, setting) if worse == BEST else worse
     samples = []
     for family in families:
         first, second = normalised(family, better, setting), normalised(family, worse, setting)
         samples.append([first[seed] - second[seed] for seed in first if seed in second])
-    if not families or not all(samples):
+    if not all(samples):
         return None
     return {"better": better, "worse": worse} | judged(samples)
 
