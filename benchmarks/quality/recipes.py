@@ -71,6 +71,7 @@ RECIPES = (
     baseline("RegMean++", "regmean_plusplus"),
     Recipe(name="EMR", method="emr", per_task="masks"),
     seed("ACE", "ace"),
+    seed("ACE released", "ace", preset="released"),  # as the authors' code, which has another ridge than the paper
     seed("ESM", "esm"),
     Recipe(name="ESM++", method="esmpp", kind="seed", per_task="experts"),
     purified("PAVE + TA", "task_arithmetic", 0.96875),

@@ -107,8 +107,8 @@ def judged(samples: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 def opponent(families: Sequence[dict[str, Any]], setting: str) -> str:
-    """The best data-free recipe but ACE, chosen by the test split: to ACE's disadvantage."""
-    others = [recipe.name for recipe in RECIPES if recipe.data_free and recipe.name != "ACE"]
+    """The best data-free recipe but ACE's, chosen by the test split: to ACE's disadvantage."""
+    others = [recipe.name for recipe in RECIPES if recipe.data_free and recipe.method != "ace"]
     means = {}
     for name in others:
         found = [normalised(family, name, setting) for family in families]

@@ -50,7 +50,7 @@ def occluded(images: Tensor) -> Tensor:
 
 
 def noisy(images: Tensor) -> Tensor:
-    """The same noise on an image whenever it is shown: a fixed hash of its pixels would not be plainer than this."""
+    """Noise that depends on the image alone: one of 64 patterns, chosen by its pixels."""
     generator = torch.Generator().manual_seed(8)
     pattern = torch.randn(64, *images.shape[1:], generator=generator)
     which = ((images.flatten(1) + 1) * torch.arange(1, 65)).sum(-1).round().long() % len(pattern)
