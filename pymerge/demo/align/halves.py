@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from transformers import ViTConfig, ViTForImageClassification
 import pymerge
 from pymerge.demo.data import DIGITS, digits, shifted
 
-CLASSES, HALF = 10, 5
+CLASSES = 10
+HALVES = range(5), range(5, 10)
 HELD_OUT = 200  # training images that no model is trained on: alpha is chosen on them
 GROUPS = 8  # of every GroupNorm
 
@@ -29,7 +30,7 @@ class Schedule:
     epochs: int
     rate: float
     decay: float
-    seed: int = 0  # of the first half; that of the second is one more
+    seed: int = 0  # of the start and of the order of images; in SCHEDULES of the first half, the second's is one more
 
 
 BATCH = 64
@@ -85,15 +86,15 @@ def splits() -> tuple[Tensor, Tensor, Tensor]:
     return digits().train[:-HELD_OUT], digits().train[-HELD_OUT:], digits().test
 
 
-def train(kind: str, half: int, schedule: Schedule) -> nn.Module:
-    """A model that knows the digits 5 half .. 5 half + 4: it is trained on them alone, on the logits of these classes.
-
-    The two halves' seeds differ, and so do their starts."""
+def train(kind: str, known: Sequence[int], schedule: Schedule) -> nn.Module:
+    """A model that knows these digits: it is trained on their images alone, on the logits of these classes."""
+    classes, place = torch.tensor(known), torch.zeros(CLASSES, dtype=torch.int64)
+    place[classes] = torch.arange(len(known))
     images = splits()[0]
-    images = images[digits().digits[images] // HALF == half]
-    generator = torch.Generator().manual_seed(schedule.seed + half)
+    images = images[torch.isin(digits().digits[images], classes)]
+    generator = torch.Generator().manual_seed(schedule.seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(schedule.seed + half)
+        torch.manual_seed(schedule.seed)
         model = KINDS[kind]()
     steps = len(images) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.rate, weight_decay=schedule.decay)
@@ -104,8 +105,8 @@ def train(kind: str, half: int, schedule: Schedule) -> nn.Module:
         order = images[torch.randperm(len(images), generator=generator)]
         for batch in order[: steps * BATCH].split(BATCH):
             shift = torch.randint(0, 9, (BATCH,), generator=generator)
-            found = logits(model, shifted()[shift, batch])[:, HALF * half : HALF * (half + 1)]
-            loss = functional.cross_entropy(found, digits().digits[batch] - HALF * half)
+            found = logits(model, shifted()[shift, batch])[:, classes]
+            loss = functional.cross_entropy(found, place[digits().digits[batch]])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -114,28 +115,36 @@ def train(kind: str, half: int, schedule: Schedule) -> nn.Module:
 
 
 def trained(kind: str, half: int, folder: Path) -> nn.Module:
-    """The model in `folder`/KIND-HALF.safetensors, trained where it is not there from the same schedule."""
-    schedule, path = SCHEDULES[kind], folder / f"{kind}-{half}.safetensors"
-    mark = path.with_suffix(".json")
-    if mark.is_file() and json.loads(mark.read_text()) == asdict(schedule):
+    """The model of one half in `folder`/KIND-HALF.safetensors; the two halves' seeds differ, and so do their starts."""
+    schedule = SCHEDULES[kind]
+    return kept(folder / f"{kind}-{half}.safetensors", kind, HALVES[half], replace(schedule, seed=schedule.seed + half))
+
+
+def kept(path: Path, kind: str, known: Sequence[int], schedule: Schedule) -> nn.Module:
+    """The model in a file, trained where it is not there from the same digits and schedule."""
+    mark, settings = path.with_suffix(".json"), {"known": list(known)} | asdict(schedule)
+    if mark.is_file() and json.loads(mark.read_text()) == settings:
         model = KINDS[kind]().eval()
         model.load_state_dict(load_file(path))
         return model
     mark.unlink(missing_ok=True)
-    model = train(kind, half, schedule)
+    model = train(kind, known, schedule)
     save_file(model.state_dict(), path)
-    mark.write_text(json.dumps(asdict(schedule)))
+    mark.write_text(json.dumps(settings))
     return model
 
 
-def accuracy(model: nn.Module, images: Tensor, half: int | None = None) -> float:
-    """Share of the images whose digit is the largest of all ten logits; of one half alone: of its images and logits."""
-    target, classes = digits().digits, slice(0, CLASSES)
-    if half is not None:
-        images, classes = images[target[images] // HALF == half], slice(HALF * half, HALF * (half + 1))
+def accuracy(model: nn.Module, images: Tensor, known: Sequence[int] = range(CLASSES)) -> float:
+    """Share of the images of these digits whose digit is the largest of these digits' logits."""
     with torch.inference_mode():
-        found = logits(model, digits().images[images])[:, classes].argmax(-1) + classes.start
-    return (found == target[images]).double().mean().item()
+        return right(logits(model, digits().images[images]), digits().digits[images], known)
+
+
+def right(found: Tensor, target: Tensor, known: Sequence[int]) -> float:
+    """Of logits [N, 10] and digits [N]; see accuracy."""
+    classes = torch.tensor(known)
+    asked = torch.isin(target, classes)
+    return (classes[found[asked][:, classes].argmax(-1)] == target[asked]).double().mean().item()
 
 
 def loss(model: nn.Module, images: Tensor) -> float:

@@ -67,7 +67,7 @@ def compare(kind: str, models: list[Any]) -> dict[str, Any]:
     from pymerge.demo.align import halves
 
     train, validation, test = halves.splits()
-    own = [halves.accuracy(model, test, half) for half, model in enumerate(models)]
+    own = [halves.accuracy(model, test, known) for known, model in zip(halves.HALVES, models, strict=True)]
     rows: list[dict[str, Any]] = [
         {"name": f"(model of {digits})", "accuracy": halves.accuracy(model, test)}
         for digits, model in zip(("0 to 4", "5 to 9"), models, strict=True)
