@@ -19,7 +19,7 @@ from typing import Any
 import peer_tools
 import rows
 import tools
-from merge import checkpoints
+from against_mergekit import checkpoints
 from rows import REPOSITORY, Row, Runs
 
 HERE = Path(__file__).resolve().parent

@@ -30,8 +30,8 @@ from rows import REPOSITORY, Row
 HERE = Path(__file__).resolve().parent
 RESULTS = REPOSITORY / "benchmarks" / "results" / "speed.json"
 COMPARISONS = {
-    "mergekit": "merge.py",
-    "fusion_bench": "fusion_bench.py",
+    "mergekit": "against_mergekit.py",
+    "fusion_bench": "against_fusion_bench.py",
     "sd_mecha": "against_sd_mecha.py",
     "peft": "against_peft.py",
     "pytorch": "against_pytorch.py",

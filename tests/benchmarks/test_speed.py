@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "benchmarks" / "side_by_side"
 sys.path[:0] = [str(SUITE), str(SUITE.parent)]  # the scripts are started from there, and import each other
 
+import against_mergekit as merge  # noqa: E402
 import agreement  # noqa: E402
 import checkpoints  # noqa: E402
 import layer_inputs  # noqa: E402
-import merge  # noqa: E402
 import rows  # noqa: E402
 import speed_tables as tables  # noqa: E402
 import tools  # noqa: E402
@@ -40,7 +40,7 @@ def script(name: str):
     return module
 
 
-suite, fusion_bench = script("run"), script("fusion_bench")
+suite, fusion_bench = script("run"), script("against_fusion_bench")
 
 
 def row(method: str = "ties", ours: float = 1.0, theirs: float = 4.0, **rest) -> Row:

@@ -1,6 +1,6 @@
 """pymerge and mergekit on the same YAML files, side by side: time, peak memory, bytes, agreement of results.
 
-    python benchmarks/side_by_side/merge.py --gb 0.3 --reps 3 --threads 2
+    python benchmarks/side_by_side/against_mergekit.py --gb 0.3 --reps 3 --threads 2
 
 Makes LLaMA-shaped bf16 checkpoints (a base and three fine-tuned ones), then runs each method that both have, start-up
 included and with the inputs in the page cache: pymerge, mergekit 0.1.5 in an environment of its own, and as floors

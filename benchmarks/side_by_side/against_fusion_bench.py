@@ -1,6 +1,6 @@
 """pymerge and FusionBench 0.2.33 on the same tensors: CPU and wall seconds, memory, agreement.
 
-    python benchmarks/side_by_side/fusion_bench.py --blocks 1 --tasks 8 --reps 3 --threads 1
+    python benchmarks/side_by_side/against_fusion_bench.py --blocks 1 --tasks 8 --reps 3 --threads 1
 
 Blocks of ViT-B/32 in float32 (structured.py), a base and T fine-tuned models, in memory on both sides; the same
 formula and constants on both. For each method one process a program, asked in turns; a small merge before each measured
