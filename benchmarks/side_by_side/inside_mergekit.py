@@ -2,9 +2,10 @@
 
     python benchmarks/side_by_side/inside_mergekit.py --gb 0.3 --reps 3
 
-Both are `pymerge-mergekit-yaml` on the checkpoints and recipes of against_mergekit.py (a base, three models, bfloat16), in
-mergekit's environment, with the native libraries of this source tree; they take turns. CPU seconds, start-up included.
-The share of entries that differ is that of equal magnitudes at a border of a selection (della: of other ranks too).
+Both are `pymerge-mergekit-yaml` on the checkpoints and recipes of against_mergekit.py (a base and three models,
+bfloat16), in mergekit's environment, with the native libraries of this source tree; they take turns. CPU seconds,
+start-up included. The share of entries that differ is that of equal magnitudes at a border of a selection (della: of
+other ranks too).
 """
 
 from __future__ import annotations
