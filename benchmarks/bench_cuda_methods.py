@@ -56,6 +56,7 @@ class Seen:
     x: Tensor
     moment: Tensor
     samples: None = None
+    triangle: None = None
 
     @classmethod
     def of(cls, x: Tensor) -> Seen:

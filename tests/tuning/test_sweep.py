@@ -125,7 +125,9 @@ def test_an_interrupted_evaluation_is_continued(problem: Problem, tmp_path: Path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_while_evaluating(number: signal.Signals, problem: Problem, tmp_path: Path) -> None:
-    before = signal.getsignal(number)
+    found = signal.getsignal(number)
+    before = signal.default_int_handler if number == signal.SIGINT else found  # shells ignore it in the background
+    signal.signal(number, before)
 
     def stop(folder: str) -> float:
         os.kill(os.getpid(), number)
@@ -138,6 +140,7 @@ def test_signals_while_evaluating(number: signal.Signals, problem: Problem, tmp_
         with pytest.raises(Interrupted, match="kept: the same command continues") as caught:
             run()
         assert caught.value.exit_code == 128 + number and signal.getsignal(number) == before
+    signal.signal(number, found)
 
 
 def test_a_failed_evaluation_leaves_the_models(problem: Problem, tmp_path: Path) -> None:
