@@ -33,7 +33,7 @@ def cloud(tasks: int, shape: tuple[int, ...] = (13, 29), size: float = 0.1) -> t
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("tasks", [2, 5])
-@pytest.mark.parametrize("shape", [(13, 29), (40,), (6, 5, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(13, 29), (40,), (6, 5, 3, 3), (300, 700)], ids=str)  # the last in several parts
 @pytest.mark.parametrize("style", ["authors", "mergekit"])
 def test_interpolation_ratio(style: Any, shape: tuple[int, ...], tasks: int, rows: bool, merge: Merge) -> None:
     base, tuned = cloud(tasks, shape)

@@ -32,7 +32,7 @@ def group(base: Tensor | None, tuned: list[Tensor], first: int = 0, shape: tuple
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-@pytest.mark.parametrize("shape", [(17, 31), (40,), (6, 5, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(17, 31), (40,), (6, 5, 3, 3), (300, 700)], ids=str)  # the last in several parts
 @pytest.mark.parametrize(("given", "dim"), [(FLAT, None), (ROWS, -1), (COLUMNS, 0)])
 def test_great_circle(
     given: dict[str, Any], dim: int | None, shape: tuple[int, ...], with_base: bool, merge: Merge
