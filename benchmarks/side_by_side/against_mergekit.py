@@ -5,7 +5,7 @@
 Makes LLaMA-shaped bf16 checkpoints (a base and three fine-tuned ones), then runs each method that both have, start-up
 included and with the inputs in the page cache: pymerge, mergekit 0.1.5 in an environment of its own, and as floors
 pymerge's reader and writer with no arithmetic, and a copy of the output's bytes to disk. pymerge and the floors end
-with the bytes on disk; mergekit leaves them to the page cache. A run of each with the inputs out of the page cache
+with the bytes on disk; mergekit leaves them to the page cache. A run of both with the inputs out of the page cache
 comes first: its bytes are reported, its time is not. Afterwards both run at dtype float32 on a smaller size and the
 results are compared (agreement.py).
 """
@@ -35,10 +35,8 @@ def arguments() -> Namespace:
     parser.add_argument("--gb", type=float, default=0.3, help="size of one checkpoint")
     parser.add_argument("--methods", default=",".join(tools.METHODS))
     parser.add_argument("--large-gb", type=float, default=1.2, help="size for --large-methods; 0: none")
-    parser.add_argument("--large-methods", default="task_arithmetic,slerp,ties")
-    parser.add_argument(
-        "--mergekit-reps", type=int, default=2, help="mergekit's runs take minutes; at the large size: 1"
-    )
+    parser.add_argument("--large-methods", default="slerp,ties")
+    parser.add_argument("--mergekit-reps", type=int, default=2, help="at the large size: 1")
     parser.add_argument("--agree-gb", type=float, default=0.06, help="size for the comparison of results")
     parser.add_argument("--work", type=Path, default=WORK, help="checkpoints and outputs")
     parser.add_argument("--mergekit-venv", type=Path, default=REPOSITORY / ".venv-mergekit")
@@ -77,10 +75,12 @@ def measure(method: str, args: Namespace, root: Path, mergekit_reps: int) -> dic
     """Costs of each program."""
     out = root / "out"
     recipe = tools.write_recipe(root, method, "bfloat16")
-    commands = {name: command(name, args, recipe, root, out) for name in (OURS, THEIRS, *FLOORS)}
+    commands, floors = (
+        {name: command(name, args, recipe, root, out) for name in names} for names in ((OURS, THEIRS), FLOORS)
+    )
     folders = [root / name for name in tools.recipe_models(method)]
-    reps = dict.fromkeys(commands, args.reps) | {THEIRS: mergekit_reps}
-    return peer_tools.programs_in_turns(commands, folders, out, reps, args.threads)
+    reps = dict.fromkeys((*commands, *floors), args.reps) | {THEIRS: mergekit_reps}
+    return peer_tools.programs_in_turns(commands, floors, folders, out, reps, args.threads)
 
 
 def row(method: str, setting: str, runs: dict[str, Runs], agreement: dict, agree_gb: float) -> Row:

@@ -128,9 +128,9 @@ def main() -> int:
     measured: dict[str, dict[str, Runs]] = {}
     for method in args.methods:
         programs = commands(method, root, out, "bfloat16", args.threads)
-        programs |= {FLOOR: tools.synced_copy_command(root / "base", out)}
-        reps = dict.fromkeys(programs, args.reps)
-        measured[method] = peer_tools.programs_in_turns(programs, inputs(method, root), out, reps, args.threads)
+        floors = {FLOOR: tools.synced_copy_command(root / "base", out)}
+        reps = dict.fromkeys((*programs, *floors), args.reps)
+        measured[method] = peer_tools.programs_in_turns(programs, floors, inputs(method, root), out, reps, args.threads)
         seconds = ", ".join(f"{name} {min(found.wall):.2f} s" for name, found in measured[method].items())
         print(f"{method:16s} {seconds}", flush=True)
     small = args.work / "sd_mecha_small"

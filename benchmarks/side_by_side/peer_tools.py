@@ -22,6 +22,7 @@ SD_MECHA = "sd-mecha==1.1.8"
 LAPS = {"lap": "lap==0.5.13", "lapx": "lapx==0.11.1"}
 WARM = 1.0  # CPU seconds from which a first run is a run like any other
 SHORT = 0.02  # CPU seconds that a turn takes at least
+LONG = 15.0  # seconds from which a whole program runs once with its inputs in the page cache
 
 
 def make_peers() -> None:
@@ -54,10 +55,16 @@ def one_core() -> None:
 
 
 def programs_in_turns(
-    commands: Mapping[str, list[str]], inputs: list[Path], out: Path, reps: Mapping[str, int], threads: int
+    commands: Mapping[str, list[str]],
+    floors: Mapping[str, list[str]],
+    inputs: list[Path],
+    out: Path,
+    reps: Mapping[str, int],
+    threads: int,
 ) -> dict[str, Runs]:
-    """Whole programs that read `inputs` and write the folder `out`: first each once with the inputs out of the page
-    cache, for its bytes; then `reps` times with the inputs in it, taking turns."""
+    """Whole programs that read `inputs` and write the folder `out`: first each of `commands` once with the inputs out
+    of the page cache, for its bytes; then all of them `reps` times with the inputs in it, taking turns. What took more
+    than LONG the first time has one turn."""
 
     def run(command: list[str]) -> tools.Cost:
         cost = tools.run(command, out, threads)
@@ -68,10 +75,11 @@ def programs_in_turns(
     for name, command in commands.items():
         tools.evict(inputs)
         cold[name] = run(command)
-    costs: dict[str, list[tools.Cost]] = {name: [] for name in commands}
-    for rep in range(max(reps.values())):
-        for name, command in commands.items():
-            if rep < reps[name]:
+    turns = dict(reps) | {name: 1 for name, cost in cold.items() if cost.wall > LONG}
+    costs: dict[str, list[tools.Cost]] = {name: [] for name in turns}
+    for turn in range(max(turns.values())):
+        for name, command in {**commands, **floors}.items():
+            if turn < turns[name]:
                 tools.warm(inputs)
                 costs[name].append(run(command))
     return {
@@ -79,8 +87,8 @@ def programs_in_turns(
             wall=[cost.wall for cost in found],
             cpu=[cost.cpu for cost in found],
             rss=max(cost.rss for cost in found),
-            read=cold[name].read,
-            written=cold[name].written,
+            read=cold[name].read if name in cold else None,
+            written=cold[name].written if name in cold else None,
         )
         for name, found in costs.items()
     }

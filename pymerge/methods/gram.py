@@ -24,8 +24,8 @@ class GramCombine(ElementWiseCombine):
     """One coefficient a task from the T x T Gram matrix of the task tensors, then one weighted sum.
 
     A task tensor is one vector, and the merge a `DeltaRule` (two passes over the inputs, no torch); or each of its rows
-    (along the last dimension) or columns (along the first) is a vector with coefficients of its own, on torch tensors, a
-    few vectors at a time.
+    (along the last dimension) or columns (along the first) is a vector with coefficients of its own, on torch tensors,
+    a few vectors at a time.
     """
 
     takes_selection = False  # the Gram matrix must be that of the purified task vectors
