@@ -31,11 +31,6 @@ WHY = {
     ("tsv_m", "width"): GROWING,
 }
 
-WHY_GROWING = {
-    "iso_c": "iso_c: pages of freed small matrices that the C library keeps (they are handed back behind large ones "
-    "alone). With MALLOC_MMAP_THRESHOLD_=131072 and MALLOC_TRIM_THRESHOLD_=131072 the merge of 0.1 GB peaks at 291 MB.",
-}
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -185,7 +180,6 @@ def page(series: Sequence[Series], report: dict[str, Any], pictures: Sequence[Pa
         "",
         *memory(series, report),
         "",
-        *(f"{WHY_GROWING[method]}\n" for method in growing if method in WHY_GROWING),
         "## Threads",
         "",
         *threads(series, report),
