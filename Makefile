@@ -11,7 +11,7 @@
 #   make test-browser the report pages in headless Chromium (installed by apt where it is missing and root asks)
 #   make test-remote  models on S3, read from moto's server on this machine, in an environment of its own
 #   make test-ray     merges on a Ray cluster of three nodes on this machine, in an environment of its own
-#   make speed        pymerge and its peers side by side, each in an environment of its own; README's tables (an hour)
+#   make speed        pymerge and its peers side by side, each in an environment of its own; README's tables (51 minutes)
 #   make docs         the documentation site in build/docs, by mkdocs in an environment of its own
 #   make fuzz         every parser of strangers' files, RUNS inputs each, in an environment of its own
 #   make sanitize     the native core under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+from matplotlib.ticker import FixedLocator  # pyright: ignore[reportMissingImports]
 
 from benchmarks.quality.recipes import BY_NAME
 from benchmarks.quality.verdicts import HOLDS, SETTINGS, normalised, relative, spread
@@ -72,6 +73,8 @@ def claims(rows: list[dict[str, Any]], out: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("points ahead; filled: the claim holds")
         axes.set_xscale("symlog", linthresh=2)
+        axes.xaxis.set_major_locator(FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20]))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(texts)), texts)
     for number, name in enumerate(names):

@@ -11,12 +11,16 @@ from typing import Any
 import pymerge
 from benchmarks.quality.recipes import BY_NAME
 from benchmarks.quality.trial import GRID
-from benchmarks.quality.verdicts import SETTINGS, normalised, relative, spread, verdicts
+from benchmarks.quality.verdicts import LEVEL, SETTINGS, normalised, relative, spread, verdicts
 from benchmarks.side_by_side.tools import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 TOLD = "EMR keeps a mask for each task and is told which it is; ESM++ keeps low-rank experts and finds out by itself."
+JUDGED = (
+    f"Verdicts: t-tests over seeds at {100 * LEVEL:g} %, not corrected for their number. A chain holds where each of "
+    "its steps does; its figure is that of its first against its last."
+)
 CAUSES = """Where a claim fails, this was looked into:
 
 - SVC divides directions by what tasks are counted for, down to 1 / T, so it also makes the update larger. In vision and
@@ -66,7 +70,7 @@ def page(report: dict[str, Any]) -> str:
         f"{GRID[0]:g}, ..., {GRID[-1]:g} in steps of the square root of 2, alike for all; the scores are of test data. "
         f"{TOLD}",
     ]
-    parts += ["## The papers' claims", claims_table(report), CAUSES]
+    parts += ["## The papers' claims", JUDGED, claims_table(report), CAUSES]
     for name, family in families.items():
         parts += [f"## {name}: {family['metric']}", family_table(family), failures(family)]
     if report["pairs"]:
@@ -172,7 +176,7 @@ def summary(report: dict[str, Any]) -> str:
     counts = ", ".join(f"{name} {len(family['seeds'])}" for name, family in families.items())
     lines += [
         "",
-        f"Mean ± standard error over seeds ({counts}); differences in points. {TOLD} {report['processor']}, "
+        f"Mean ± standard error over seeds ({counts}); differences in points. {JUDGED} {TOLD} {report['processor']}, "
         f"{report['date']}, commit {report['commit']}. All figures, worst tasks, each family's verdicts and what was "
         "expected: [quality.md](benchmarks/results/quality.md).",
     ]
