@@ -47,7 +47,7 @@ class Rates:
 
     single: float = 8.0e10
     double: float = 4.0e10
-    eigen: float = 3.6e10
+    eigen: float = 5e10
     touch: float = 4.0e9
     kernels: Mapping[str, float] = field(default_factory=lambda: dict(KERNELS))
     cached: float = 4.0e9

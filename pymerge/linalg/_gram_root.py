@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pymerge.linalg import _dense
 from pymerge.ops.gram64 import gram64
 
 EPS64 = 2.0**-52
@@ -80,7 +81,7 @@ class GramRoot:
 
 def gram_root(x: Tensor, tol: float) -> GramRoot:
     """x [..., m, n], m >= n. Keeps singular values above tol times the largest."""
-    values, vectors = torch.linalg.eigh(gram64(x))
+    values, vectors = _dense.eigh(gram64(x))
     sigma = values.clamp(min=0).sqrt()
     top = sigma[..., -1:]
     return GramRoot(sigma, vectors, (sigma > tol * top) & (top > 0))

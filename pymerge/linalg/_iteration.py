@@ -44,7 +44,7 @@ def rayleigh_ritz(a: Tensor, q: Tensor, norm: float, count: int | None = None) -
     """count: how many images and errors are wanted, all of them by default."""
     b = q.mT @ a  # [l, n]
     wide = b.double()
-    theta, z = torch.linalg.eigh(wide @ wide.mT)  # l x l
+    theta, z = _dense.eigh(wide @ wide.mT)  # l x l
     theta, z = theta.flip(0).clamp(min=0), z.flip(1).to(a.dtype)
     q, b = q @ z, z.mT @ b
     image = a @ b[:count].mT
@@ -119,7 +119,7 @@ def converge(a: Tensor, rank: int, norm: float, seed: int) -> Factors | None:
     """None where the values beyond the rank are too close together for MAX_DEGREE steps a round, MAX_ROUNDS rounds."""
     q = _damped(a, _start(a, min(a.shape[0], max(2 * rank, rank + 16)), seed))
     image = a @ (a.mT @ q)
-    theta, z = torch.linalg.eigh((q.mT @ image).double())
+    theta, z = _dense.eigh((q.mT @ image).double())
     theta, z = theta.flip(0), z.flip(1).to(a.dtype)
     q, image, angle = q @ z, image @ z, START
     for rounds in range(1, MAX_ROUNDS + 1):

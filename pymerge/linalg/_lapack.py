@@ -87,12 +87,25 @@ def tridiagonal(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return diagonal, off, tau
 
 
+def divide_and_conquer(diagonal: Tensor, off: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Eigenpairs low..high-1 of a tridiagonal matrix, ascending, out of all: two [r, r] in memory, most of it in matrix
+    products. Keeps its inputs."""
+    r = diagonal.shape[0]
+    values, off, vectors, size = diagonal.clone(), off.clone(), columns(r, r), 1 + 4 * r + r * r
+    work, integers, info = torch.empty(size, dtype=torch.float64), torch.empty(3 + 5 * r, dtype=torch.int32), _int()
+    _call("dstedc", b"I", r, values, off, vectors, r, work, size, integers, 3 + 5 * r, info)
+    if int(info):
+        raise NumericError(f"dstedc: info {int(info)}")
+    del work
+    return values[low:high], vectors if high - low == r else vectors[:, low:high].mT.clone().mT
+
+
 def mrrr(diagonal: Tensor, off: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Eigenpairs low..high-1 of a tridiagonal matrix by relatively robust representations; overwrites its inputs.
+    """Eigenpairs low..high-1 of a tridiagonal matrix by relatively robust representations. Keeps its inputs.
 
     Raises   NumericError where the representations fail (seen on no matrix so far)."""
     r, count = diagonal.shape[0], high - low
-    values, vectors = torch.empty(r, dtype=torch.float64), columns(r, count)
+    diagonal, off, values, vectors = diagonal.clone(), off.clone(), torch.empty_like(diagonal), columns(r, count)
     support, found, robust, info = torch.empty(2 * count, dtype=torch.int32), _int(), _int(1), _int()
     work, integers = torch.empty(18 * r, dtype=torch.float64), torch.empty(10 * r, dtype=torch.int32)
     _call(
@@ -105,7 +118,7 @@ def mrrr(diagonal: Tensor, off: Tensor, low: int, high: int) -> tuple[Tensor, Te
 
 
 def bisection(diagonal: Tensor, off: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """As mrrr, by bisection and inverse iteration: cheaper for few of many pairs. Keeps its inputs."""
+    """As mrrr, by bisection and inverse iteration: cheaper for few of many pairs."""
     r, count = diagonal.shape[0], high - low
     values, vectors = torch.empty(r, dtype=torch.float64), columns(r, count)
     block, split = (torch.empty(r, dtype=torch.int32) for _ in range(2))

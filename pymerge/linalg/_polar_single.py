@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pymerge.linalg import _dense
 from pymerge.linalg._gram_root import SLAB
 from pymerge.linalg._polar_iterations import halley_weights
 from pymerge.ops.gram64 import gram64
@@ -153,7 +154,7 @@ def _small_columns(x: Tensor, z: Tensor, sigma: Tensor, vectors: Tensor, small: 
     change = others @ turn
     others += v.float() @ turn.mT
     v -= change
-    values, turned = torch.linalg.eigh(gram64(columns))
+    values, turned = _dense.eigh(gram64(columns))
     found = values.clamp(min=0).sqrt()
     z[:, :small] = columns @ (turned / found.clamp(min=1e-300))
     vectors[:, :small] = v @ turned

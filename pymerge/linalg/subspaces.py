@@ -191,7 +191,7 @@ def _covariance_iterated(d: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tenso
     while True:
         image, steps = d @ (c @ (d.mT @ q)), steps + 1
         product = q.mT @ image
-        theta, z = torch.linalg.eigh((product + product.mT) / 2)
+        theta, z = _dense.eigh((product + product.mT) / 2)
         captured = float(theta[-rank:].sum())
         if captured - before <= FAST_GAIN * captured or steps == FAST_STEPS:
             return q @ z[:, -rank:].flip(1), theta[-rank:].flip(0).clamp(min=0)
@@ -203,5 +203,5 @@ def _square_root(c: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(c, upper=True)
     if not int(failed):
         return factor.mT
-    values, vectors = torch.linalg.eigh(c, UPLO="U")
+    values, vectors = _dense.range_eigh(c.clone().mT, 0, len(c))
     return vectors * values.clamp(min=0).sqrt()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pymerge.linalg import Polar, mean_singular_value, polar, tail_subspace
+from pymerge.linalg import Polar, _dense, mean_singular_value, polar, tail_subspace
 from pymerge.methods import _spectral as sp
 from pymerge.ops.gram64 import gram64
 
@@ -83,13 +83,13 @@ def stacked_product(common: Common, left: Tensor, right: Tensor, tol: float) -> 
     [B, V_c]. Directions of [B, V_c] below tol of the largest are left out."""
     both = common.product  # R
     image = both @ right  # U_c V_c^T B [m, q]
-    coupling, turn = torch.linalg.eigh(gram64(image))  # squared cosines of B with V_c
+    coupling, turn = _dense.eigh(gram64(image))  # squared cosines of B with V_c
     kept = coupling > COUPLING**2
     first = (image.double() @ (turn[:, kept] * coupling[kept].rsqrt())).to(image.dtype)
     first = torch.linalg.qr(both @ (both.mT @ first)).Q  # U_Q [m, k]: small cosines' rounding is not in U_c's span
     second = both.mT @ first  # V_Q [n, k]
     block = torch.cat([right, second], dim=1)
-    values, vectors = torch.linalg.eigh(gram64(block))
+    values, vectors = _dense.eigh(gram64(block))
     largest = float(values[-1].clamp(min=1.0))
     keep = values > max(tol, sp.RESOLUTION / 10) ** 2 * largest
     root = (vectors[:, keep] * values[keep].rsqrt()) @ vectors[:, keep].mT  # G^(-1/2)

@@ -83,6 +83,7 @@ class IsoCTS(MatrixCombine):
         return total + task.times(info.tasks) + stacks + Work(single=18.0 * m * n * own)
 
     def workspace(self, info: TensorInfo) -> int:
-        """The sum and its polar factor, a task vector, a product of that size; Gram matrix and inverses in float64."""
+        """The sum and its polar factor, a task vector, stacks, products of that size; Gram matrices and their
+        eigenvectors in float64; as measured where two tasks leave half of the directions to each, the most."""
         r = min(info.shape[0], info.numel // max(1, info.shape[0]))
-        return 4 * 4 * info.numel + 5 * 8 * r * r
+        return 8 * 4 * info.numel + 8 * 8 * r * r

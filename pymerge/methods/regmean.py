@@ -32,7 +32,9 @@ class RegMean(MatrixCombine):
 
     a is 0.95 for vision and 0.6 for GPT-2 in FusionBench, 0.1 to 0.9 by task in the authors' scripts.
 
-    Cost: per task 2 m n^2 multiply-adds (N n^2 / 2 more where the rows are kept), n^3 / 3 + 2 m n^2 for the solve, all
+    Computed as D_T + (sum_{t<T} (D_t - D_T) G~_t)(sum_t G~_t)^-1: one product less.
+
+    Cost: per task but one 2 m n^2 flops (N n^2 more where the rows are kept), n^3 / 3 + 2 m n^2 for the solve, all
     in float64; memory three n x n and four m x n in float64, whatever the number of models. Leaves in the summary:
     condition (estimated), ridge (relative to the mean diagonal), the number of features without a signal.
     """
@@ -50,12 +52,12 @@ class RegMean(MatrixCombine):
         return 8 * (3 * n * n + 4 * m * n)  # the sum, its factor, copies of both; right-hand sides, solutions, copies
 
     def work(self, info: TensorInfo) -> Work:
-        """A product with each task's moments, one solve."""
+        """A product with each task's moments but the last's, one solve."""
         if len(info.shape) != 2:
             return NOTHING
         m, n = info.shape
-        task = Work(double=2.0 * m * n**2) + passes(info.numel + 2 * n * n, 4)
-        return task.times(info.tasks) + cholesky_solve(n, m)
+        product = Work(double=2.0 * m * n**2).times(info.tasks - 1)
+        return product + passes(info.numel + 2 * n * n, 4).times(info.tasks) + cholesky_solve(n, m)
 
     def combine(self, group: TaskGroup) -> Tensor:
         import torch
@@ -68,20 +70,21 @@ class RegMean(MatrixCombine):
         weighted = total.new_zeros(m, n)
         for task, seen in enumerate(group.inputs):
             gram = shrunk(seen, self.alpha, total.device)
-            weighted.addmm_(group.delta(task).double(), gram)
+            if task < len(group.inputs) - 1:
+                weighted.addmm_(_from_last(group.delta(task), group), gram)
             total += gram
             del gram
-        return self._solved(total, weighted, group).float().mul_(self.scale)
+        return self._solved(total, weighted, group).add_(group.delta(-1)).float().mul_(self.scale)
 
     def _solved(self, total: Tensor, weighted: Tensor, group: TaskGroup) -> Tensor:
-        """weighted total^-1 [m, n], float64; both are overwritten."""
+        """weighted total^-1 [m, n], float64, to be added to the last task vector; both are overwritten."""
         from pymerge.linalg import capped_ridge, solve_psd
 
         facts, diagonal, mean = group.notes.facts, total.diagonal(), None
         silent = diagonal <= 0
         unit = float(diagonal[~silent].mean()) if not bool(silent.all()) else 1.0
         if bool(silent.any()):
-            mean = _mean(group)
+            mean = _from_last(_mean(group), group)
             diagonal[silent] = unit  # their rows and columns are zero: solved apart from the others
             weighted[:, silent] = unit * mean[:, silent]
             facts["regmean_silent"] = int(silent.sum())
@@ -89,7 +92,7 @@ class RegMean(MatrixCombine):
         if solved is None:
             ridge = capped_ridge(total, _RIDGE * unit, _MAX_CONDITION)
             diagonal.add_(ridge)
-            weighted.add_(_mean(group) if mean is None else mean, alpha=ridge)
+            weighted.add_(_from_last(_mean(group), group) if mean is None else mean, alpha=ridge)
             solved = solve_psd(total, weighted, precision="float64")
         facts["regmean_condition"], facts["regmean_ridge"] = float(solved.condition), ridge / unit
         return solved.x
@@ -115,6 +118,11 @@ def shrunk(seen: LayerInput, alpha: float, device: torch.device) -> Tensor:
     gram *= alpha / max(1, seen.rows)
     gram.diagonal().copy_(diagonal / max(1, seen.rows))
     return gram
+
+
+def _from_last(delta: Tensor, group: TaskGroup) -> Tensor:
+    """What a task vector [m, n] differs by from the last model's, float64."""
+    return delta.double().sub_(group.delta(-1))  # both made for this: the first may be overwritten
 
 
 def _mean(group: TaskGroup) -> Tensor:

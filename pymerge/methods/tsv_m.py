@@ -69,6 +69,6 @@ class TsvM(MatrixCombine):
 
     def workspace(self, info: TensorInfo) -> int:
         """A task vector; both stacks and their factors; Gram matrix and eigenvectors in float64, and a polar factor's
-        products with them."""
+        products with them; as measured for two tasks, the most."""
         m, n = info.shape[0], info.numel // max(1, info.shape[0])
-        return 4 * info.numel + (3 * 4 + 8) * (m + n) * min(m, n) + 5 * 8 * min(m, n) ** 2
+        return 4 * info.numel + (3 * 4 + 8) * (m + n) * min(m, n) + 7 * 8 * min(m, n) ** 2
