@@ -68,8 +68,12 @@ def range_eigh(g: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
 
 def eigh(g: Tensor) -> tuple[Tensor, Tensor]:
     """All eigenpairs, ascending, of symmetric float64 matrices [..., r, r], which may be overwritten."""
-    if g.dim() > 2 or g.shape[-1] < LAPACK_SIDE or g.device.type != "cpu":
+    if g.shape[-1] < LAPACK_SIDE or g.device.type != "cpu":
         values, vectors = torch.linalg.eigh(g)
+        return values, vectors
+    if g.dim() > 2:
+        found = [eigh(one) for one in g.reshape(-1, *g.shape[-2:])]
+        values, vectors = (torch.stack(x).reshape(*g.shape[:-2], *x[0].shape) for x in zip(*found, strict=True))
         return values, vectors
     return range_eigh(g.mT if g.stride(1) == 1 else g, 0, g.shape[0])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pymerge.errors import NonFinite
 from pymerge.linalg._gram_root import RESOLUTION, gram_root, polar_of_gram, wide_product
 from pymerge.linalg._polar_iterations import bounds, newton_schulz, qdwh
-from pymerge.linalg._polar_single import SMALLEST, gram32, halley, rotated
+from pymerge.linalg._polar_single import SMALLEST, decays, gram32, halley, rotated
 from pymerge.ops._foreign import takes_arrays
 
 DEFAULT_TOL = 1e-6
@@ -41,9 +41,9 @@ def polar(a: Tensor, tol: float = DEFAULT_TOL, method: PolarMethod = "auto") -> 
              4e-7. newton_schulz, qdwh: iterations for matrices of full rank, others go to gram. svd: float64 SVD.
              auto: on CUDA qdwh; elsewhere, for float32 matrices of 256 and more: halley (two steps on the float32 Gram
              matrix) where the condition is 3 or so at most and m >= 2 n, else rotated (float32 eigenvectors of the Gram
-             matrix as a rotation, small singular values in float64); both check their result, and what they decline,
-             as what is smaller or of low rank, goes to gram; svd where the Gram matrix cannot resolve tol or the
-             condition.
+             matrix as a rotation, small singular values in float64); both check their result. What they decline,
+             what is smaller or of low rank, and spectra that decay fast go to gram; svd where the Gram matrix cannot
+             resolve tol or the condition.
     Returns  factor, rank, condition (iterations: an upper bound, at most n times too large; halley: an estimate, from
              below) and the methods that ran
     Error    relative to |P|, float32 input: 2e-6 for conditions up to 1e6 (seen: 4e-7 by halley, 1e-6 by rotated, 3e-8
@@ -173,6 +173,8 @@ def _tall(x: Tensor, tol: float, method: str) -> Polar:
 
 def _single(x: Tensor, tol: float) -> Polar | None:
     gram = gram32(x)
+    if decays(gram):
+        return None
     name, found = "halley", halley(x, gram, tol) if x.shape[0] >= 2 * x.shape[1] else None
     if found is None:
         name, found = "rotated", rotated(x, gram, tol)

@@ -49,7 +49,7 @@ class IsoC(MatrixCombine):
 
     def work(self, info: TensorInfo) -> Work:
         """The polar factor of the sum."""
-        return polar(*info.shape) + passes(info.numel, info.tasks + 8)
+        return polar(*info.shape, decaying=True) + passes(info.numel, info.tasks + 8)
 
     def workspace(self, info: TensorInfo) -> int:
         """The sum, a float64 product in blocks, Gram matrix and what is inverted in float64."""

@@ -74,7 +74,9 @@ class IsoCTS(MatrixCombine):
         r, long = min(m, n), max(m, n)
         count, each = self.split(r, info.tasks)
         own, left = each * info.tasks, r - count
-        total = polar(m, n) + gram(r, long) + eigen(r, left / max(1, r)) + passes(info.numel, 6 * info.tasks)
+        total = (
+            polar(m, n, decaying=True) + gram(r, long) + eigen(r, left / max(1, r)) + passes(info.numel, 6 * info.tasks)
+        )
         if m <= n:
             task = Work(single=2.0 * left * m * n) + truncated(left, n, each)
         else:

@@ -68,11 +68,14 @@ def truncated(m: int, n: int, rank: int) -> Work:
     return gram(r, long) + eigen(r, rank / max(1, r)) + Work(double=2.0 * r * long * rank)
 
 
-def polar(m: int, n: int) -> Work:
-    """`linalg.polar` of a float32 matrix of full rank on the CPU."""
+def polar(m: int, n: int, *, decaying: bool = False) -> Work:
+    """`linalg.polar` of a float32 matrix of full rank on the CPU; decaying: its singular values, as those of sums of
+    task vectors, not of stacked singular vectors."""
     long, n = max(m, n), min(m, n)
     if n < SMALLEST:
         return gram(n, long) + eigen(n) + Work(double=2.0 * n**3, single=2.0 * long * n**2)
+    if decaying:
+        return gram(n, long) + eigen(n) + Work(double=2.0 * long * n**2, single=5.0 * long * n**2 + 2.0 * n**3)
     if long >= HALLEY_SHARE * n:
         return Work(single=3.3 * long * n**2 + 6.0 * n**3)
     return Work(single=6.5 * long * n**2 + 2.0 * n**3) + eigen(n, single=True)
