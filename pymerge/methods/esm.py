@@ -157,7 +157,7 @@ class Esm(SurveyedCombine, MatrixCombine):  # pyright: ignore[reportIncompatible
         return EsmMerge(method=self, factors=layer_factors(answer or {}, self.layer_power))
 
     def workspace(self, info: TensorInfo) -> int:
-        return esm_bytes(info)
+        return esm_bytes(info, self.settings(info.name))
 
     def work(self, info: TensorInfo) -> Work:
         """Eigenproblem and products of each task, polar factors; as often as updates are computed."""
@@ -194,7 +194,7 @@ class EsmMerge(Combine):
         return update.mul_(factor).mul_(self.method.factor_of(name, group.inputs is not None))
 
     def workspace(self, info: TensorInfo) -> int:
-        return esm_bytes(info)
+        return self.method.workspace(info)
 
 
 def kind_of(name: str) -> str | None:
@@ -212,11 +212,14 @@ def layer_factors(norms: Mapping[str, float], power: float) -> dict[str, float]:
     return {name: (norm / mean) ** power if (mean := means[kind_of(name)]) else 1.0 for name, norm in norms.items()}
 
 
-def esm_bytes(info: TensorInfo) -> int:
-    """Both stacks, and the larger of: what the directions of one task take (moments, products and eigenproblem in
-    float64), what a polar factor takes (at most 20 times its Gram matrix, 15 times a large one); both as measured."""
+def esm_bytes(info: TensorInfo, settings: Settings) -> int:
+    """Both stacks [m, K] and [K, n], and the larger of: what the directions of one task take (moments, products and
+    eigenproblem in float64), what a polar factor takes (columns and factor, at most 20 times its Gram matrix, 15 times
+    a large one); both as measured."""
     m, n = info.shape[0], info.numel // max(1, info.shape[0])
     q, tall = min(m, n), m > n
+    k = info.tasks * min(settings.rank_of(m, info.tasks), q)
     task = 4 * m * n + 8 * ((6 if tall else 2) * m * n + (4 if tall else 2) * n * n + 5 * q * q)
-    polars = max(15 * 8 * m * m, 4 * m * m + 20 * 8 * q * q)
-    return 4 * (m * m + m * n) + max(task, polars)
+    left, right = min(m, k), min(k, n)
+    polars = max(8 * m * k + 15 * 8 * left * left, 4 * m * k + 8 * k * n + 20 * 8 * right * right)
+    return 4 * k * (m + n) + max(task, polars)
