@@ -75,4 +75,5 @@ def test_peak_is_within_workspace(name: str, tasks: int, m: int, n: int) -> None
     done = subprocess.run(command, env=os.environ | at_once, capture_output=True, text=True, check=True)
     taken, workspace = map(int, done.stdout.split())
     assert taken <= workspace, f"{taken / 2**20:.0f} MB, {workspace / 2**20:.0f} MB stated"
-    assert workspace <= 8 * taken, f"{workspace / 2**20:.0f} MB stated, {taken / 2**20:.0f} MB taken"
+    most = 8 if name == "esm" else 4  # whitening takes less where all directions are as strong
+    assert workspace <= most * taken, f"{workspace / 2**20:.0f} MB stated, {taken / 2**20:.0f} MB taken"
