@@ -20,15 +20,18 @@ PLOTS = {
 }
 READING = "probably: a byte of an input costs more than one of the output: converted and added (ties: counted too)"
 GROWING = "probably: products and eigensolvers do not have the same rate at all widths"
+FIXED = (
+    "probably: the eigenproblem, the same for all T, runs at a lower rate than the products that are counted with it"
+)
+LINEAR = "probably: what is linear in it (reading, ranking, writing) outweighs small decompositions: steeper to the end"
+PARTNERS = "n^3 is the bound; probably: units with a clear partner need few searches, each row a pass: n^2"
 WHY = {
     ("linear", "tasks"): READING,
     ("ties", "tasks"): READING,
-    (
-        "assign",
-        "units",
-    ): "n^3 is the bound; probably: units with a clear partner need few searches, each row a pass: n^2",
-    ("iso_c", "width"): GROWING,
-    ("tsv_m", "width"): GROWING,
+    ("assign", "units"): PARTNERS,
+    ("svc", "tasks"): FIXED,
+    **dict.fromkeys([(method, "width") for method in ("iso_c", "svc", "tsv_m")], GROWING),
+    **dict.fromkeys([(method, what) for method in ("knots", "core_space") for what in ("rank", "tasks")], LINEAR),
 }
 
 

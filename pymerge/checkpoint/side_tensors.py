@@ -30,7 +30,8 @@ class SideTensors:
         slot = self._slots[name]
         if start < 0 or start + view.nbytes > slot.nbytes:
             raise ValueError(f"{name}: bytes {start}..{start + view.nbytes} written, the tensor has {slot.nbytes}")
-        self._file.write(view.cast("B"), slot.offset + start)
+        if view.nbytes:
+            self._file.write(view.cast("B"), slot.offset + start)
 
     def __enter__(self) -> SideTensors:
         return self

@@ -91,7 +91,7 @@ def merge(
 
         described = Recipe.from_yaml(recipe)
         options = Options(
-            memory=budget(memory, described, device),
+            memory=budget(memory, described, device, by_torch=as_adapter),
             threads=threads,
             device=device,
             device_memory=bytes_of(device_memory),
@@ -140,7 +140,7 @@ def extract_lora(
         from pymerge.engine.plan import Options
 
         options = Options(
-            memory=budget(memory),
+            memory=budget(memory, by_torch=True),
             threads=threads,
             allow_pickle=allow_pickle,
             prefer=prefer,

@@ -88,8 +88,11 @@ def bytes_of(text: str | None) -> int | None:
     return None if text is None else parse_bytes(text)
 
 
-def budget(memory: str | None, recipe: Recipe | None = None, device: str = "cpu") -> int | None:
-    """What `--memory` leaves for the merge: the option counts the whole program."""
+def budget(
+    memory: str | None, recipe: Recipe | None = None, device: str = "cpu", *, by_torch: bool = False
+) -> int | None:
+    """What `--memory` leaves for the merge: the option counts the whole program, and with it the libraries that the
+    merge will load. by_torch: it needs PyTorch, whatever the recipe."""
     from pymerge.engine.devices import start
     from pymerge.engine.process import resident_memory
 
@@ -99,6 +102,8 @@ def budget(memory: str | None, recipe: Recipe | None = None, device: str = "cpu"
         from pymerge.statistics.stream import load_libraries
 
         load_libraries()
+    if by_torch or (recipe is not None and recipe.needs_torch):
+        import pymerge.engine.generic  # noqa: F401
     start(device)
     return parse_bytes(memory) - resident_memory()
 

@@ -1,19 +1,22 @@
 """A merge whose result is a LoRA adapter of the base: adapter_config.json and adapter_model.safetensors, as PEFT has
-them. Not resumable: the adapter is small and is written when all is known."""
+them. Not resumable: its tensors wait in a file without a name until all is known."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymerge.checkpoint import TORCH_NAME, Checkpoint, check_output_path
 from pymerge.checkpoint.lora import CONFIG, PREFIX, WEIGHTS, AdapterCheckpoint
 from pymerge.checkpoint.place import replace_folder, staging_of, sync_tree
+from pymerge.checkpoint.side_tensors import SideTensors
 from pymerge.checkpoint.tied import feeds_head
 from pymerge.engine.factored import SHARE
 from pymerge.engine.local import Inputs, open_inputs, planned, stopped_by_signals, write_summary
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pymerge.engine.adapter_sink import AdapterSink
+    from pymerge.engine.spill import Spilled
 
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose matrices are stored [in, out]
 
@@ -45,9 +49,13 @@ def merge_to_adapter(
              matrices, per_tensor has it for each. Tensors that are no matrices are in the adapter whole where they
              change (modules_to_save); `left_out` lists what an adapter cannot hold, biases beside factors.
     Raises   as merge_to_disk; RecipeError where there is no base to adapt, or a rank is needed.
-    Cost     as merge_to_disk; the adapter is in memory, and a float32 matrix or two."""
-    from pymerge.engine.adapter_sink import AdapterExecutor, AdapterSink
+    Cost     as merge_to_disk; the adapter is written twice. Updates that are no factors are decomposed one matrix at a
+             time, in float32 with a float64 Gram matrix, of the memory that options leave."""
+    import torch
+
+    from pymerge.engine.adapter_sink import AdapterExecutor, AdapterSink, sink_bytes
     from pymerge.engine.execute import Stop
+    from pymerge.engine.spill import Spill
 
     options = options or Options()
     check_recipe(recipe, rank)
@@ -59,7 +67,13 @@ def merge_to_adapter(
         plan = planned(recipe, inputs, options, updates)
         matrices = {item.entry.name for item in plan.items if recipe.matrices.has(item.entry.name, item.entry.shape)}
         check_rank(plan, matrices, rank)
-        sink = AdapterSink([item.entry for item in plan.items], matrices, rank)
+        shapes = {item.entry.name: item.entry.shape for item in plan.items if not item.factored}
+        held = sink_bytes([shape for name, shape in shapes.items() if name in matrices], rank or 0)
+        if held:
+            plan = planned(recipe, inputs, replace(options, memory=options.memory_bytes - held), updates)
+        spill = stack.enter_context(closing(Spill(target.parent)))
+        dtype = getattr(torch, TORCH_NAME[recipe.output_dtype or "F32"])
+        sink = AdapterSink([item.entry for item in plan.items], matrices, rank, dtype, spill)
         stop = Stop()
         with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             executor = AdapterExecutor(plan, sink, threads=options.thread_count, progress=progress, stop=stop)
@@ -116,17 +130,22 @@ def check_rank(plan: Plan, matrices: set[str], rank: int | None) -> None:
 
 def write_adapter(target: Path, recipe: Recipe, inputs: Inputs, plan: Plan, sink: AdapterSink) -> dict[str, Any]:
     """Tensors, config and summary into a folder beside `target`, which then takes its place."""
-    from safetensors.torch import save_file
+    from pymerge.engine.spill import bytes_of
 
-    tensors, config, left_out = adapter_of(inputs, sink, recipe.output_dtype)
+    tensors, config, left_out = adapter_of(inputs, sink, recipe.output_dtype or "F32")
     summary = summary_of(recipe, inputs, plan, sink, left_out) | {"r": config["r"]}
     staging = staging_of(target)
     try:
         staging.mkdir(parents=True)
         try:
-            save_file(tensors, staging / WEIGHTS[0], metadata={"format": "pt"})
+            entries = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+            with SideTensors(staging / WEIGHTS[0], entries, {"format": "pt"}) as file:
+                for name, tensor in tensors.items():
+                    at = 0
+                    for part in tensor.parts():
+                        file.write(name, at, bytes_of(part))
+                        at += part.nbytes
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            shutil.copymode(staging / CONFIG, staging / WEIGHTS[0])  # save_file's are for their owner alone
             write_summary(staging, summary)
             sync_tree(staging)
             replace_folder(staging, target)
@@ -145,10 +164,7 @@ def summary_of(
 ) -> dict[str, Any]:
     square = sum(low.norm**2 for low in sink.low.values())
     lost = sum((low.error * low.norm) ** 2 for low in sink.low.values())
-    facts = {
-        name: {"rank": low.factors.right.shape[0], "error": low.error, **sink.facts.get(name, {})}
-        for name, low in sink.low.items()
-    }
+    facts = {name: {"rank": low.rank, "error": low.error, **sink.facts.get(name, {})} for name, low in sink.low.items()}
     return {
         "format": FORMAT,
         "pymerge": __version__,
@@ -164,38 +180,49 @@ def summary_of(
     }
 
 
-def adapter_of(
-    inputs: Inputs, sink: AdapterSink, dtype: str | None
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
-    """Tensors and config of the adapter; what it cannot hold: name -> size of the change over that of the tensor."""
-    import torch
+class Written(NamedTuple):
+    """A tensor of the adapter: safetensors dtype, shape, and what gives its values, a contiguous part at a time."""
 
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[Tensor]]
+
+
+def adapter_of(
+    inputs: Inputs, sink: AdapterSink, dtype: str
+) -> tuple[dict[str, Written], dict[str, Any], dict[str, float]]:
+    """Tensors and config of the adapter; what it cannot hold: name -> size of the change over that of the tensor."""
     from pymerge.engine.adapter_sink import with_update
 
     base = inputs.base
     assert base is not None
     named = next((m.name_in_adapter for m in inputs.models if isinstance(m, AdapterCheckpoint)), str)
-    kind = getattr(torch, TORCH_NAME[dtype or "F32"])
     transposed = (base.config or {}).get("model_type") in CONV1D
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Written] = {}
     ranks: dict[str, int] = {}
     for name in filter(sink.low.__contains__, base.file_order()):  # whichever was finished first
         low = sink.low[name]
         module = named(name.removesuffix(".weight"))
-        left, right = (low.factors.right.mT, low.factors.left.mT) if transposed else low.factors
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = right.to(kind).contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = left.to(kind).contiguous()
-        ranks[module] = right.shape[0]
+        sides = (low.right, low.left) if not transposed else (low.left, low.right)
+        for side, kept in zip("AB", sides, strict=True):
+            tensors[f"{PREFIX}{module}.lora_{side}.weight"] = written(kept, dtype, transposed)
+        ranks[module] = low.rank
     saved, left_out = [], {}
     for name in filter(sink.whole.__contains__, base.file_order()):
         weight, update = base[name], sink.whole[name]
         module = named(name.rpartition(".")[0])
         if not module or module in ranks:
-            left_out[name] = float(update.norm()) / max(1e-30, float(weight.load().float().norm()))
+            left_out[name] = float(update.load().norm()) / max(1e-30, float(weight.load().float().norm()))
             continue
-        tensors[f"{PREFIX}{named(name)}"] = with_update(weight, update)
+        tensors[f"{PREFIX}{named(name)}"] = Written(weight.dtype, weight.shape, partial(with_update, weight, update))
         saved.append(module)
     return tensors, config_of(inputs, base, ranks, list(dict.fromkeys(saved)), transposed), left_out
+
+
+def written(kept: Spilled, dtype: str, transposed: bool) -> Written:
+    """A factor, or its transpose."""
+    shape = kept.shape[::-1] if transposed else kept.shape
+    return Written(dtype, shape, lambda: [kept.load().mT.contiguous() if transposed else kept.load()])
 
 
 def config_of(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pymerge.checkpoint import ITEMSIZE, AnyTensor
+from pymerge.checkpoint import ITEMSIZE, TORCH_NAME, AnyTensor
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor
 from pymerge.engine.factored import factored_group, update_of
 from pymerge.engine.piece import Piece
 from pymerge.engine.pipeline import Segment
+from pymerge.engine.spill import Spill, Spilled, bytes_of
 from pymerge.linalg import truncated_svd
 from pymerge.methods.base import Factors
 from pymerge.methods.cores import orthonormal
+
+ENTRIES = 1 << 22  # of whole tensors, at a time
+SLABS = 32 << 20  # bytes of a decomposition that do not grow with the matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +60,38 @@ def low_of_factors(update: Factors, rank: int | None) -> Low:
     return Low(factors=factors, error=float(s[kept:].norm()) / norm if norm else 0.0, norm=norm)
 
 
-class AdapterSink:
-    """Collects what an adapter is made of; each update is dropped when its factors are known.
+@dataclass(frozen=True, kw_only=True)
+class KeptLow:
+    """A `Low` on disk; left and right in the adapter's dtype."""
 
-    low    matrix -> its factors;  whole  other tensors that the merge changes -> their update
+    left: Spilled
+    right: Spilled
+    error: float
+    norm: float
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+
+class AdapterSink:
+    """Collects what an adapter is made of, on disk; each update is dropped when its factors are known.
+
+    rank   of matrices; None: that of the merged factors
+    dtype  of the adapter's factors
+    low    matrix -> its factors;  whole  other tensors that the merge changes -> their update, float32
     """
 
     done: Mapping[str, Sequence[tuple[int, int, int]]] = {}
 
-    def __init__(self, entries: Sequence[Entry], matrices: set[str], rank: int | None) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], matrices: set[str], rank: int | None, dtype: torch.dtype, spill: Spill
+    ) -> None:
         self.entries = {entry.name: entry for entry in entries}
-        self.matrices, self.rank = matrices, rank
-        self.open: dict[str, tuple[Tensor, int]] = {}  # tensors that are not complete: values, bytes that are missing
-        self.low: dict[str, Low] = {}
-        self.whole: dict[str, Tensor] = {}
+        self.matrices, self.rank, self.dtype, self.spill = matrices, rank, dtype, spill
+        self.open: dict[str, tuple[Tensor | Spilled, int]] = {}  # that are not complete: values, bytes that are missing
+        self.low: dict[str, KeptLow] = {}
+        self.whole: dict[str, Spilled] = {}
         self.facts: dict[str, dict[str, Any]] = {}
 
     def forget(self, name: str) -> None:
@@ -78,33 +101,46 @@ class AdapterSink:
         raise ValueError(f"{name}: what is merged is not kept; steps that look at it are refused before")
 
     def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any]) -> None:
+        """Float32 updates. Matrices are collected in memory."""
         if name not in self.open:
             shape = self.entries[name].shape
-            self.open[name] = torch.empty(shape), torch.Size(shape).numel() * ITEMSIZE["F32"]
+            values = torch.empty(shape) if name in self.matrices else self.spill.room(shape, torch.float32)
+            self.open[name] = values, math.prod(shape) * ITEMSIZE["F32"]
         values, missing = self.open[name]
-        values.reshape(-1).view(torch.uint8).numpy().data[start : start + len(view)] = view
+        if isinstance(values, Tensor):
+            bytes_of(values)[start : start + len(view)] = view
+        else:
+            values.write(start, view)
+            if torch.frombuffer(view, dtype=torch.float32).any():
+                self.whole[name] = values
         self.open[name] = values, missing - len(view)
         if facts:
             self.facts.setdefault(name, {}).update(facts)
         if missing == len(view):
             del self.open[name]
-            self.finish(name, values)
-
-    def finish(self, name: str, update: Tensor) -> None:
-        if not update.any():
-            return
-        if name in self.matrices:
-            assert self.rank is not None
-            self.low[name] = low_of_matrix(update, self.rank)
-        else:
-            self.whole[name] = update
+            if isinstance(values, Tensor) and values.any():
+                assert self.rank is not None
+                self.keep(name, low_of_matrix(values, self.rank))
 
     def take(self, name: str, update: Factors, facts: Mapping[str, Any]) -> None:
         self.facts[name] = dict(facts)
         if name in self.matrices:
-            self.low[name] = low_of_factors(update, self.rank)
-        else:
-            self.finish(name, update.left @ update.right)
+            self.keep(name, low_of_factors(update, self.rank))
+        elif (whole := update.left @ update.right).any():
+            self.whole[name] = self.spill.put(whole)
+
+    def keep(self, name: str, low: Low) -> None:
+        left, right = (self.spill.put(factor.to(self.dtype)) for factor in low.factors)
+        self.low[name] = KeptLow(left=left, right=right, error=low.error, norm=low.norm)
+
+
+def sink_bytes(matrices: Sequence[tuple[int, ...]], rank: int) -> int:
+    """What a sink holds of matrices whose updates are no factors, at most: two that are not complete, and one that the
+    writer decomposes, with singular vectors in float32, Gram matrix and eigenvectors in float64."""
+    if not matrices:
+        return 0
+    update = max(4 * m * n for m, n in matrices)
+    return 3 * update + SLABS + max(12 * (m + n) * min(rank, m, n) + 24 * min(m, n) ** 2 for m, n in matrices)
 
 
 class AdapterExecutor(Executor):
@@ -125,9 +161,12 @@ class AdapterExecutor(Executor):
         return []
 
 
-def with_update(weight: AnyTensor, update: Tensor) -> Tensor:
-    """The whole tensor in its own dtype; update: of all of its rows, or of the first."""
-    found = weight.load().clone()
-    rows = found[: len(update)] if found.dim() else found
-    rows.copy_(rows.float() + update)
-    return found
+def with_update(weight: AnyTensor, update: Spilled) -> Iterator[Tensor]:
+    """The whole tensor in its own dtype, flat, a few entries at a time; update: of all of its rows, or of the first."""
+    dtype = getattr(torch, TORCH_NAME[weight.dtype])
+    for first in range(0, weight.numel, ENTRIES):
+        found = torch.empty(min(ENTRIES, weight.numel - first), dtype=dtype)
+        weight.read_into(bytes_of(found), first * dtype.itemsize)
+        changed = found[: max(0, update.numel - first)]
+        changed.copy_(changed.float() + update.part(first, changed.numel()))
+        yield found

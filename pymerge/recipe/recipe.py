@@ -146,6 +146,12 @@ class Recipe(Parsed):
         """Whether all tensors have the same hyperparameters."""
         return all(template.static for template in self.templates)
 
+    @property
+    def needs_torch(self) -> bool:
+        """Whether PyTorch computes some of it, as far as can be told without opening the models."""
+        own = not all(template.cls.element_wise for template in self.templates)
+        return own or any(part.recipe.needs_torch for module in self.modules for part in module.parts)
+
     def steps_for(self, name: str, layer_t: float, own: Sequence[str] | None = None) -> Steps:
         """The steps of one tensor; one object for equal hyperparameters. layer_t: the tensor's `layer_positions`;
         own: its names in the models, where they differ."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import pymerge
 from pymerge.checkpoint import open_checkpoint
 from pymerge.cli import app
 from pymerge.engine.adapter_out import extract
+from pymerge.engine.adapter_sink import SLABS
 from pymerge.errors import OutputError, RecipeError
 from tests.adapters import SHAPES, TARGETS, adapted, random_factors, write_adapter
 from tests.models import random_tensors, read_model, write_model
@@ -80,7 +85,10 @@ def test_any_method_with_a_rank(problem: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(model[name].load(), tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_extracts_matrices_by_factors_and_the_rest_whole(problem: Any, tmp_path: Path) -> None:
+def test_extracts_matrices_by_factors_and_the_rest_whole(
+    problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pymerge.engine.adapter_sink.ENTRIES", 7)
     base, _, factors = problem
     start = read_model(base)
     tuned = adapted(start, factors[0], dtype=torch.float32)
@@ -102,6 +110,45 @@ def test_biases_beside_factors_are_named(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", random_tensors(1, shapes))
     summary = extract(model, base, tmp_path / "adapter", 4)
     assert list(summary["left_out"]) == ["layers.0.q_proj.bias"] and summary["left_out"]["layers.0.q_proj.bias"] > 0.1
+
+
+def test_a_disk_that_is_full_leaves_nothing(problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapters, _ = problem
+    before = sorted(tmp_path.iterdir())
+
+    def full(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match="is to become the adapter cannot be kept there: No space left"):
+        pymerge.merge(base, adapters, method="tsv_m", as_adapter=4, out=tmp_path / "adapter")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_memory_is_planned_for_what_is_decomposed(problem: Any, tmp_path: Path) -> None:
+    shapes = {f"layers.{i}.q_proj.weight": (1024, 1024) for i in range(2)}
+    base = write_model(tmp_path / "wide", random_tensors(0, shapes))
+    model = write_model(tmp_path / "model", random_tensors(1, shapes))
+    needed = 4 * 3 * 1024**2 + 24 * 1024**2 + 12 * 2048 * 8 + SLABS
+    with pytest.raises(RecipeError, match="raise --memory"):
+        extract(model, base, tmp_path / "out", 8, options=pymerge.Options(memory=needed))
+    assert extract(model, base, tmp_path / "out", 8, options=pymerge.Options(memory=needed + 128_000_000))["r"] == 8
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_adapter(tmp_path: Path) -> None:
+    """The larger adapter takes 100 MB in float32."""
+    peaks = []
+    for count in (60, 600):
+        shapes = {f"layers.{i}.q_proj.weight": (256, 256) for i in range(count)}
+        base = write_model(tmp_path / f"base{count}", random_tensors(0, shapes))
+        adapters = [write_adapter(tmp_path / f"{count}-{t}", random_factors(t, shapes, 42), base) for t in range(2)]
+        call = f"pymerge.merge({str(base)!r}, {[*map(str, adapters)]}, method='task_arithmetic', as_adapter=True"
+        call = f"{call}, out={str(tmp_path / f'out{count}')!r}, options=pymerge.Options(memory=200_000_000, threads=1))"
+        code = f"import pymerge; from pymerge.engine.process import peak_memory; {call}; print(peak_memory())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 40e6, peaks
 
 
 def test_refusals(problem: Any, tmp_path: Path) -> None:
