@@ -195,6 +195,6 @@ def test_a_budget_that_the_libraries_use_up_leaves_nothing(recipe):
 
 
 def test_pytorch_counts_where_it_is_needed(recipe):
-    assert run("plan", recipe(), "--memory", "120MB").returncode == 0
-    done = run("plan", recipe(calibrate=[{"method": "svc"}]), "--memory", "120MB")
+    assert run("plan", recipe(), "--memory", "160MB").returncode == 0
+    done = run("plan", recipe(calibrate=[{"method": "svc"}]), "--memory", "160MB")
     assert done.returncode == 2 and "leaves 0 MB" in done.stderr, done.stderr

@@ -64,7 +64,7 @@ def inspect(
             check_output_beside(folder, [base, *models])
         check_outputs(out, as_json)
         options = Options(
-            memory=budget(memory),
+            memory=budget(memory, by_torch=spectra),
             threads=threads,
             allow_pickle=allow_pickle,
             prefer=prefer,

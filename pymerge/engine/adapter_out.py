@@ -4,6 +4,7 @@ them. Not resumable: its tensors wait in a file without a name until all is know
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,14 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pymerge.checkpoint import TORCH_NAME, Checkpoint, check_output_path
+from pymerge.checkpoint import ITEMSIZE, TORCH_NAME, Checkpoint, check_output_path, safe_name
 from pymerge.checkpoint.lora import CONFIG, PREFIX, WEIGHTS, AdapterCheckpoint
 from pymerge.checkpoint.place import replace_folder, staging_of, sync_tree
 from pymerge.checkpoint.side_tensors import SideTensors
 from pymerge.checkpoint.tied import feeds_head
-from pymerge.engine.factored import SHARE
+from pymerge.engine.check import Entry
+from pymerge.engine.factored import SHARE, rank_sum
 from pymerge.engine.local import Inputs, open_inputs, planned, stopped_by_signals, write_summary
-from pymerge.engine.plan import Options, Plan
+from pymerge.engine.plan import SLACK, SMALLEST_ARENA, Options, Plan
 from pymerge.engine.progress import make_progress
 from pymerge.engine.scaled import updates
 from pymerge.engine.summary import FORMAT, packages_of
@@ -53,7 +55,7 @@ def merge_to_adapter(
              time, in float32 with a float64 Gram matrix, of the memory that options leave."""
     import torch
 
-    from pymerge.engine.adapter_sink import AdapterExecutor, AdapterSink, sink_bytes
+    from pymerge.engine.adapter_sink import AdapterExecutor, AdapterSink
     from pymerge.engine.execute import Stop
     from pymerge.engine.spill import Spill
 
@@ -65,15 +67,17 @@ def merge_to_adapter(
             raise RecipeError(f"an adapter is of one model: merge the folder of one component ({', '.join(several)})")
         target = check_output_path(out, inputs.all, overwrite=options.overwrite)
         plan = planned(recipe, inputs, options, updates)
-        matrices = {item.entry.name for item in plan.items if recipe.matrices.has(item.entry.name, item.entry.shape)}
+        entries = {item.entry.name: item.entry for item in plan.items}
+        matrices = {name for name, entry in entries.items() if recipe.matrices.has(name, entry.shape)}
         check_rank(plan, matrices, rank)
-        shapes = {item.entry.name: item.entry.shape for item in plan.items if not item.factored}
-        held = sink_bytes([shape for name, shape in shapes.items() if name in matrices], rank or 0)
-        if held:
-            plan = planned(recipe, inputs, replace(options, memory=options.memory_bytes - held), updates)
-        spill = stack.enter_context(closing(Spill(target.parent)))
-        dtype = getattr(torch, TORCH_NAME[recipe.output_dtype or "F32"])
-        sink = AdapterSink([item.entry for item in plan.items], matrices, rank, dtype, spill)
+        if any(item.entry.name in matrices and not item.factored for item in plan.items):
+            options = without(options, {name: entries[name].shape for name in matrices}, rank or 0)
+            plan = planned(recipe, inputs, options, updates)
+        code = recipe.output_dtype or "F32"
+        needed = 2 * ITEMSIZE[code] * sum(factor_entries(entries[name], rank) for name in matrices)
+        spill = stack.enter_context(closing(Spill(target.parent, needed)))
+        dtype = getattr(torch, TORCH_NAME[code])
+        sink = AdapterSink(entries, matrices, rank, dtype, spill)
         stop = Stop()
         with make_progress(plan.read_bytes, options.progress, len(plan.layout.slots)) as progress:
             executor = AdapterExecutor(plan, sink, threads=options.thread_count, progress=progress, stop=stop)
@@ -128,6 +132,27 @@ def check_rank(plan: Plan, matrices: set[str], rank: int | None) -> None:
         )
 
 
+def factor_entries(entry: Entry, rank: int | None) -> int:
+    """Of both factors of a matrix, at most."""
+    m, n = entry.shape
+    return min(m, n, rank_sum(entry) if rank is None else rank) * (m + n)
+
+
+def without(options: Options, shapes: Mapping[str, tuple[int, ...]], rank: int) -> Options:
+    """The options less the memory for decompositions of updates of these shapes."""
+    from pymerge.engine.adapter_sink import decomposition_bytes
+
+    held, name = max((decomposition_bytes(m, n, rank), name) for name, (m, n) in shapes.items())
+    left = options.memory_bytes - held
+    if left < SLACK + SMALLEST_ARENA:
+        raise RecipeError(
+            f"the memory budget leaves {options.memory_bytes / 1e6:.0f} MB for the merge, to decompose the update of "
+            f"{safe_name(name)} {list(shapes[name])} takes {held / 1e6:.0f} MB: raise --memory (memory= in Python) by "
+            f"{(SLACK + SMALLEST_ARENA - left) / 1e6:.0f} MB"
+        )
+    return replace(options, memory=left)
+
+
 def write_adapter(target: Path, recipe: Recipe, inputs: Inputs, plan: Plan, sink: AdapterSink) -> dict[str, Any]:
     """Tensors, config and summary into a folder beside `target`, which then takes its place."""
     from pymerge.engine.spill import bytes_of
@@ -162,8 +187,8 @@ def write_adapter(target: Path, recipe: Recipe, inputs: Inputs, plan: Plan, sink
 def summary_of(
     recipe: Recipe, inputs: Inputs, plan: Plan, sink: AdapterSink, left_out: Mapping[str, float]
 ) -> dict[str, Any]:
-    square = sum(low.norm**2 for low in sink.low.values())
-    lost = sum((low.error * low.norm) ** 2 for low in sink.low.values())
+    square = math.fsum(low.norm**2 for low in sink.low.values())  # exact: in any order
+    lost = math.fsum((low.error * low.norm) ** 2 for low in sink.low.values())
     facts = {name: {"rank": low.rank, "error": low.error, **sink.facts.get(name, {})} for name, low in sink.low.items()}
     return {
         "format": FORMAT,

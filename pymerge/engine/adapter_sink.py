@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,17 @@ from torch import Tensor
 
 from pymerge.checkpoint import ITEMSIZE, TORCH_NAME, AnyTensor
 from pymerge.engine.check import Entry
-from pymerge.engine.execute import Executor
+from pymerge.engine.execute import Executor, Progress, Stop
 from pymerge.engine.factored import factored_group, update_of
 from pymerge.engine.piece import Piece
 from pymerge.engine.pipeline import Segment
+from pymerge.engine.plan import Plan
 from pymerge.engine.spill import Spill, Spilled, bytes_of
 from pymerge.linalg import truncated_svd
 from pymerge.methods.base import Factors
 from pymerge.methods.cores import orthonormal
 
-ENTRIES = 1 << 22  # of whole tensors, at a time
+ENTRIES = 1 << 22  # of tensors that are not needed whole, at a time
 SLABS = 32 << 20  # bytes of a decomposition that do not grow with the matrix
 
 
@@ -85,11 +87,11 @@ class AdapterSink:
     done: Mapping[str, Sequence[tuple[int, int, int]]] = {}
 
     def __init__(
-        self, entries: Sequence[Entry], matrices: set[str], rank: int | None, dtype: torch.dtype, spill: Spill
+        self, entries: Mapping[str, Entry], matrices: set[str], rank: int | None, dtype: torch.dtype, spill: Spill
     ) -> None:
-        self.entries = {entry.name: entry for entry in entries}
+        self.entries = entries
         self.matrices, self.rank, self.dtype, self.spill = matrices, rank, dtype, spill
-        self.open: dict[str, tuple[Tensor | Spilled, int]] = {}  # that are not complete: values, bytes that are missing
+        self.open: dict[str, tuple[Spilled, int]] = {}  # tensors that are not complete: values, bytes that are missing
         self.low: dict[str, KeptLow] = {}
         self.whole: dict[str, Spilled] = {}
         self.facts: dict[str, dict[str, Any]] = {}
@@ -101,52 +103,79 @@ class AdapterSink:
         raise ValueError(f"{name}: what is merged is not kept; steps that look at it are refused before")
 
     def write(self, name: str, start: int, view: memoryview, crc: int, facts: Mapping[str, Any]) -> None:
-        """Float32 updates. Matrices are collected in memory."""
-        if name not in self.open:
-            shape = self.entries[name].shape
-            values = torch.empty(shape) if name in self.matrices else self.spill.room(shape, torch.float32)
-            self.open[name] = values, math.prod(shape) * ITEMSIZE["F32"]
-        values, missing = self.open[name]
-        if isinstance(values, Tensor):
-            bytes_of(values)[start : start + len(view)] = view
-        else:
-            values.write(start, view)
-            if torch.frombuffer(view, dtype=torch.float32).any():
-                self.whole[name] = values
-        self.open[name] = values, missing - len(view)
+        """Float32 updates. By one thread."""
         if facts:
             self.facts.setdefault(name, {}).update(facts)
+        shape, values = self.entries[name].shape, torch.frombuffer(view, dtype=torch.float32)
+        if name in self.matrices and len(view) == math.prod(shape) * ITEMSIZE["F32"]:
+            return self.decompose(name, values.view(shape))
+        if name not in self.open:
+            kept = self.spill.room(shape, torch.float32, used=name in self.matrices)
+            self.open[name] = kept, math.prod(shape) * ITEMSIZE["F32"]
+        kept, missing = self.open[name]
+        self.open[name] = kept, missing - len(view)
+        if name in self.matrices:
+            kept.write(start, view)
+        elif any_of(values):
+            kept.write(start, view)
+            self.whole[name] = kept
         if missing == len(view):
             del self.open[name]
-            if isinstance(values, Tensor) and values.any():
-                assert self.rank is not None
-                self.keep(name, low_of_matrix(values, self.rank))
+            if name in self.matrices:
+                self.decompose(name, kept.load())
+                self.spill.give_back(kept)
+
+    def decompose(self, name: str, update: Tensor) -> None:
+        assert self.rank is not None
+        if any_of(update.view(-1)):
+            self.keep(name, low_of_matrix(update, self.rank))
 
     def take(self, name: str, update: Factors, facts: Mapping[str, Any]) -> None:
+        """By any thread."""
         self.facts[name] = dict(facts)
         if name in self.matrices:
             self.keep(name, low_of_factors(update, self.rank))
-        elif (whole := update.left @ update.right).any():
+        elif any_of((whole := update.left @ update.right).view(-1)):
             self.whole[name] = self.spill.put(whole)
 
     def keep(self, name: str, low: Low) -> None:
+        if not low.norm:
+            return
         left, right = (self.spill.put(factor.to(self.dtype)) for factor in low.factors)
         self.low[name] = KeptLow(left=left, right=right, error=low.error, norm=low.norm)
 
 
-def sink_bytes(matrices: Sequence[tuple[int, ...]], rank: int) -> int:
-    """What a sink holds of matrices whose updates are no factors, at most: two that are not complete, and one that the
-    writer decomposes, with singular vectors in float32, Gram matrix and eigenvectors in float64."""
-    if not matrices:
-        return 0
-    update = max(4 * m * n for m, n in matrices)
-    return 3 * update + SLABS + max(12 * (m + n) * min(rank, m, n) + 24 * min(m, n) ** 2 for m, n in matrices)
+def any_of(flat: Tensor) -> bool:
+    """Whether something is not zero; `any` of floating point makes a copy, as bytes."""
+    return any(bool(part.any()) for part in flat.split(ENTRIES))
+
+
+def decomposition_bytes(m: int, n: int, rank: int) -> int:
+    """What it takes at most to decompose an update that came in tiles: itself, singular vectors in float32, Gram matrix
+    and eigenvectors in float64."""
+    return 4 * m * n + 16 * (m + n) * min(rank, m, n) + 24 * min(m, n) ** 2 + SLABS
 
 
 class AdapterExecutor(Executor):
     """Hands over the updates of adapters as the factors that they are."""
 
     sink: AdapterSink  # type: ignore[assignment]
+
+    def __init__(self, plan: Plan, sink: AdapterSink, *, threads: int, progress: Progress, stop: Stop) -> None:
+        super().__init__(plan, sink, threads=threads, progress=progress, stop=stop)
+        # Of the decompositions too: element-wise work beside them is little.
+        self.numerics = plan.item_threads if any(item.mode == "generic" for item in plan.items) else threads
+
+    def numeric_threads(self) -> AbstractContextManager[Any]:
+        from pymerge.engine.generic import threads_of_numerics
+
+        return threads_of_numerics(self.numerics)
+
+    def write(self, segment: Segment) -> None:
+        from pymerge.engine.generic import use_threads
+
+        use_threads(self.numerics)
+        super().write(segment)
 
     def merge_generic(self, pieces: Sequence[Piece]) -> list[Segment]:
         from pymerge.engine.generic import use_threads

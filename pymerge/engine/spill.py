@@ -45,21 +45,40 @@ class Spilled:
 
 class Spill:
     """A file without a name on the disk of `folder`, or of the nearest folder above it that is there: gone with the
-    process. Any thread may write and read. OutputError where the disk does not take it."""
+    process. Any thread may write and read.
 
-    def __init__(self, folder: Path) -> None:
+    needed  bytes that must be free there
+    Raises  OutputError where they are not, or the disk does not take what is written."""
+
+    def __init__(self, folder: Path, needed: int = 0) -> None:
         self.folder = next(place for place in (folder, *folder.parents) if place.is_dir())
+        disk = os.statvfs(self.folder)
+        if (free := disk.f_bavail * disk.f_frsize) < needed:
+            raise OutputError(
+                f"{self.folder}: the adapter takes {needed} bytes meanwhile, the disk has {free} bytes free"
+            )
         self._end, self._mutex = 0, threading.Lock()
+        self._free: dict[int, list[int]] = {}  # bytes -> where there is room of this size again
         try:
             self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
         except OSError as e:
             raise self._error(e) from e
 
-    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Spilled:
-        """For a tensor that is to be written."""
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype, *, used: bool = False) -> Spilled:
+        """For a tensor that is to be written; zeros where it is not. used: it may have been another tensor's, whose
+        values are there."""
+        size = math.prod(shape) * dtype.itemsize
         with self._mutex:
-            start, self._end = self._end, self._end + math.prod(shape) * dtype.itemsize
+            if used and (free := self._free.get(size)):
+                return Spilled(self, free.pop(), shape, dtype)
+            start, self._end = self._end, self._end + size
+            os.ftruncate(self._file.fileno(), self._end)
         return Spilled(self, start, shape, dtype)
+
+    def give_back(self, kept: Spilled) -> None:
+        """The tensor is not needed any more."""
+        with self._mutex:
+            self._free.setdefault(kept.numel * kept.dtype.itemsize, []).append(kept.start)
 
     def put(self, tensor: Tensor) -> Spilled:
         kept = self.room(tuple(tensor.shape), tensor.dtype)

@@ -215,10 +215,10 @@ def layer_factors(norms: Mapping[str, float], power: float) -> dict[str, float]:
 def esm_bytes(info: TensorInfo, settings: Settings) -> int:
     """Both stacks [m, K] and [K, n], and the larger of: what the directions of one task take (moments, products and
     eigenproblem in float64), what a polar factor takes (columns and factor, at most 20 times its Gram matrix, 15 times
-    a large one); both as measured."""
+    a large one); both as measured. Without statistics all directions are stacked, whatever the rank."""
     m, n = info.shape[0], info.numel // max(1, info.shape[0])
     q, tall = min(m, n), m > n
-    k = info.tasks * min(settings.rank_of(m, info.tasks), q)
+    k = info.tasks * max(1, q // info.tasks, min(settings.rank_of(m, info.tasks), q))
     task = 4 * m * n + 8 * ((6 if tall else 2) * m * n + (4 if tall else 2) * n * n + 5 * q * q)
     left, right = min(m, k), min(k, n)
     polars = max(8 * m * k + 15 * 8 * left * left, 4 * m * k + 8 * k * n + 20 * 8 * right * right)

@@ -149,7 +149,8 @@ class Recipe(Parsed):
     @property
     def needs_torch(self) -> bool:
         """Whether PyTorch computes some of it, as far as can be told without opening the models."""
-        own = not all(template.cls.element_wise for template in self.templates)
+        by_rule = all(template.cls.element_wise is True for template in self.templates)  # a property: as parameters say
+        own = not by_rule or self.align is not None or bool(self.other_rows)
         return own or any(part.recipe.needs_torch for module in self.modules for part in module.parts)
 
     def steps_for(self, name: str, layer_t: float, own: Sequence[str] | None = None) -> Steps:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ import pymerge
 from pymerge.checkpoint import open_checkpoint
 from pymerge.cli import app
 from pymerge.engine.adapter_out import extract
-from pymerge.engine.adapter_sink import SLABS
+from pymerge.engine.adapter_sink import decomposition_bytes
 from pymerge.errors import OutputError, RecipeError
 from tests.adapters import SHAPES, TARGETS, adapted, random_factors, write_adapter
 from tests.models import random_tensors, read_model, write_model
@@ -119,6 +120,10 @@ def test_a_disk_that_is_full_leaves_nothing(problem: Any, tmp_path: Path, monkey
     def full(*arguments: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=9, f_frsize=512))
+        with pytest.raises(OutputError, match="takes 6656 bytes meanwhile, the disk has 4608 bytes free"):
+            pymerge.merge(base, adapters, method="tsv_m", as_adapter=4, out=tmp_path / "adapter")
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match="is to become the adapter cannot be kept there: No space left"):
         pymerge.merge(base, adapters, method="tsv_m", as_adapter=4, out=tmp_path / "adapter")
@@ -129,10 +134,41 @@ def test_memory_is_planned_for_what_is_decomposed(problem: Any, tmp_path: Path) 
     shapes = {f"layers.{i}.q_proj.weight": (1024, 1024) for i in range(2)}
     base = write_model(tmp_path / "wide", random_tensors(0, shapes))
     model = write_model(tmp_path / "model", random_tensors(1, shapes))
-    needed = 4 * 3 * 1024**2 + 24 * 1024**2 + 12 * 2048 * 8 + SLABS
-    with pytest.raises(RecipeError, match="raise --memory"):
-        extract(model, base, tmp_path / "out", 8, options=pymerge.Options(memory=needed))
-    assert extract(model, base, tmp_path / "out", 8, options=pymerge.Options(memory=needed + 128_000_000))["r"] == 8
+    held = decomposition_bytes(1024, 1024, 8)
+    with pytest.raises(RecipeError, match=r"the update of layers.1.q_proj.weight \[1024, 1024\] takes 63 MB: raise"):
+        extract(model, base, tmp_path / "out", 8, options=pymerge.Options(memory=held + 50_000_000))
+    assert extract(model, base, tmp_path / "out", 8, options=pymerge.Options(memory=held + 70_000_000))["r"] == 8
+
+
+def test_updates_in_tiles_give_the_same_adapter(tmp_path: Path) -> None:
+    """Rooms on disk are used again for matrices, never for whole tensors: what is 0 there is not written."""
+    shapes = {"embed_tokens.weight": (512, 4096)} | {f"layers.{i}.q_proj.weight": (512, 4096) for i in range(3)}
+    start = random_tensors(0, shapes)
+    tuned = {name: tensor + random_tensors(1, shapes)[name] for name, tensor in start.items()}
+    tuned["embed_tokens.weight"] = start["embed_tokens.weight"].clone()
+    tuned["embed_tokens.weight"][300:302] += 1.0
+    base, model = write_model(tmp_path / "base", start), write_model(tmp_path / "model", tuned)
+    written = []
+    for memory in (decomposition_bytes(512, 4096, 4) + 70_000_000, 1_000_000_000):
+        options = pymerge.Options(memory=memory, threads=2, overwrite=True)
+        extract(model, base, tmp_path / "out", 4, options=options)
+        written.append((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
+    with open_checkpoint(tmp_path / "out") as found:
+        torch.testing.assert_close(found["embed_tokens.weight"].load(), tuned["embed_tokens.weight"], rtol=0, atol=0)
+
+
+def test_what_adapters_do_not_change_has_no_factors(problem: Any, tmp_path: Path) -> None:
+    base, _, factors = problem
+    for given in factors:
+        for name in given:
+            if "up_proj.lora_B" in name:
+                given[name].zero_()
+    adapters = [write_adapter(tmp_path / f"zero{t}", f, base) for t, f in enumerate(factors)]
+    summary = pymerge.merge(base, adapters, method="task_arithmetic", as_adapter=True, out=tmp_path / "adapter")
+    assert summary["matrices"] == 2
+    with open_checkpoint(tmp_path / "adapter") as found:
+        assert found.config is not None
 
 
 @pytest.mark.slow
