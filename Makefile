@@ -1,7 +1,7 @@
 # Everything from a bare checkout: only python3 (with venv and headers), g++ and make are assumed.
 #
 #   make demo         trains, merges and evaluates small models on real data (results in demo-output/)
-#   make quality      the quality suite: three families of models, every recipe, the papers' claims (an hour; more the first time)
+#   make quality      the quality suite: three families of models, every recipe, the papers' claims (half an hour; 20 minutes more the first time)
 #   make test         the test suite without the slow tests
 #   make test-slow    kills, fuzz and other tests of minutes
 #   make test-oldest  the operator libraries as built here under the oldest torch that they promise to load on
