@@ -1,6 +1,7 @@
 """Rates: units, the file that keeps them, and what `--simulate` takes."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -125,3 +126,16 @@ def test_what_does_not_fit_is_refused(text, message):
 def test_all_problems_at_once():
     with pytest.raises(RecipeError, match=r"(?s)--simulate: .*nodes.*--simulate: .*disk"):
         parse_cluster("nodes=0,disk=5", Rates(), 2)
+
+
+def test_what_is_merged_to_calibrate_is_as_large_as_weights(tmp_path):
+    """Subnormal numbers would be timed, not the merge."""
+    import torch
+
+    from pymerge.engine.calibrate import write_model
+    from tests.models import read_model
+
+    for number in range(3):
+        (values,) = read_model(Path(write_model(tmp_path / str(number), 64, number))).values()
+        assert 1e-6 < float(values.float().abs().min()) and float(values.float().abs().max()) < 1.0
+        assert torch.isfinite(values).all()
