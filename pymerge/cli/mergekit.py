@@ -153,6 +153,7 @@ def mergekit_yaml(
         with hub.access(options.transformers_cache, download=options.download):
             recipe, remarks = recipe_of(raw, str(config), options)
             warn(remarks)
+            options = replace(options, memory=budget(memory, recipe, options.devices))
             summary = merge(recipe, text, out, options)
         if not quiet:
             print_result(out, summary, said=remarks)
@@ -209,6 +210,7 @@ def mergekit_multi(
         from pymerge.integrations.mergekit_multi import read_documents, run
 
         options = options_of(context.params)
+        options = replace(options, memory=budget(memory, device=options.devices))
         documents = read_documents(config, intermediate_dir, out_path)
         for document, summary in run(documents, options, lazy=lazy, warn=warn):
             if not quiet and summary is None:
@@ -218,10 +220,9 @@ def mergekit_multi(
 
 
 def options_of(given: Mapping[str, Any]) -> MergekitOptions:
-    """The options among the arguments of a command."""
+    """The options among the arguments of a command, all but the memory."""
     known = {name: given[name] for name in given if name in MergekitOptions.__dataclass_fields__}
-    found = MergekitOptions.of(known | {"memory": None})
-    return replace(found, memory=budget(given["memory"], device=found.devices))
+    return MergekitOptions.of(known | {"memory": None})
 
 
 def warn(remarks: list[str]) -> None:
