@@ -25,7 +25,8 @@ const CovKernels& choose_cov_kernels(Dtype dtype, bool wide) {
   const bool doubles = wide || dtype == Dtype::kF64;
 #if defined(__x86_64__)
   const std::string& level = cpu_level();
-  if (level == "amx" && !doubles) return dtype == Dtype::kBF16 ? amx::cov_pairs() : amx::cov_split();
+  // float32 as two bfloat16 terms would be 1.3 to 1.7 times as fast there, and 30 times less accurate.
+  if (level == "amx" && dtype == Dtype::kBF16 && !doubles) return amx::cov_pairs();
   if (level == "amx" || level == "avx512") {
     if (doubles) return avx512::cov_double();
     return dtype == Dtype::kBF16 && cpu_features().avx512_bf16 ? avx512::cov_pairs() : avx512::cov_float();

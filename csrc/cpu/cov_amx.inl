@@ -1,7 +1,6 @@
 // bfloat16 products in AMX tiles. A packed panel has 48 columns and two forms: pairs [depth][48] as the right operand
-// takes them, and their 16 x 16 transposes [depth / 16][3][16][16] as the left one does. A split panel has these two
-// for the upper and for the lower halves of its entries. Needs cov_tile.inl and cov_pairs.inl; the including file
-// provides the intrinsics (a test gives emulated ones).
+// takes them, and their 16 x 16 transposes [depth / 16][3][16][16] as the left one does. Needs cov_tile.inl and
+// cov_pairs.inl; the including file provides the intrinsics (a test gives emulated ones).
 
 constexpr int64_t kEdge = 16, kBlocks = kPairs / kEdge;  // rows of a hardware tile; blocks of them in a panel
 
@@ -37,43 +36,6 @@ void pack_tiles(const CovSource& x, int64_t begin, int64_t count, int64_t panel,
   transpose_blocks(pairs, depth, pairs + depth * kPairs);
 }
 
-// x = high + low + (2^-17 x at most), both bfloat16, nearest even
-inline void split_pair(float even, float odd, uint32_t* high, uint32_t* low) {
-  const uint32_t e = float_to_bf16(even), o = float_to_bf16(odd);
-  *high = e | o << 16;
-  *low = uint32_t{float_to_bf16(even - bits_to_float(e << 16))} | uint32_t{float_to_bf16(odd - bits_to_float(o << 16))}
-                                                                      << 16;
-}
-
-template <class From>
-void pack_split_from(const CovSource& x, int64_t begin, int64_t count, int64_t panel, uint32_t* high, uint32_t* low) {
-  const auto* data = reinterpret_cast<const typename From::Stored*>(x.data) + panel * kPairs * x.column_stride;
-  const int64_t left = x.columns - panel * kPairs, columns = left < kPairs ? left : kPairs;
-  float rows[2][kPairs];
-  for (int64_t k = 0; k < whole_depth(count); ++k) {
-    for (int64_t h = 0; h < 2; ++h) {
-      const bool present = 2 * k + h < count;
-      const auto* row = present ? data + x.kept[begin + 2 * k + h] * x.row_stride : data;
-      pack_row<From>(row, x.column_stride, present ? columns : 0, kPairs, rows[h]);
-    }
-    for (int64_t c = 0; c < kPairs; ++c)
-      split_pair(rows[0][c], rows[1][c], high + k * kPairs + c, low + k * kPairs + c);
-  }
-}
-
-void pack_split(const CovSource& x, int64_t begin, int64_t count, int64_t panel, void* out) {
-  const int64_t depth = whole_depth(count), form = depth * kPairs;
-  const int64_t left = x.columns - panel * kPairs, columns = left < kPairs ? left : kPairs;
-  uint32_t* forms = static_cast<uint32_t*>(out);
-  if (x.dtype == Dtype::kF16) pack_split_from<FromF16>(x, begin, count, panel, forms, forms + 2 * form);
-  if (x.dtype == Dtype::kF32) pack_split_from<FromF32>(x, begin, count, panel, forms, forms + 2 * form);
-  for (int64_t half = 0; half < 2; ++half) {
-    uint32_t* pairs = forms + 2 * half * form;
-    drop_columns(x, panel * kPairs, columns, depth, kPairs, pairs);
-    transpose_blocks(pairs, depth, pairs + form);
-  }
-}
-
 // Tiles 0..2 += one row block of the left operand times the three column blocks of the right one.
 inline void multiply_blocks(const uint32_t* left, const uint32_t* right, int64_t depth) {
   for (int64_t k = 0; k < depth; k += kEdge, left += kBlocks * kEdge * kEdge, right += kEdge * kPairs) {
@@ -95,11 +57,11 @@ inline void add_blocks(const float* part, float* out, bool first) {
 }
 
 // Tiles on the diagonal take short segments (cov_tile.inl says why); the others only sums of mixed signs.
-template <bool split>
 void tile_of_blocks(const void* a, const void* b, int64_t i, int64_t j, int64_t depth, const CovTarget& target) {
   alignas(64) float sums[kPairs * kPairs], part[kEdge * kPairs];
-  const int64_t form = depth * kPairs, segment = i == j ? 8 * kEdge : depth;
-  const uint32_t *pairs = static_cast<const uint32_t*>(b), *transposed = static_cast<const uint32_t*>(a) + form;
+  const int64_t segment = i == j ? 8 * kEdge : depth;
+  const uint32_t* pairs = static_cast<const uint32_t*>(b);
+  const uint32_t* transposed = static_cast<const uint32_t*>(a) + depth * kPairs;
   for (int64_t block = 0; block < kBlocks; ++block) {
     for (int64_t k = 0; k < depth; k += segment) {
       const uint32_t* left = transposed + (k * kBlocks + block * kEdge) * kEdge;
@@ -107,10 +69,6 @@ void tile_of_blocks(const void* a, const void* b, int64_t i, int64_t j, int64_t 
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
-      if (split) {
-        multiply_blocks(left + 2 * form, pairs + k * kPairs, length);
-        multiply_blocks(left, pairs + 2 * form + k * kPairs, length);
-      }
       multiply_blocks(left, pairs + k * kPairs, length);
       _tile_stored(0, part, kCovPanel);
       _tile_stored(1, part + kEdge, kCovPanel);
@@ -121,5 +79,4 @@ void tile_of_blocks(const void* a, const void* b, int64_t i, int64_t j, int64_t 
   add_tile<float, kPairs>(sums, i, j, target);
 }
 
-const CovKernels kTilePairs = {kPairs, 2, kEdge, 2, pack_tiles, tile_of_blocks<false>, enter_tiles, leave_tiles};
-const CovKernels kTileSplit = {kPairs, 2, kEdge, 4, pack_split, tile_of_blocks<true>, enter_tiles, leave_tiles};
+const CovKernels kTilePairs = {kPairs, 2, kEdge, 2, pack_tiles, tile_of_blocks, enter_tiles, leave_tiles};

@@ -17,7 +17,6 @@ namespace {
 }  // namespace
 
 const CovKernels& cov_pairs() { return kTilePairs; }
-const CovKernels& cov_split() { return kTileSplit; }
 
 }  // namespace pymerge::amx
 #endif

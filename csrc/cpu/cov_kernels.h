@@ -64,7 +64,6 @@ const CovKernels& cov_pairs();  // bfloat16 x; needs avx512_bf16
 }  // namespace avx512
 namespace amx {
 const CovKernels& cov_pairs();  // bfloat16 x
-const CovKernels& cov_split();  // float16 and float32 x as two bfloat16 terms
 }  // namespace amx
 
 }  // namespace pymerge

@@ -30,8 +30,7 @@ EPS = 2.0**-24
 
 
 def gram32(x: Tensor) -> Tensor:
-    """x^T x in float32: blocks on and above the diagonal, then their mirror images. By torch's products, since
-    cov_accumulate takes float32 as two bfloat16 terms where the CPU has AMX."""
+    """x^T x in float32: blocks on and above the diagonal, then their mirror images."""
     n = x.shape[-1]
     total = x.new_empty(n, n)
     step = -(-n // COLUMN_BLOCKS)

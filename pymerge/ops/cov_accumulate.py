@@ -56,8 +56,7 @@ def cov_accumulate(
     precision  of products and of sums within 1024 rows: "float32", or "float64" where the tail of the spectrum matters
              (PAVE at a condition of the moments above 1e4); float64 x always takes float64
     Error    float32: products are exact for bfloat16 and float16, sums relative to |x|^T |x| within (1024 + N / 1024)
-             * 2^-24; where a CPU has AMX, float16 and float32 x enter as two bfloat16 terms: 2^-16 more.
-             float64 cov: runs of 1024 rows (CUDA: 8192) are added in float64.
+             * 2^-24. float64 cov: runs of 1024 rows (CUDA: 8192) are added in float64.
     Cost     N n (n + 1) / 2 multiply-adds. Same bits for any number of threads.
     Raises   RuntimeError (shapes, dtypes, devices; cov with overlapping or strided rows).
     Source   arXiv 2510.14697 (PAVE), arXiv 2602.20208 (ESM): the moments that both take.

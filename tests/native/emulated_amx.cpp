@@ -51,12 +51,13 @@ void _tile_dpbf16ps(int c, int a, int b) {
 
 using namespace pymerge;
 
-// cov [columns, columns] float32, upper triangle += alpha * x^T x. Returns 0, or 1 where the tiles were not configured.
-extern "C" int emulate_cov_amx(const void* x, int32_t dtype, const int64_t* kept, const bool* column_kept, int64_t rows,
+// x bfloat16, cov [columns, columns] float32, upper triangle += alpha * x^T x. Returns 0, or 1 where the tiles were not
+// configured.
+extern "C" int emulate_cov_amx(const void* x, const int64_t* kept, const bool* column_kept, int64_t rows,
                                int64_t columns, int64_t row_stride, int64_t column_stride, float alpha, float* cov) {
-  const CovKernels& kernels = static_cast<Dtype>(dtype) == Dtype::kBF16 ? kTilePairs : kTileSplit;
+  const CovKernels& kernels = kTilePairs;
   const CovSource source = {
-      static_cast<const char*>(x), static_cast<Dtype>(dtype), row_stride, column_stride, columns, kept, column_kept};
+      static_cast<const char*>(x), Dtype::kBF16, row_stride, column_stride, columns, kept, column_kept};
   const CovTarget target = {reinterpret_cast<char*>(cov), false, columns, columns, alpha};
   const int64_t panels = (columns + kernels.width - 1) / kernels.width;
   kernels.enter();

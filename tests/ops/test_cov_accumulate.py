@@ -32,10 +32,9 @@ def assert_accumulated(cov, start, x, *, alpha=1.0, mask=None, small=False, prec
     used = used.mT if small else used  # [..., N, n]
     exact, size = used.mT @ used, used.abs().mT @ used.abs()
     unit = 2.0**-53 if precision == "float64" or x.dtype == F64 else 2.0**-24
-    split = 2.0**-16 if _C.cpu_level() == "amx" and x.dtype in (F32, torch.float16) else 0.0
     runs = used.shape[-2] // 1024 + 3
     stored = runs * (2.0**-24 if cov.dtype == F32 else 2.0**-53) * (start.double().abs() + abs(alpha) * size)
-    bound = abs(alpha) * (used.shape[-2] * unit + split) * size + stored
+    bound = abs(alpha) * used.shape[-2] * unit * size + stored
     error = (cov.double() - start.double() - alpha * exact).abs()
     upper = torch.ones_like(cov, dtype=torch.bool).triu()
     assert (error <= bound)[upper].all(), (error / bound)[upper].max()
