@@ -29,7 +29,7 @@ class ShardFile:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             _allocate(self._fd, shard.size)
-            _write_all(self._fd, memoryview(shard.header), 0)
+            write_all(self._fd, memoryview(shard.header), 0)
         except BaseException:
             self.close()
             raise
@@ -44,19 +44,14 @@ class ShardFile:
         end = offset + view.nbytes
         low, high = -(-offset // ALIGNMENT) * ALIGNMENT, end // ALIGNMENT * ALIGNMENT
         if high - low < MIN_DIRECT or not self._direct_allowed or not _aligned(view, offset):
-            return _write_all(self._fd, view, offset)
-        _write_all(self._fd, view[: low - offset], offset)
+            return write_all(self._fd, view, offset)
+        write_all(self._fd, view[: low - offset], offset)
         done = self._write_direct(view[low - offset : high - offset], low)
-        _write_all(self._fd, view[low - offset + done :], low + done)
+        write_all(self._fd, view[low - offset + done :], low + done)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with what was written from `offset` on."""
-        done = 0
-        while done < view.nbytes:
-            got = os.preadv(self._fd, [view[done:]], offset + done)
-            if got == 0:
-                raise OSError(errno.EIO, "the file is shorter than it was made", str(self.path))
-            done += got
+        read_all(self._fd, view, offset, self.path)
 
     def checksum(self, offset: int, nbytes: int) -> int:
         """CRC-32C of the bytes that are in the file now."""
@@ -120,7 +115,17 @@ def _allocate(fd: int, size: int) -> None:
         os.ftruncate(fd, size)  # a file system that cannot reserve
 
 
-def _write_all(fd: int, view: memoryview, offset: int) -> None:
+def write_all(fd: int, view: memoryview, offset: int) -> None:
     done = 0
     while done < view.nbytes:
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+def read_all(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """path: of the file, or where it is, for the error"""
+    done = 0
+    while done < view.nbytes:
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if got == 0:
+            raise OSError(errno.EIO, "the file is shorter than it was made", str(path))
+        done += got

@@ -83,7 +83,7 @@ def start_staging(staging: Path, layout: Layout, identity: dict[str, Any]) -> tu
 
     Raises   OutputError if the disk is plainly too small; OSError."""
     _clear(staging, {OWNER})
-    _require_space(staging, layout.disk_size)
+    require_space(staging, layout.disk_size, f"{staging.parent}: the output")
     shards: list[ShardFile] = []
     try:
         for shard in layout.shards:
@@ -188,8 +188,9 @@ def _clear(folder: Path, keep: set[str], below: str = "") -> None:
                 shutil.rmtree(entry.path)
 
 
-def _require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """OutputError where the disk of a folder has fewer bytes free."""
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if free < needed:
-        raise OutputError(f"{folder.parent}: the output takes {needed} bytes, the disk has {free} bytes free")
+        raise OutputError(f"{what} takes {needed} bytes, the disk has {free} bytes free")

@@ -22,7 +22,7 @@ from pymerge.checkpoint.tied import feeds_head
 from pymerge.engine.check import Entry
 from pymerge.engine.factored import SHARE, rank_sum
 from pymerge.engine.local import Inputs, open_inputs, planned, stopped_by_signals, write_summary
-from pymerge.engine.plan import SLACK, SMALLEST_ARENA, Options, Plan
+from pymerge.engine.plan import SLACK, SMALLEST_ARENA, Options, Plan, too_little_memory
 from pymerge.engine.progress import make_progress
 from pymerge.engine.scaled import updates
 from pymerge.engine.summary import FORMAT, packages_of
@@ -143,14 +143,10 @@ def without(options: Options, shapes: Mapping[str, tuple[int, ...]], rank: int) 
     from pymerge.engine.adapter_sink import decomposition_bytes
 
     held, name = max((decomposition_bytes(m, n, rank), name) for name, (m, n) in shapes.items())
-    left = options.memory_bytes - held
-    if left < SLACK + SMALLEST_ARENA:
-        raise RecipeError(
-            f"the memory budget leaves {options.memory_bytes / 1e6:.0f} MB for the merge, to decompose the update of "
-            f"{safe_name(name)} {list(shapes[name])} takes {held / 1e6:.0f} MB: raise --memory (memory= in Python) by "
-            f"{(SLACK + SMALLEST_ARENA - left) / 1e6:.0f} MB"
-        )
-    return replace(options, memory=left)
+    if options.memory_bytes < (needed := held + SLACK + SMALLEST_ARENA):
+        what = f"decomposing the update of {safe_name(name)} {list(shapes[name])}"
+        raise too_little_memory(options.memory_bytes, needed, what)
+    return replace(options, memory=options.memory_bytes - held)
 
 
 def write_adapter(target: Path, recipe: Recipe, inputs: Inputs, plan: Plan, sink: AdapterSink) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pymerge.checkpoint import ITEMSIZE, TORCH_NAME, AnyTensor
 from pymerge.engine.check import Entry
 from pymerge.engine.execute import Executor, Progress, Stop
 from pymerge.engine.factored import factored_group, update_of
+from pymerge.engine.generic import threads_of_numerics, use_threads
 from pymerge.engine.piece import Piece
 from pymerge.engine.pipeline import Segment
 from pymerge.engine.plan import Plan
@@ -107,21 +108,21 @@ class AdapterSink:
         if facts:
             self.facts.setdefault(name, {}).update(facts)
         shape, values = self.entries[name].shape, torch.frombuffer(view, dtype=torch.float32)
-        if name in self.matrices and len(view) == math.prod(shape) * ITEMSIZE["F32"]:
+        matrix, size = name in self.matrices, math.prod(shape) * ITEMSIZE["F32"]
+        if matrix and len(view) == size:
             return self.decompose(name, values.view(shape))
         if name not in self.open:
-            kept = self.spill.room(shape, torch.float32, used=name in self.matrices)
-            self.open[name] = kept, math.prod(shape) * ITEMSIZE["F32"]
+            self.open[name] = self.spill.room(shape, torch.float32, used=matrix), size
         kept, missing = self.open[name]
         self.open[name] = kept, missing - len(view)
-        if name in self.matrices:
+        if matrix:
             kept.write(start, view)
         elif any_of(values):
             kept.write(start, view)
             self.whole[name] = kept
         if missing == len(view):
             del self.open[name]
-            if name in self.matrices:
+            if matrix:
                 self.decompose(name, kept.load())
                 self.spill.give_back(kept)
 
@@ -167,19 +168,13 @@ class AdapterExecutor(Executor):
         self.numerics = plan.item_threads if any(item.mode == "generic" for item in plan.items) else threads
 
     def numeric_threads(self) -> AbstractContextManager[Any]:
-        from pymerge.engine.generic import threads_of_numerics
-
         return threads_of_numerics(self.numerics)
 
     def write(self, segment: Segment) -> None:
-        from pymerge.engine.generic import use_threads
-
         use_threads(self.numerics)
         super().write(segment)
 
     def merge_generic(self, pieces: Sequence[Piece]) -> list[Segment]:
-        from pymerge.engine.generic import use_threads
-
         item = pieces[0].item
         if not item.factored:
             return super().merge_generic(pieces)

@@ -207,6 +207,14 @@ class Plan:
         return dict(tensor_counts(list(entries.values())))
 
 
+def too_little_memory(left: int, needed: int, what: str) -> RecipeError:
+    shown = max(0, left) / 1e6  # what the libraries take may be more than was given
+    return RecipeError(
+        f"the memory budget leaves {shown:.0f} MB for the merge, {what} needs {needed / 1e6:.0f} MB: raise "
+        f"--memory (memory= in Python) by {(needed - left) / 1e6:.0f} MB"
+    )
+
+
 class Planner:
     """Cuts checked entries into items under a memory budget."""
 
@@ -220,12 +228,7 @@ class Planner:
             self.refuse(SLACK + self.arenas * SMALLEST_ARENA, what)
 
     def refuse(self, needed: int, what: str) -> NoReturn:
-        left, needed = self.options.memory_bytes, needed + self.reserved
-        shown = max(0, left) / 1e6  # what the libraries take may be more than was given
-        raise RecipeError(
-            f"the memory budget leaves {shown:.0f} MB for the merge, {what} needs {needed / 1e6:.0f} MB: raise "
-            f"--memory (memory= in Python) by {(needed - left) / 1e6:.0f} MB"
-        )
+        raise too_little_memory(self.options.memory_bytes, needed + self.reserved, what)
 
     def items(self, entries: Sequence[Entry]) -> list[Item]:
         return [item for entry in entries for item in self.items_of(entry)]

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pymerge.checkpoint.shard_file import read_all, write_all
+from pymerge.checkpoint.staging import require_space
 from pymerge.errors import OutputError
 
 
@@ -52,11 +54,7 @@ class Spill:
 
     def __init__(self, folder: Path, needed: int = 0) -> None:
         self.folder = next(place for place in (folder, *folder.parents) if place.is_dir())
-        disk = os.statvfs(self.folder)
-        if (free := disk.f_bavail * disk.f_frsize) < needed:
-            raise OutputError(
-                f"{self.folder}: the adapter takes {needed} bytes meanwhile, the disk has {free} bytes free"
-            )
+        require_space(self.folder, needed, f"{self.folder}: the adapter, while it is made,")
         self._end, self._mutex = 0, threading.Lock()
         self._free: dict[int, list[int]] = {}  # bytes -> where there is room of this size again
         try:
@@ -86,19 +84,16 @@ class Spill:
         return kept
 
     def write(self, view: memoryview, start: int) -> None:
-        done = 0
         try:
-            while done < view.nbytes:
-                done += os.pwrite(self._file.fileno(), view[done:], start + done)
+            write_all(self._file.fileno(), view, start)
         except OSError as e:
             raise self._error(e) from e
 
     def read_into(self, view: memoryview, start: int) -> None:
-        done = 0
-        while done < view.nbytes:
-            if not (got := os.preadv(self._file.fileno(), [view[done:]], start + done)):
-                raise OutputError(f"{self.folder}: what was kept on this disk meanwhile is shorter than it was written")
-            done += got
+        try:
+            read_all(self._file.fileno(), view, start, self.folder)
+        except OSError as e:
+            raise self._error(e) from e
 
     def close(self) -> None:
         self._file.close()

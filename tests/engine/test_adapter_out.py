@@ -122,7 +122,7 @@ def test_a_disk_that_is_full_leaves_nothing(problem: Any, tmp_path: Path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=9, f_frsize=512))
-        with pytest.raises(OutputError, match="takes 6656 bytes meanwhile, the disk has 4608 bytes free"):
+        with pytest.raises(OutputError, match="while it is made, takes 6656 bytes, the disk has 4608 bytes free"):
             pymerge.merge(base, adapters, method="tsv_m", as_adapter=4, out=tmp_path / "adapter")
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match="is to become the adapter cannot be kept there: No space left"):
@@ -135,7 +135,7 @@ def test_memory_is_planned_for_what_is_decomposed(problem: Any, tmp_path: Path) 
     base = write_model(tmp_path / "wide", random_tensors(0, shapes))
     model = write_model(tmp_path / "model", random_tensors(1, shapes))
     held = decomposition_bytes(1024, 1024, 8)
-    with pytest.raises(RecipeError, match=r"the update of layers.1.q_proj.weight \[1024, 1024\] takes 63 MB: raise"):
+    with pytest.raises(RecipeError, match=r"the update of layers.1.q_proj.weight \[1024, 1024\] needs 130 MB: raise"):
         extract(model, base, tmp_path / "out", 8, options=pymerge.Options(memory=held + 50_000_000))
     assert extract(model, base, tmp_path / "out", 8, options=pymerge.Options(memory=held + 70_000_000))["r"] == 8
 

@@ -46,7 +46,7 @@ from pymerge.checkpoint import StagedOutput, plan_layout, staging
 from pymerge.errors import OutputError
 disk, case = Path(sys.argv[1]), sys.argv[2]
 if case == "unpredicted":
-    staging._require_space = lambda folder, needed: None
+    staging.require_space = lambda folder, needed, what: None
 size = 2_000_000 if case == "side files" else 20_000_000
 try:
     with StagedOutput(disk / "out", plan_layout([("w", "U8", (size,))], 10**9), {}, overwrite=True) as output:
